@@ -1,0 +1,74 @@
+"""Every exception class of the product, one per situation.
+
+Messages say what is wrong, the value got, what is valid, and the override that mends it.
+`exit_code` is what a `launcher` command ends with: 2 the user's input is wrong, 1 it failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_STOPPED = 75
+
+
+class LauncherError(Exception):
+    """Something failed; shown without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(LauncherError):
+    """The user's input is wrong."""
+
+    exit_code = EXIT_USER
+
+
+class ConfigError(UserError):
+    """One or more settings are wrong; all of them are reported together."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(UserError):
+    """Rows or files of the data set cannot be used; names file and line."""
+
+
+class RunLockedError(UserError):
+    """Another live run holds this output_dir; names its host and pid."""
+
+
+class ResumeMismatchError(UserError):
+    """The settings differ from the checkpoint's in ways that change the result."""
+
+
+class ResumeError(UserError):
+    """There is nothing to resume from where the user pointed."""
+
+
+class DamagedCheckpointError(LauncherError):
+    """A checkpoint is not what its manifest says; names the file and what is wrong with it."""
+
+
+class CheckpointWriteError(LauncherError):
+    """A save failed and `checkpoint.on_error=stop`; nothing of it was committed."""
+
+
+class NonFiniteError(LauncherError):
+    """Loss or gradient norm is NaN or infinite and `train.on_nonfinite=stop`."""
+
+
+class RankFailedError(LauncherError):
+    """A process of the run died; names the rank and its own error."""
+
+
+class HubError(LauncherError):
+    """The Hub refused for good (token, quota, name); says the cure."""
+
+
+class SlurmError(LauncherError):
+    """Slurm refused a job; shows Slurm's own answer."""
