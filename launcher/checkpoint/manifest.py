@@ -1,0 +1,180 @@
+"""manifest.json: what a whole checkpoint consists of. Written last; standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import DamagedCheckpointError
+
+FORMAT = "launcher-checkpoint"
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint: path relative to its folder, length in bytes, and hashes in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+    chunk_sha256: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the folder holds and how it was made; `step` counts optimizer steps."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+    files: tuple[FileEntry, ...]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(f.bytes for f in self.files)
+
+    def to_json(self) -> bytes:
+        files = [{**vars(f), "chunk_sha256": list(f.chunk_sha256)} for f in self.files]
+        value = {"format": FORMAT, **vars(self), "files": files}
+        return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Reads every byte once.
+
+    Returns: an entry whose path is only the file's name.
+    """
+    whole, chunks, size = hashlib.sha256(), [], 0
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while filled := _fill(file, buffer):
+            chunk = buffer[:filled]
+            whole.update(chunk)
+            chunks.append(hashlib.sha256(chunk).hexdigest() if size or filled == CHUNK_BYTES else "")
+            size += filled
+    if chunks == [""]:  # a file of one chunk: its hash is the file's
+        chunks = [whole.hexdigest()]
+    return FileEntry(path.name, size, whole.hexdigest(), tuple(chunks))
+
+
+def _fill(file: Any, buffer: memoryview) -> int:
+    filled = 0
+    while filled < len(buffer) and (n := file.readinto(buffer[filled:])):
+        filled += n
+    return filled
+
+
+def build(folder: Path, *, step: int, world_size: int, zero_stage: int, threads: int = 2) -> Manifest:
+    """Hashes every file below `folder`, as it is read back from the file system."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
+    with ThreadPoolExecutor(threads) as pool:  # hashlib releases the GIL
+        hashed = list(pool.map(hash_file, paths))
+    entries = tuple(
+        FileEntry(p.relative_to(folder).as_posix(), e.bytes, e.sha256, e.chunk_sha256)
+        for p, e in zip(paths, hashed, strict=True)
+    )
+    return Manifest(step, world_size, zero_stage, entries)
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: there is none, so the folder is not ours.
+        DamagedCheckpointError: it cannot be read, or a newer version of the product wrote it.
+    """
+    path = folder / NAME
+    try:
+        raw = json.loads(path.read_bytes())
+        version = raw["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise DamagedCheckpointError(
+                f"{folder} was written by a newer launcher (format_version {version}, this one reads "
+                f"{FORMAT_VERSION}): pip install --upgrade accelerate-launcher"
+            )
+        files = tuple(
+            FileEntry(str(f["path"]), int(f["bytes"]), str(f["sha256"]), tuple(f["chunk_sha256"])) for f in raw["files"]
+        )
+        manifest = Manifest(int(raw["step"]), int(raw["world_size"]), int(raw["zero_stage"]), files, int(version))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error!r}") from error
+    for entry in manifest.files:
+        if entry.path.startswith("/") or ".." in Path(entry.path).parts:
+            raise DamagedCheckpointError(f"{path} names a file outside its folder: {entry.path}")
+    return manifest
+
+
+def is_newer_format(folder: Path) -> bool:
+    """Whether a later version wrote it: then it is whole, but not for us."""
+    try:
+        version = json.loads((folder / NAME).read_bytes())["format_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(version, int) and version > FORMAT_VERSION
+
+
+def structural_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """Missing files and wrong lengths; reads no content."""
+    problems = []
+    for entry in manifest.files:
+        path = folder / entry.path
+        if not path.is_file():
+            problems.append(f"{entry.path} is missing")
+        elif (size := path.stat().st_size) != entry.bytes:
+            problems.append(f"{entry.path} has {size} bytes instead of {entry.bytes}")
+    return problems
+
+
+def chunks(manifest: Manifest) -> Iterator[tuple[FileEntry, int]]:
+    """Every (file, chunk index): the units in which processes share the reading."""
+    for entry in manifest.files:
+        for index in range(len(entry.chunk_sha256)):
+            yield entry, index
+
+
+def chunk_problem(folder: Path, entry: FileEntry, index: int) -> str | None:
+    """Re-reads one chunk; says what is wrong with it, or None."""
+    start = index * CHUNK_BYTES
+    try:
+        with (folder / entry.path).open("rb") as file:
+            file.seek(start)
+            data = file.read(CHUNK_BYTES)
+    except OSError as error:
+        return f"{entry.path} cannot be read: {error}"
+    if hashlib.sha256(data).hexdigest() != entry.chunk_sha256[index]:
+        return f"{entry.path} does not match its hash in bytes {start} to {start + len(data)}"
+    return None
+
+
+def verify(folder: Path, share: int = 0, shares: int = 1, threads: int = 2) -> list[str]:
+    """Every problem of a checkpoint, re-reading the `share`-th of `shares` parts of its bytes.
+
+    Raises:
+        FileNotFoundError: no manifest.
+    """
+    try:
+        manifest = read(folder)
+    except DamagedCheckpointError as error:
+        return [str(error)]
+    problems = structural_problems(folder, manifest)
+    if problems:
+        return problems
+    mine = [unit for i, unit in enumerate(chunks(manifest)) if i % shares == share]
+    with ThreadPoolExecutor(threads) as pool:
+        return [p for p in pool.map(lambda unit: chunk_problem(folder, *unit), mine) if p]
+
+
+def unknown_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Files that are in the folder but not in the manifest; they are ignored."""
+    known = {f.path for f in manifest.files} | {NAME}
+    found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in found if name not in known)

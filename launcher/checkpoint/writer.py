@@ -1,0 +1,149 @@
+"""The writer: a low-priority process that makes snapshots durable. Standard library only, so that it starts at once.
+
+Started by `writer_client.WriterClient` as `python -m launcher.checkpoint.writer BUFFER_FD`. It shares the snapshot
+buffer (a memfd) with its rank, takes one JSON command per line on stdin and answers with one JSON line each:
+
+    {"cmd": "write", "step", "dir", "files": {path: total bytes}, "ranges": [[path, file offset, buffer offset, bytes]],
+     "texts": {path: text}, "statics": bool}                    → {"event": "written", "step", "seconds"}
+    {"cmd": "static", "files": {path: base64}}                   (no answer; sent once after each start)
+    {"cmd": "commit", "step", "dir", "target", "world_size", "zero_stage", "expired": [folder]}
+                                                → {"event": "committed", "step", "bytes", "seconds"}, then {"event": "retained"}
+    {"cmd": "discard", "dir"}                                    → {"event": "discarded"}
+
+A failure answers {"event": "failed", "step", "error", "errno"}; the writer lives on. It dies with its rank.
+After a crash at any point only `.tmp-checkpoint-*` and `.tmp-deleted-*` can remain besides whole checkpoints.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import mmap
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher import files
+from launcher.checkpoint import manifest
+from launcher.process import die_with_parent
+
+DELETED_PREFIX = ".tmp-deleted-"
+
+
+class Writer:
+    """Executes the commands; one instance per writer process (or in the rank itself with `async_save=false`)."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer = buffer
+        self._statics: dict[str, bytes] = {}
+
+    def set_buffer(self, buffer: memoryview) -> None:
+        self._buffer = buffer
+
+    def static(self, command: dict[str, Any]) -> None:
+        """Remembers the files that are the same in every checkpoint (config, tokenizer)."""
+        self._statics = {path: base64.b64decode(data) for path, data in command["files"].items()}
+
+    def write(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Writes this process's byte ranges and small files into the temporary folder, durable on return."""
+        started = time.monotonic()
+        folder = Path(command["dir"])
+        folder.mkdir(exist_ok=True)
+        (folder / "state").mkdir(exist_ok=True)
+        by_file: dict[str, list[tuple[int, int, int]]] = {path: [] for path in command["files"]}
+        for path, file_offset, buffer_offset, num_bytes in command["ranges"]:
+            by_file[path].append((file_offset, buffer_offset, num_bytes))
+        for path, ranges in by_file.items():
+            if ranges:
+                self._write_ranges(folder / path, command["files"][path], ranges)
+        for path, data in self._statics.items() if command["statics"] else ():
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.write_file(target, data)
+        for path, text in command["texts"].items():
+            files.write_file(folder / path, text.encode())
+        return {"event": "written", "step": command["step"], "seconds": time.monotonic() - started}
+
+    def _write_ranges(self, path: Path, size: int, ranges: list[tuple[int, int, int]]) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.ftruncate(fd, size)  # every process sets the same length; nobody shortens
+            for file_offset, buffer_offset, num_bytes in ranges:
+                files.write_at(fd, self._buffer[buffer_offset : buffer_offset + num_bytes], file_offset, path)
+            files.fsync_file(fd, path)
+        finally:
+            os.close(fd)
+
+    def commit(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Main process only, once every process has written: hash, manifest last, rename, fsync of the parent."""
+        started = time.monotonic()
+        folder, target = Path(command["dir"]), Path(command["target"])
+        built = manifest.build(
+            folder, step=command["step"], world_size=command["world_size"], zero_stage=command["zero_stage"]
+        )
+        missing = [p for p in command["files"] if p not in {f.path for f in built.files}]
+        if missing:
+            raise FileNotFoundError(f"not written: {', '.join(missing)}")
+        files.write_file(folder / manifest.NAME, built.to_json())
+        files.fsync_dir(folder / "state")
+        files.fsync_dir(folder)
+        files.rename(folder, target)
+        seconds = time.monotonic() - started
+        return {"event": "committed", "step": command["step"], "bytes": built.total_bytes, "seconds": seconds}
+
+    def retain(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Deletes what retention chose; renames first, so that no half checkpoint keeps a valid name."""
+        for name in command["expired"]:
+            path = Path(name)
+            hidden = path.with_name(f"{DELETED_PREFIX}{path.name}")
+            with contextlib.suppress(FileNotFoundError):
+                files.rename(path, hidden)
+            files.remove_tree(hidden)
+        return {"event": "retained", "step": command["step"]}
+
+    def discard(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Removes the temporary folder of a save that failed."""
+        files.remove_tree(Path(command["dir"]))
+        return {"event": "discarded", "step": command["step"]}
+
+    def execute(self, command: dict[str, Any]) -> list[dict[str, Any]]:
+        """Runs one command and gives its answers; failures become an answer too."""
+        try:
+            match command["cmd"]:
+                case "static":
+                    self.static(command)
+                    return []
+                case "write":
+                    return [self.write(command)]
+                case "commit":
+                    return [self.commit(command)]
+                case "retain":
+                    return [self.retain(command)]
+                case _:
+                    return [self.discard(command)]
+        except (OSError, ValueError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            return [{"event": "failed", "cmd": command["cmd"], "step": command["step"], "error": str(error), "errno": number}]
+
+
+def main() -> None:
+    die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the rank decides when we end: by closing our stdin, or by dying
+    with contextlib.suppress(OSError):
+        os.nice(19)
+    fd, size = int(sys.argv[1]), int(sys.argv[2])
+    buffer = memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
+    writer = Writer(buffer)
+    for line in sys.stdin:
+        for answer in writer.execute(json.loads(line)):
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Small facts about processes. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(expected_parent: int | None = None) -> None:
+    """Asks the kernel to SIGKILL this process when its parent dies, and ends at once if that happened already.
+
+    A SIGKILLed agent otherwise leaves its ranks running on the GPUs.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    parent = os.getppid()
+    if parent == 1 and os.getpid() != 1 and expected_parent not in (None, 1):
+        os._exit(1)
+    if expected_parent is not None and parent != expected_parent:
+        os._exit(1)
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None where it is not running. Tells a reused pid apart."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_alive(pid: int, ticks: int | None) -> bool:
+    """Whether the process that started at `ticks` still runs under this pid."""
+    now = start_ticks(pid)
+    return now is not None and (ticks is None or now == ticks)
+
+
+def host() -> str:
+    return socket.gethostname()
