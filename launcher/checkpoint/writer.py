@@ -3,12 +3,14 @@
 Started by `writer_client.WriterClient` as `python -m launcher.checkpoint.writer BUFFER_FD`. It shares the snapshot
 buffer (a memfd) with its rank, takes one JSON command per line on stdin and answers with one JSON line each:
 
-    {"cmd": "write", "step", "dir", "files": {path: total bytes}, "ranges": [[path, file offset, buffer offset, bytes]],
-     "texts": {path: text}, "statics": bool}                    → {"event": "written", "step", "seconds"}
-    {"cmd": "static", "files": {path: base64}}                   (no answer; sent once after each start)
-    {"cmd": "commit", "step", "dir", "target", "world_size", "zero_stage", "expired": [folder]}
-                                                → {"event": "committed", "step", "bytes", "seconds"}, then {"event": "retained"}
-    {"cmd": "discard", "dir"}                                    → {"event": "discarded"}
+    {"cmd": "static", "files": {path: base64}}            (no answer; sent once after each start)
+    {"cmd": "write", "step", "dir", "files": {path: total bytes}, "heads": {path: base64},
+     "ranges": [[path, file offset, buffer offset, bytes]], "texts": {path: text}, "statics": bool}
+                                                          → {"event": "written", "step", "seconds"}
+    {"cmd": "commit", "step", "dir", "target", "world_size", "zero_stage", "files": [path]}
+                                                          → {"event": "committed", "step", "bytes", "seconds"}
+    {"cmd": "retain", "step", "expired": [folder]}        → {"event": "retained"}
+    {"cmd": "discard", "step", "dir"}                     → {"event": "discarded"}
 
 A failure answers {"event": "failed", "step", "error", "errno"}; the writer lives on. It dies with its rank.
 After a crash at any point only `.tmp-checkpoint-*` and `.tmp-deleted-*` can remain besides whole checkpoints.
@@ -54,12 +56,14 @@ class Writer:
         folder = Path(command["dir"])
         folder.mkdir(exist_ok=True)
         (folder / "state").mkdir(exist_ok=True)
-        by_file: dict[str, list[tuple[int, int, int]]] = {path: [] for path in command["files"]}
+        by_file: dict[str, list[tuple[memoryview, int]]] = {path: [] for path in command["files"]}
+        for path, head in command["heads"].items():
+            by_file[path].append((memoryview(base64.b64decode(head)), 0))
         for path, file_offset, buffer_offset, num_bytes in command["ranges"]:
-            by_file[path].append((file_offset, buffer_offset, num_bytes))
+            by_file[path].append((self._buffer[buffer_offset : buffer_offset + num_bytes], file_offset))
         for path, ranges in by_file.items():
             if ranges:
-                self._write_ranges(folder / path, command["files"][path], ranges)
+                _write_ranges(folder / path, command["files"][path], ranges)
         for path, data in self._statics.items() if command["statics"] else ():
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,16 +71,6 @@ class Writer:
         for path, text in command["texts"].items():
             files.write_file(folder / path, text.encode())
         return {"event": "written", "step": command["step"], "seconds": time.monotonic() - started}
-
-    def _write_ranges(self, path: Path, size: int, ranges: list[tuple[int, int, int]]) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            os.ftruncate(fd, size)  # every process sets the same length; nobody shortens
-            for file_offset, buffer_offset, num_bytes in ranges:
-                files.write_at(fd, self._buffer[buffer_offset : buffer_offset + num_bytes], file_offset, path)
-            files.fsync_file(fd, path)
-        finally:
-            os.close(fd)
 
     def commit(self, command: dict[str, Any]) -> dict[str, Any]:
         """Main process only, once every process has written: hash, manifest last, rename, fsync of the parent."""
@@ -128,6 +122,17 @@ class Writer:
         except (OSError, ValueError) as error:
             number = error.errno if isinstance(error, OSError) else None
             return [{"event": "failed", "cmd": command["cmd"], "step": command["step"], "error": str(error), "errno": number}]
+
+
+def _write_ranges(path: Path, size: int, ranges: list[tuple[memoryview, int]]) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.ftruncate(fd, size)  # every process sets the same length; nobody shortens
+        for data, offset in ranges:
+            files.write_at(fd, data, offset, path)
+        files.fsync_file(fd, path)
+    finally:
+        os.close(fd)
 
 
 def main() -> None:

@@ -1,0 +1,273 @@
+"""The checkpointer: one save in flight, all processes in lockstep, nothing visible before everything is durable.
+
+A save goes through three phases. All processes change phase together, because they only do so in `advance`, with sums
+over all processes that the loop's one all-reduce per step brings:
+
+    IDLE → WRITING: every writer puts its ranges into `.tmp-checkpoint-N` → COMMITTING: the main process's writer reads
+    everything back, hashes it, writes the manifest, renames → IDLE
+"""
+
+from __future__ import annotations
+
+import base64
+import enum
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.checkpoint import snapshot
+from launcher.checkpoint.snapshot import SnapshotPlan
+from launcher.checkpoint.writer_client import InlineWriter, SnapshotBuffer, WriterClient, WriterDied
+from launcher.errors import CheckpointWriteError
+from launcher.files import free_bytes
+from launcher.paths import RunPaths
+from launcher.processes import Processes
+
+_MARGIN_BYTES = 16 * 2**20
+"""Kept free for metrics, logs and the manifest."""
+
+
+class Phase(enum.Enum):
+    IDLE = "idle"
+    WRITING = "writing"
+    COMMITTING = "committing"
+
+
+@dataclass
+class SaveResult:
+    """What became of a save: seconds the loop stood still, seconds until durable, bytes; `error` where it failed."""
+
+    step: int
+    stall_s: float
+    write_s: float = 0.0
+    num_bytes: int = 0
+    error: str | None = None
+
+
+@dataclass
+class _InFlight:
+    step: int
+    started: float
+    stall_s: float
+    commit: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpointer:
+    """Saves a run's state. Everything except `poll` is collective.
+
+    Args:
+        plan: makes the snapshot plan; called at the first save, when the optimizer has its state.
+        statics: files that are the same in every checkpoint, by relative path (main process).
+    """
+
+    def __init__(
+        self, paths: RunPaths, processes: Processes, plan: Callable[[], SnapshotPlan], statics: dict[str, bytes], *,
+        zero_stage: int, is_async: bool, device: torch.device,
+    ) -> None:  # fmt: skip
+        self._paths, self._processes, self._make_plan = paths, processes, plan
+        self._zero_stage = zero_stage
+        self._cuda = device.type == "cuda"
+        self._buffer = SnapshotBuffer()
+        self._statics = statics
+        kind = WriterClient if is_async else InlineWriter
+        self._writer: WriterClient | InlineWriter = kind(self._buffer, statics)
+        self._plan: SnapshotPlan | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._unsent: dict[str, Any] | None = None
+        self._flight: _InFlight | None = None
+        self._own_work_done = True
+        self._own_error: str | None = None
+        self._num_outstanding = 0  # answers to retain and discard that have not come yet
+        self.phase = Phase.IDLE
+
+    @property
+    def writer_pid(self) -> int | None:
+        return self._writer.pid
+
+    @property
+    def plan(self) -> SnapshotPlan:
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    # ------------------------------------------------------------------ save
+
+    def missing_bytes(self) -> tuple[int, int]:
+        """(bytes a save needs, bytes free); main process."""
+        needed = self.plan.total_bytes + sum(map(len, self._statics.values())) + _MARGIN_BYTES
+        return needed, free_bytes(self._paths.root)
+
+    def save(self, step: int, texts: dict[str, str]) -> float:
+        """Snapshots the state of `step` and hands it to the writers; the folder appears later.
+
+        Collective; the phase must be IDLE. After a crash only `.tmp-checkpoint-*` can remain, which resume ignores.
+
+        Args:
+            texts: this process's small files, by relative path.
+
+        Returns:
+            Seconds that the call took.
+        """
+        assert self.phase is Phase.IDLE, "a save is still in flight"
+        started = time.monotonic()
+        plan, folder = self.plan, self._paths.temporary_dir(step)
+        self._own_error, self._own_work_done = None, False
+        main = self._processes.is_main
+        try:
+            if self._buffer.reserve(plan.buffer_bytes, pin=self._cuda):
+                self._writer.stop()
+            self._writer.start()
+            self._snapshot(plan)
+        except (OSError, MemoryError) as error:
+            self._own_error = f"no snapshot could be taken: {error}"
+        if main and plan.index is not None:
+            texts = {**texts, f"{plan.files[0].path.partition('-00001-of-')[0]}.safetensors.index.json": plan.index.decode()}
+        sizes = {f.path: f.num_bytes for f in plan.files}
+        heads = {f.path: base64.b64encode(f.header).decode() for f in plan.files} if main else {}
+        self._unsent = {
+            "cmd": "write", "step": step, "dir": str(folder), "files": sizes, "heads": heads, "ranges": plan.ranges,
+            "texts": texts, "statics": main,
+        }  # fmt: skip
+        commit = {
+            "cmd": "commit", "step": step, "dir": str(folder), "target": str(self._paths.checkpoint_dir(step)),
+            "world_size": self._processes.world_size, "zero_stage": self._zero_stage, "files": list(sizes),
+        }  # fmt: skip
+        self.phase = Phase.WRITING
+        self._flight = _InFlight(step, started, 0.0, commit)
+        if not self._cuda:
+            self.finish_snapshot()
+        self._flight.stall_s = time.monotonic() - started
+        return self._flight.stall_s
+
+    def _snapshot(self, plan: SnapshotPlan) -> None:
+        if not self._cuda:
+            snapshot.take(plan, self._buffer.tensor)
+            return
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            snapshot.take(plan, self._buffer.tensor)
+
+    def finish_snapshot(self) -> None:
+        """Waits for the copies and sends them to the writer. The loop calls it before each optimizer step: until then
+        the state cannot change, so on CUDA the copies run beside the next forward and backward."""
+        if self._unsent is None:
+            return
+        if self._stream is not None:
+            self._stream.synchronize()
+        command, self._unsent = self._unsent, None
+        if self._own_error is None:
+            self._try_send(command)
+
+    def _try_send(self, command: dict[str, Any]) -> None:
+        try:
+            self._writer.send(command)
+        except WriterDied as error:
+            self._own_error = str(error)
+
+    # ------------------------------------------------------------------ progress of the save in flight
+
+    def status(self, timeout_s: float = 0.0) -> tuple[int, int]:
+        """(1 while this process's part of the phase is undone, 1 if it failed), to be summed over all processes."""
+        if self.phase is Phase.IDLE and not self._num_outstanding:
+            return 0, 0
+        if self.phase is Phase.WRITING and self._unsent is not None and timeout_s:
+            self.finish_snapshot()
+        try:
+            answers = self._writer.poll(timeout_s if not self._own_work_done else 0.0)
+        except WriterDied as error:
+            answers, self._num_outstanding = [], 0
+            if self.phase is not Phase.IDLE and not self._own_work_done:
+                self._own_error = str(error)
+        for answer in answers:
+            self._take(answer)
+        return int(not self._own_work_done), int(self._own_error is not None)
+
+    def _take(self, answer: dict[str, Any]) -> None:
+        event, flight = answer["event"], self._flight
+        if event in ("retained", "discarded") or answer.get("cmd") in ("retain", "discard"):
+            self._num_outstanding -= 1
+        elif flight is None or answer["step"] != flight.step:
+            return
+        elif event == "failed":
+            self._own_error = answer["error"]
+        else:
+            self._own_work_done = True
+            if event == "committed":
+                flight.commit["bytes"] = answer["bytes"]
+
+    def advance(self, num_undone: float, num_failed: float) -> SaveResult | None:
+        """Moves to the next phase when all processes are ready; gives the result when a save has ended.
+
+        Args:
+            num_undone, num_failed: `status()` summed over all processes.
+        """
+        flight = self._flight
+        if flight is None:
+            return None
+        main = self._processes.is_main
+        if num_failed:
+            errors = [e for e in self._processes.gather(self._own_error) if e]
+            if main:
+                self._writer.start()  # where it was the writer that died
+                self._outstanding({"cmd": "discard", "step": flight.step, "dir": flight.commit["dir"]})
+            self._end()
+            return SaveResult(flight.step, flight.stall_s, error=errors[0] if errors else "unknown")
+        if num_undone:
+            return None
+        if self.phase is Phase.WRITING:
+            self.phase = Phase.COMMITTING
+            if main:
+                self._own_work_done = False
+                self._try_send(flight.commit)
+            return None
+        self._end()
+        write_s = time.monotonic() - flight.started
+        return SaveResult(flight.step, flight.stall_s, write_s, flight.commit.get("bytes", 0))
+
+    def _end(self) -> None:
+        self.phase, self._flight, self._unsent = Phase.IDLE, None, None
+        self._own_error, self._own_work_done = None, True
+
+    def _outstanding(self, command: dict[str, Any]) -> None:
+        self._num_outstanding += 1
+        self._try_send(command)
+        self._own_error = None
+
+    def wait(self, on_wait: Callable[[], None] = lambda: None) -> SaveResult | None:
+        """Waits until no save is in flight; gives its result if one was. Collective."""
+        result = None
+        while self.phase is not Phase.IDLE and result is None:
+            undone, failed = self._processes.sum(self.status(timeout_s=0.2))
+            result = self.advance(undone, failed)
+            on_wait()
+        return result
+
+    def expire(self, folders: list[Path]) -> None:
+        """Main process: has the writer delete these checkpoints (rename first), behind whatever it does."""
+        if folders:
+            self._outstanding({"cmd": "retain", "step": -1, "expired": [str(f) for f in folders]})
+
+    def close(self) -> None:
+        """Ends the writer once it has done all it was told."""
+        self.finish_snapshot()
+        self._writer.stop()
+        self._buffer.close()
+
+
+def raise_failed(result: SaveResult) -> None:
+    """Raises: CheckpointWriteError, for `checkpoint.on_error=stop`."""
+    raise CheckpointWriteError(
+        f"the save of step {result.step} failed: {result.error}. Nothing of it was committed; earlier checkpoints are "
+        "whole. To go on without stopping: checkpoint.on_error=warn"
+    )
+
+
+def to_text(value: Any) -> str:
+    """Plain data as the text of a JSON file."""
+    return json.dumps(value, indent=1) + "\n"

@@ -1,0 +1,151 @@
+"""What one process contributes to a checkpoint: which bytes it copies into the buffer and where they go on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from launcher.checkpoint.layout import FileLayout, Place, TensorSpec, plan_files, weight_index
+from launcher.checkpoint.segments import Segment, TrainedState, persistent_buffers
+
+_SAFETENSORS = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
+    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16",
+}  # fmt: skip
+OPTIMIZER_STEM = "state/optimizer"
+
+
+@dataclass
+class Copy:
+    """One memory copy: a flat source (looked up at each save, since optimizers replace their tensors), its target
+    offset in bytes, and the dtype to store."""
+
+    source: Callable[[], Tensor]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass
+class SnapshotPlan:
+    """Computed once; every save repeats it."""
+
+    files: list[FileLayout]
+    copies: list[Copy] = field(default_factory=list)
+    ranges: list[tuple[str, int, int, int]] = field(default_factory=list)  # path, file offset, buffer offset, bytes
+    buffer_bytes: int = 0
+    index: bytes | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all processes together: what the checkpoint needs on disk."""
+        return sum(f.num_bytes for f in self.files)
+
+
+def plan_snapshot(
+    state: TrainedState, module: torch.nn.Module, *, dtype: torch.dtype, weights_stem: str,
+    stored_name: Callable[[str], str], only_model: bool, rank: int,
+) -> SnapshotPlan:  # fmt: skip
+    """Lays out the checkpoint's files and this process's part of them.
+
+    Args:
+        dtype: of the weights in the model files. Where it is fp32 the masters are those weights and are stored once.
+        weights_stem: `model` or `adapter_model`.
+        stored_name: from a parameter's name to its name in the model file.
+        only_model: leave the optimizer and the masters out.
+    """
+    master_specs, state_specs = [], []
+    buffers = list(persistent_buffers(module)) if weights_stem == "model" else []
+    weight_specs = [TensorSpec(stored_name(p.name), _SAFETENSORS[dtype], p.shape) for p in state.params]
+    weight_specs += [TensorSpec(n, _SAFETENSORS[t.dtype], tuple(t.shape)) for n, t in buffers]
+    files = plan_files(weights_stem, weight_specs, {"format": "pt"})
+    index = weight_index(files)
+    if not only_model:
+        if dtype != torch.float32:
+            master_specs = [TensorSpec(f"master.{p.name}", "F32", p.shape) for p in state.params]
+        by_group = {s.group: s for s in state.segments}
+        for info in state.params:
+            for name, tensor in sorted(by_group[info.group].elementwise().items()):
+                state_specs.append(TensorSpec(f"{name}.{info.name}", _SAFETENSORS[tensor.dtype], info.shape))
+        odd = [
+            (f"{name}.{s.extents[0].param}", t)
+            for s in state.segments if s.extents for name, t in sorted(s.odd().items())
+        ]  # fmt: skip
+        state_specs += [TensorSpec(name, _SAFETENSORS[t.dtype], tuple(t.shape)) for name, t in odd]
+        files += plan_files(OPTIMIZER_STEM, [*master_specs, *state_specs], {"format": "pt"})
+    plan = SnapshotPlan(files, index=index)
+    places = {place.spec.name if f.path.startswith("state/") else f"weight {place.spec.name}": place
+              for f in files for place in f.places}  # fmt: skip
+    for segment in state.segments:
+        _plan_segment(plan, segment, places, dtype, stored_name, only_model)
+    if rank == 0:
+        for name, tensor in buffers:
+            _plan_whole(plan, tensor, places[f"weight {name}"])
+    return plan
+
+
+def _plan_segment(
+    plan: SnapshotPlan, segment: Segment, places: dict[str, Place], dtype: torch.dtype,
+    stored_name: Callable[[str], str], only_model: bool,
+) -> None:  # fmt: skip
+    if segment.owned:
+        if dtype == torch.float32 or not only_model:
+            prefix = "weight" if dtype == torch.float32 else "master"
+
+            def target(param: str) -> Place:
+                return places[f"weight {stored_name(param)}" if prefix == "weight" else f"master.{param}"]
+
+            _plan_flat(plan, segment, lambda: segment.master, torch.float32, target)
+        if dtype != torch.float32:
+            _plan_flat(plan, segment, lambda: segment.master, dtype, lambda p: places[f"weight {stored_name(p)}"])
+        if not only_model:
+            for name, tensor in sorted(segment.elementwise().items()):
+
+                def state_tensor(name: str = name) -> Tensor:
+                    return segment.elementwise()[name]
+
+                def state_place(param: str, name: str = name) -> Place:
+                    return places[f"{name}.{param}"]
+
+                _plan_flat(plan, segment, state_tensor, tensor.dtype, state_place)
+    if not only_model and segment.owned and segment.owned[0].start == 0:
+        for name, tensor in segment.odd().items():
+            _plan_whole(plan, tensor, places[f"{name}.{segment.owned[0].param}"])
+
+
+def _plan_flat(
+    plan: SnapshotPlan, segment: Segment, source: Callable[[], Tensor], dtype: torch.dtype,
+    target: Callable[[str], Place],
+) -> None:  # fmt: skip
+    """One copy of the owned part of a flat tensor, and a range of a file for each parameter in it."""
+    low = min(e.offset for e in segment.owned)
+    high = max(e.offset + e.numel for e in segment.owned)
+    item = dtype.itemsize
+    base = plan.buffer_bytes
+    plan.copies.append(Copy(lambda: source()[low:high], base, dtype))
+    plan.buffer_bytes += _aligned((high - low) * item)
+    for extent in segment.owned:
+        place = target(extent.param)
+        at = base + (extent.offset - low) * item
+        plan.ranges.append((place.path, place.offset + extent.start * item, at, extent.numel * item))
+
+
+def _plan_whole(plan: SnapshotPlan, tensor: Tensor, place: Place) -> None:
+    plan.copies.append(Copy(lambda: tensor.view(-1), plan.buffer_bytes, tensor.dtype))
+    plan.ranges.append((place.path, place.offset, plan.buffer_bytes, place.spec.num_bytes))
+    plan.buffer_bytes += _aligned(place.spec.num_bytes)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 64) * 64
+
+
+def take(plan: SnapshotPlan, buffer: Tensor) -> None:
+    """Copies this process's part into the buffer (uint8); on CUDA the copies are queued on the current stream."""
+    with torch.no_grad():
+        for copy in plan.copies:
+            source = copy.source()
+            target = buffer[copy.offset : copy.offset + source.numel() * copy.dtype.itemsize].view(copy.dtype)
+            target.copy_(source, non_blocking=True)

@@ -1,0 +1,153 @@
+"""The rank's side of the writer process: the shared buffer, commands, answers, restart after a death."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import mmap
+import os
+import selectors
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from launcher.checkpoint.writer import Writer
+
+
+class SnapshotBuffer:
+    """Host memory that the writer process sees too: a memfd, so that a small /dev/shm does not matter.
+
+    Reused by every save; pinned where CUDA copies into it.
+    """
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.size = 0
+        self._map: mmap.mmap | None = None
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size: int, *, pin: bool) -> bool:
+        """Makes room for `size` bytes; True where the buffer is a new one, which the writer must learn of."""
+        if size <= self.size:
+            return False
+        self.close()
+        self.fd, self.size = os.memfd_create("launcher-snapshot"), size
+        os.set_inheritable(self.fd, True)
+        os.posix_fallocate(self.fd, 0, size)  # now, not page by page inside the first save
+        self._map = mmap.mmap(self.fd, size)
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        if pin:
+            torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0)
+        return True
+
+    def view(self) -> memoryview:
+        return memoryview(self._map) if self._map is not None else memoryview(b"")
+
+    def close(self) -> None:
+        """Frees the memory (the writer's mapping ends with the writer)."""
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self._map, self.fd, self.size = None, -1, 0
+
+
+class WriterDied(Exception):
+    """The writer process ended on its own (killed, out of memory)."""
+
+
+class WriterClient:
+    """Sends commands to a writer process and collects its answers without waiting."""
+
+    def __init__(self, buffer: SnapshotBuffer, statics: dict[str, bytes]) -> None:
+        self._buffer = buffer
+        self._statics = statics
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+
+    def start(self) -> None:
+        """Starts the process if none runs (at the first save, after a death, or when the buffer is a new one)."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.stop()
+        command = [sys.executable, "-m", "launcher.checkpoint.writer", str(self._buffer.fd), str(self._buffer.size)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[self._buffer.fd] if self._buffer.size else []
+        )
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        encoded = {path: base64.b64encode(data).decode() for path, data in self._statics.items()}
+        self.send({"cmd": "static", "files": encoded})
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def send(self, command: dict[str, Any]) -> None:
+        """Raises WriterDied where the process is gone."""
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, OSError) as error:
+            raise WriterDied(self._death()) from error
+
+    def poll(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
+        """The answers that have arrived; waits up to `timeout_s` for the first. Raises WriterDied."""
+        if self._process is None or self._process.stdout is None:
+            return []
+        if timeout_s:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._process.stdout, selectors.EVENT_READ)
+                selector.select(timeout_s)
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._process.stdout.fileno(), 1 << 16):
+                self._pending += chunk
+        *lines, self._pending = self._pending.split(b"\n")
+        answers = [json.loads(line) for line in lines]
+        if not answers and self._process.poll() is not None:
+            raise WriterDied(self._death())
+        return answers
+
+    def _death(self) -> str:
+        assert self._process is not None
+        code = self._process.wait()
+        return f"the writer process was killed by signal {-code}" if code < 0 else f"the writer process ended with {code}"
+
+    def stop(self) -> None:
+        """Lets the process finish what it was told and end."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._process, self._pending = None, b""
+
+
+class InlineWriter:
+    """`checkpoint.async_save=false`: the same commands, executed in the rank before `send` returns."""
+
+    def __init__(self, buffer: SnapshotBuffer, statics: dict[str, bytes]) -> None:
+        self._buffer = buffer
+        self._writer = Writer(memoryview(b""))
+        encoded = {path: base64.b64encode(data).decode() for path, data in statics.items()}
+        self._writer.execute({"cmd": "static", "files": encoded})
+        self._answers: list[dict[str, Any]] = []
+        self.pid: int | None = os.getpid()
+
+    def start(self) -> None:
+        self._writer.set_buffer(self._buffer.view())
+
+    def send(self, command: dict[str, Any]) -> None:
+        self._answers += self._writer.execute(command)
+
+    def poll(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
+        answers, self._answers = self._answers, []
+        return answers
+
+    def stop(self) -> None:
+        self._writer.set_buffer(memoryview(b""))
