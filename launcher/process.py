@@ -10,13 +10,13 @@ import socket
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(expected_parent: int | None = None) -> None:
-    """Asks the kernel to SIGKILL this process when its parent dies, and ends at once if that happened already.
+def die_with_parent(expected_parent: int | None = None, signal_number: int = signal.SIGKILL) -> None:
+    """Asks the kernel to signal this process when its parent dies, and ends at once if that happened already.
 
     A SIGKILLed agent otherwise leaves its ranks running on the GPUs.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
     parent = os.getppid()
     if parent == 1 and os.getpid() != 1 and expected_parent not in (None, 1):
         os._exit(1)
