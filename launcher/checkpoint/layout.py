@@ -6,6 +6,7 @@ Source of the format: 8 bytes little-endian header length, a JSON header {name: 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        n = _ITEM_BYTES[self.dtype]
-        for size in self.shape:
-            n *= size
-        return n
+        return self.numel * self.item_bytes
 
     @property
     def item_bytes(self) -> int:

@@ -7,6 +7,7 @@ number of processes and any ZeRO stage is the same walk over ranges, without a g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ class Segment:
     owned: tuple[Extent, ...]
     key: Tensor
     """The tensor under which the optimizer keeps the state: `master`, or the parameter that it is a view of."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the optimizer sees the parameter itself, not a flat partition."""
+        return self.key is not self.master
 
     @property
     def state(self) -> dict[str, Any]:
@@ -81,10 +87,7 @@ class ParamInfo:
 
     @property
     def numel(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def _zero12(optimizer: Any, names: dict[int, str], rank: int) -> TrainedState:
             infos.append(info)
         low = rank * master.numel()
         extents = _cut(layout, low, low + master.numel())
-        segments.append(Segment(master.detach(), optimizer.optimizer, i, extents, extents, master))
+        segments.append(Segment(master, optimizer.optimizer, i, extents, extents, master))
     return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer)
 
 
@@ -152,9 +155,7 @@ def _zero3(optimizer: Any, names: dict[int, str], rank: int) -> TrainedState:
             if numel:
                 extents.append(Extent(info.name, start, numel, offset))
             offset += size
-        segments.append(
-            Segment(master.detach(), optimizer.optimizer, group, tuple(extents), tuple(extents), master)
-        )
+        segments.append(Segment(master, optimizer.optimizer, group, tuple(extents), tuple(extents), master))
     return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer)
 
 

@@ -1,0 +1,151 @@
+"""Where to go on: the newest whole checkpoint, damaged ones moved aside, settings compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher import files
+from launcher.checkpoint import manifest
+from launcher.errors import DamagedCheckpointError, ResumeError, ResumeMismatchError
+from launcher.paths import CheckpointPaths, RunPaths
+from launcher.processes import Processes
+
+ROUNDING_KEYS = ("strategy", "num_processes", "per_device_train_batch_size")
+
+
+@dataclass
+class ResumePoint:
+    """A verified checkpoint and its state.json; `notices` are for the user."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    notices: list[str] = field(default_factory=list)
+
+
+def find(choice: str, paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:
+    """The checkpoint that `checkpoint.resume_from_checkpoint` (auto, never or a folder) means, every byte verified.
+
+    Collective: the processes share the reading. Damaged checkpoints found on the way are renamed to
+    `checkpoint-N.damaged`.
+
+    Returns:
+        The point (None: start at step 0) and notices.
+
+    Raises:
+        ResumeError, DamagedCheckpointError: as the contract says for an explicit path, or where only damaged ones are left.
+    """
+    if choice == "never":
+        return None, []
+    if choice != "auto":
+        return _explicit(Path(choice).expanduser(), processes), []
+    notices: list[str] = []
+    damaged: list[str] = []
+    candidates = processes.broadcast(_candidates(paths, notices) if processes.is_main else None)
+    for folder in map(Path, candidates):
+        problems = _problems(folder, processes)
+        if not problems:
+            point = _open(folder, processes)
+            point.notices = notices
+            return point, notices
+        aside = processes.broadcast(str(_move_aside(folder)) if processes.is_main else None)
+        damaged.append(Path(aside).name)
+        notices.append(f"{folder.name} is damaged ({problems[0]}); moved to {Path(aside).name}")
+    left_over = processes.broadcast(sorted(p.name for p in paths.root.glob("checkpoint-*.damaged*")))
+    if damaged or left_over:
+        raise DamagedCheckpointError(
+            f"no whole checkpoint is left in {paths.root}, only damaged ones ({', '.join(sorted({*damaged, *left_over}))}). "
+            + " ".join(notices)
+            + " To start again from step 0: checkpoint.resume_from_checkpoint=never"
+        )
+    return None, notices
+
+
+def _candidates(paths: RunPaths, notices: list[str]) -> list[str]:
+    found = []
+    for _, folder in paths.checkpoint_dirs():
+        if not (folder / manifest.NAME).is_file():
+            notices.append(
+                f"{folder.name} has no manifest.json of ours and is ignored; to use it: "
+                f"checkpoint.resume_from_checkpoint={folder}"
+            )
+        elif manifest.is_newer_format(folder):
+            manifest.read(folder)  # raises with the line that mends it
+        else:
+            found.append(str(folder))
+    return found[::-1]
+
+
+def _problems(folder: Path, processes: Processes) -> list[str]:
+    """Each process re-reads its share of the chunks; all get all problems. Collective."""
+    try:
+        mine = manifest.verify(folder, processes.rank, processes.world_size)
+        if not mine and manifest.read(folder).step != int(folder.name.rpartition("-")[2].partition(".")[0] or -1):
+            mine = [f"manifest.json is of step {manifest.read(folder).step}"]
+    except (OSError, ValueError) as error:
+        mine = [str(error)]
+    return [p for share in processes.gather(mine) for p in share]
+
+
+def _move_aside(folder: Path) -> Path:
+    target, count = folder.with_name(f"{folder.name}.damaged"), 1
+    while target.exists():
+        count += 1
+        target = folder.with_name(f"{folder.name}.damaged-{count}")
+    files.rename(folder, target)
+    return target
+
+
+def _explicit(folder: Path, processes: Processes) -> ResumePoint:
+    if not (folder / manifest.NAME).is_file():
+        raise ResumeError(
+            f"checkpoint.resume_from_checkpoint={folder} has no manifest.json: it is not a checkpoint of this tool. "
+            "Valid: auto, never, a checkpoint-N folder of ours or of transformers' Trainer"
+        )
+    mine = manifest.verify(folder, processes.rank, processes.world_size)
+    problems = [p for share in processes.gather(mine) for p in share]
+    if problems:
+        raise DamagedCheckpointError(f"{folder} is damaged: " + "; ".join(problems))
+    return _open(folder, processes)
+
+
+def _open(folder: Path, processes: Processes) -> ResumePoint:
+    path = CheckpointPaths(folder).run_state
+    if not path.is_file():
+        raise ResumeError(
+            f"{folder} holds only the model (it was saved with checkpoint.save_only_model=true) and cannot be resumed. "
+            f"To train on from its weights: model.model_name_or_path={folder} in another output_dir, or start again "
+            "with checkpoint.resume_from_checkpoint=never"
+        )
+    state = files.read_json(path)
+    point = ResumePoint(folder, int(state["step"]), state)
+    if processes.is_main:
+        unknown = manifest.unknown_files(folder, manifest.read(folder))
+        point.notices += [f"{folder.name}: ignored, not part of the checkpoint: {', '.join(unknown)}"] if unknown else []
+    return point
+
+
+def compare_settings(saved: dict[str, Any], now: dict[str, Any], *, accept: bool) -> list[str]:
+    """Compares the settings that decide the result.
+
+    Returns:
+        Notices: what is equal up to rounding only, or was accepted.
+
+    Raises:
+        ResumeMismatchError: others differ and `checkpoint.accept_changes` is not set.
+    """
+    changed = [k for k in sorted({*saved, *now}) if saved.get(k) != now.get(k)]
+    hard = [k for k in changed if k not in ROUNDING_KEYS]
+    lines = [f"{k}: {saved.get(k)!r} in the checkpoint, {now.get(k)!r} now" for k in changed]
+    if hard and not accept:
+        shown = "\n".join(f"  {k}: {saved.get(k)!r} in the checkpoint, {now.get(k)!r} now" for k in hard)
+        raise ResumeMismatchError(
+            f"these settings differ from the checkpoint's and would change the result:\n{shown}\n"
+            "To continue with the new ones: checkpoint.accept_changes=true. To start again: "
+            "checkpoint.resume_from_checkpoint=never"
+        )
+    soft = [line for k, line in zip(changed, lines, strict=True) if k in ROUNDING_KEYS]
+    notices = [f"equal up to rounding from here ({'; '.join(soft)})"] if soft else []
+    return notices + [f"accepted: {line}" for k, line in zip(changed, lines, strict=True) if k in hard]
