@@ -1,0 +1,100 @@
+"""Accelerate, with checkpoints that are ours: same `save_state` and `load_state`, other files underneath."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from datetime import timedelta
+
+from launcher.config import RunConfig
+
+Saver = Any
+
+
+class LauncherAccelerator(Accelerator):
+    """`save_state` snapshots into the run's next `checkpoint-N` (written in the background), `load_state` restores one.
+
+    Accelerate's own writes are replaced: they are pickled, in place, not durable, and leave out the data position.
+    """
+
+    def attach(self, state: Any) -> None:
+        """Gives the object that collects and restores the training state (`launcher.training_state.TrainingState`)."""
+        self._training_state = state
+
+    def save_state(
+        self, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
+    ) -> str:
+        """Collective. Returns the folder that will appear; see `Checkpointer.save` for what a crash leaves."""
+        folder: Path = self._training_state.save()
+        return str(folder)
+
+    def load_state(self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Collective. `input_dir` is a `checkpoint-N` folder."""
+        self._training_state.load(Path(str(input_dir)))
+
+
+def use_single_process_env() -> None:
+    """DeepSpeed wants a process group even for one process, which `accelerate launch` does not describe."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):  # fmt: skip
+        os.environ.setdefault(name, value)
+
+
+def build_accelerator(config: RunConfig) -> LauncherAccelerator:
+    """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo)."""
+    has_cuda = torch.cuda.is_available()
+    handlers: list[Any] = [
+        InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=timedelta(seconds=config.launch.hang_timeout_s))
+    ]
+    arguments: dict[str, Any] = {"mixed_precision": config.mixed_precision, "log_with": None}
+    if config.strategy.zero_stage:
+        use_single_process_env()
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if not has_cuda:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        arguments["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, has_cuda))
+    else:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        arguments["cpu"] = not has_cuda
+        if config.strategy.name == "single":
+            handlers = []
+        else:
+            handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+    return LauncherAccelerator(kwargs_handlers=handlers, **arguments)
+
+
+def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:
+    """DeepSpeed's settings for a strategy; `strategy.deepspeed` is merged over them.
+
+    gradient_accumulation_steps is 1: the loop itself marks the boundary, since the number of micro-steps may vary and
+    the loss is already normalised over the whole optimizer step.
+    """
+    zero: dict[str, Any] = {"stage": config.strategy.zero_stage, "overlap_comm": has_cuda, "contiguous_gradients": True}
+    if config.strategy.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.mixed_precision == "bf16"},
+        "fp16": {"enabled": config.mixed_precision == "fp16"},
+        "steps_per_print": 10**12,
+    }
+    if config.strategy.is_offloaded:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": has_cuda}
+        settings["zero_force_ds_cpu_optimizer"] = has_cuda
+    return _merged(settings, config.strategy.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: _merged(base[k], over[k]) if isinstance(base.get(k), dict) and isinstance(over.get(k), dict) else over.get(k, base.get(k))
+        for k in {**base, **over}
+    }  # fmt: skip

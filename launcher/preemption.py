@@ -1,0 +1,58 @@
+"""Requests to stop: signals, the STOP file, the job's end. They only note a reason; the loop acts at a step boundary."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+REASONS = ("signal", "stop_file", "preempted", "time_limit", "pruned")
+"""In run.json as `reason` (pruned: as `state`); the STOP file's text."""
+SUPERVISED = "LAUNCHER_SUPERVISED"
+"""Set by `launcher train`, which removes a stale STOP file itself, before the ranks start."""
+END_TIME = "LAUNCHER_JOB_END_TIME"
+_MARGIN_S = 60.0
+
+
+class StopRequests:
+    """Collects the requests of this process. Signals once: the loop stops at the next step boundary."""
+
+    def __init__(self, stop_file: Path, *, is_main: bool) -> None:
+        self._stop_file, self._is_main = stop_file, is_main
+        self._signalled = False
+        end = os.environ.get(END_TIME) or os.environ.get("SLURM_JOB_END_TIME")
+        self._end_time = float(end) if end else None
+        if is_main and not os.environ.get(SUPERVISED):
+            self.clear()
+
+    def install(self) -> None:
+        """Obeys SIGTERM, SIGUSR1 and SIGINT; a second SIGINT ends the process at once."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled and number == signal.SIGINT:
+            os._exit(130)
+        self._signalled = True
+
+    def reason_code(self, save_s: float, step_s: float) -> int:
+        """1 + the index in REASONS, or 0: nobody asked.
+
+        Args:
+            save_s, step_s: how long the last save and step took, to stop in time before the job's end.
+        """
+        if self._is_main:
+            with contextlib.suppress(OSError):
+                text = self._stop_file.read_text(encoding="utf-8").strip()
+                return 1 + REASONS.index(text if text in REASONS else "stop_file")
+            if self._end_time is not None and time.time() > self._end_time - save_s - step_s - _MARGIN_S:
+                return 1 + REASONS.index("time_limit")
+        return 1 if self._signalled else 0
+
+    def clear(self) -> None:
+        """Removes the STOP file: it was obeyed."""
+        with contextlib.suppress(OSError):
+            self._stop_file.unlink()
