@@ -1,0 +1,98 @@
+"""Checkpoints to the Hugging Face Hub: a sync that never slows, blocks or ends the training.
+
+The trainer only makes hard links and reads two small files; an uploader process of its own does the rest. Importing
+this package imports neither huggingface_hub nor torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from launcher import files
+from launcher.paths import RunPaths
+
+if TYPE_CHECKING:
+    from launcher.config import RunConfig
+
+
+class Hub(Protocol):
+    """What the training loop sees; called on the main process only. No method raises or waits for the network."""
+
+    def start(self) -> None:
+        """Picks up what an earlier run left. The uploader itself starts at the first poll or save."""
+
+    def checkpoint_committed(self, step: int, folder: Path) -> None:
+        """Hands a committed checkpoint over; its folder may be deleted as soon as this returns."""
+
+    def poll(self) -> list[str]:
+        """Call at every step boundary. Returns lines for the progress display that are new since the last call."""
+
+    def status(self) -> dict[str, Any]:
+        """For run.json: pushed, pending, failed, passed_over (names), last_error, command; empty without a Hub."""
+
+    def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
+        """Sends the final model, waits for the uploads at most `max_wait_s` (default hub.max_wait_s), ends the uploader.
+
+        Args:
+            model_dir: the folder whose top holds the final model; None if the run will be continued.
+
+        Returns: lines for the user: what did not arrive, why, and the command that sends it.
+        """
+
+
+class NoHub:
+    """The null object where nothing is pushed."""
+
+    def start(self) -> None:
+        pass
+
+    def checkpoint_committed(self, step: int, folder: Path) -> None:
+        pass
+
+    def poll(self) -> list[str]:
+        return []
+
+    def status(self) -> dict[str, Any]:
+        return {}
+
+    def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
+        return []
+
+
+def build_hub(config: RunConfig, paths: RunPaths) -> Hub:
+    """The run's connection to the Hub; makes no network call and writes nothing yet."""
+    if not config.hub.push_to_hub:
+        return NoHub()
+    from launcher.hub.client import SpoolHub
+
+    return SpoolHub(config, paths)
+
+
+def fetch_checkpoint(uri: str, paths: RunPaths) -> Path:
+    """Downloads `hf://ORG/NAME[@revision]` into `output_dir/checkpoint-N` and verifies every file of it.
+
+    Only the files that the manifest names are fetched, whole: which byte ranges a process needs is decided when they
+    are read. No code is run and nothing is unpickled. A download that was cut off goes on where it stopped.
+
+    Raises:
+        ResumeError: there is no checkpoint of ours at that place, or it may not be read.
+        DamagedCheckpointError: a file does not match its hash.
+    """
+    from launcher.hub.fetch import fetch
+
+    return fetch(uri, paths)
+
+
+def pushed_checkpoints(paths: RunPaths) -> dict[int, str]:
+    """Step → commit of every checkpoint of this run that has reached the Hub."""
+    journal = files.read_json_or(paths.hub_dir / "journal.json", {})
+    pushed = journal.get("pushed", {}).values() if isinstance(journal, dict) else ()
+    return {entry["step"]: entry["commit"] for entry in pushed if entry["step"] is not None}
+
+
+def pending_uploads(paths: RunPaths) -> list[str]:
+    """Names of what still has to be sent; `launcher push RUN` sends it."""
+    from launcher.hub.spool import Spool
+
+    return Spool(paths.hub_dir).pending() if paths.hub_dir.is_dir() else []

@@ -1,0 +1,260 @@
+"""The trainer's side: fills the spool, keeps an uploader process alive, tells what it does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher import files
+from launcher.checkpoint import manifest
+from launcher.config import RunConfig
+from launcher.errors import DamagedCheckpointError
+from launcher.hub.progress import ProgressLine
+from launcher.hub.spool import Item, Spool, UploadSettings, checkpoint_item, model_item
+from launcher.paths import RunPaths
+
+POLL_INTERVAL_S = 0.5
+RESTART_INTERVAL_S = 30.0
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+
+def build_settings(config: RunConfig, paths: RunPaths) -> UploadSettings:
+    hub = config.hub
+    return UploadSettings(
+        run_dir=str(paths.root.absolute()),
+        strategy=hub.hub_strategy,
+        run_name=config.run_name,
+        repo_id=hub.hub_model_id or re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run_name).strip("-."),
+        bucket=hub.bucket,
+        private=hub.hub_private_repo,
+        revision=hub.hub_revision,
+        save_total_limit=hub.save_total_limit,
+        max_bytes_per_s=hub.max_bytes_per_s,
+    )
+
+
+class SpoolHub:
+    """See `launcher.hub.Hub`."""
+
+    def __init__(self, config: RunConfig, paths: RunPaths) -> None:
+        self._paths = paths
+        self._settings = build_settings(config, paths)
+        self._spool = Spool(paths.hub_dir)
+        self._max_wait_s = config.hub.max_wait_s
+        self._max_spool_bytes = config.hub.max_spool_bytes
+        self._uploader = UploaderProcess(self._spool)
+        self._notices: list[str] = []
+        self._events_offset = 0
+        self._next_poll = 0.0
+
+    def start(self) -> None:
+        with self._never_raising("start"):
+            self._spool.prepare()
+            self._spool.clean_up()
+            files.write_json(self._spool.settings_path, asdict(self._settings))
+            with contextlib.suppress(OSError):
+                self._events_offset = self._spool.events_path.stat().st_size
+            self._queue_missed()
+
+    def _queue_missed(self) -> None:
+        """Queues committed checkpoints that a kill kept from being handed over."""
+        if self._settings.strategy == "end":
+            return
+        pushed = [e["step"] for e in self._spool.read_journal()["pushed"].values() if e["step"] is not None]
+        dropped = self._spool.read_ledger()["dropped"]
+        pending = self._spool.pending()
+        whole = [(s, d) for s, d in self._paths.checkpoint_dirs() if (d / manifest.NAME).is_file()]
+        if self._settings.is_newest_enough:
+            whole = [(s, d) for s, d in whole[-1:] if s > max(pushed, default=-1)]
+        for step, folder in whole:
+            if step not in pushed and folder.name not in pending and folder.name not in dropped:
+                with contextlib.suppress(DamagedCheckpointError):
+                    self._add(checkpoint_item(step, folder))
+
+    def checkpoint_committed(self, step: int, folder: Path) -> None:
+        if self._settings.strategy == "end":
+            return
+        with self._never_raising(f"queueing checkpoint-{step}"):
+            self._add(checkpoint_item(step, folder))
+            self._uploader.ensure_running()
+
+    def _add(self, item: Item) -> None:
+        home = self._spool.add(item)
+        if self._settings.is_newest_enough:
+            self._spool.record(passed_over=self._spool.pass_over(home.name))
+        dropped = self._spool.drop_beyond(self._spool_limit(item.total_bytes))
+        if dropped:
+            self._spool.record(dropped=dropped)
+            self._notices.append(
+                f"Hub: {', '.join(dropped)} will not be uploaded: the spool holds more than hub.max_spool_bytes. "
+                f"Raise it, or send a checkpoint by hand: launcher push {self._paths.root}/checkpoint-N"
+            )
+
+    def _spool_limit(self, checkpoint_bytes: int) -> int:
+        """Bytes. By default room for two checkpoints, and for more while half of the disk's free space allows it."""
+        if self._max_spool_bytes is not None:
+            return self._max_spool_bytes
+        free = files.free_bytes(self._spool.root)
+        return max(2 * checkpoint_bytes, (free + self._spool.held_bytes()) // 2)
+
+    def poll(self) -> list[str]:
+        now = time.monotonic()
+        if now >= self._next_poll:
+            self._next_poll = now + POLL_INTERVAL_S
+            with self._never_raising("poll"):
+                if self._spool.pending():
+                    self._uploader.ensure_running()
+                self._read_events()
+        notices, self._notices = self._notices, []
+        return notices
+
+    def _read_events(self) -> None:
+        try:
+            if self._spool.events_path.stat().st_size <= self._events_offset:
+                return
+        except FileNotFoundError:
+            return
+        with self._spool.events_path.open("rb") as file:
+            file.seek(self._events_offset)
+            whole = file.read().rpartition(b"\n")[0]
+        self._events_offset += len(whole) + 1
+        for line in whole.decode("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError):
+                self._notices.append(json.loads(line)["text"])
+
+    def status(self) -> dict[str, Any]:
+        with self._never_raising("status"):
+            journal, ledger, now = self._spool.read_journal(), self._spool.read_ledger(), self._spool.read_status()
+            pending = self._spool.pending()
+            return {
+                "repo_id": journal["repo_id"] or self._settings.bucket or self._settings.repo_id,
+                "pushed": list(journal["pushed"]),
+                "pending": pending,
+                "failed": [*ledger["dropped"], *journal["failed"]],
+                "passed_over": [*ledger["passed_over"], *journal["passed_over"]],
+                "last_error": now.get("last_error"),
+                "command": self._command if pending else None,
+            }
+        return {}
+
+    @property
+    def _command(self) -> str:
+        return f"launcher push {self._paths.root}"
+
+    def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
+        wait_s = self._max_wait_s if max_wait_s is None else max_wait_s
+        with self._never_raising("finish"):
+            if model_dir is not None:
+                self._add_final(model_dir)
+            self._wait(wait_s)
+        with self._never_raising("finish"):
+            self._uploader.stop()
+            self._read_events()
+            self._notices += self._left_over()
+        notices, self._notices = self._notices, []
+        return notices
+
+    def _add_final(self, model_dir: Path) -> None:
+        item = model_item(model_dir, None)
+        if not item.files:
+            self._notices.append(f"Hub: there is no model in {model_dir} to send")
+            return
+        home = self._spool.add(item)
+        if self._settings.strategy == "every_save":  # both go to the top of the repository
+            self._spool.record(passed_over=self._spool.pass_over(home.name))
+
+    def _wait(self, wait_s: float) -> None:
+        """Until everything arrived, only the user can help, or the time is over."""
+        end = time.monotonic() + wait_s
+        self._spool.wait_for_copies(wait_s)
+        if wait_s <= 0 or not self._spool.pending():
+            return
+        self._uploader.ensure_running()
+        asked_at = time.time()
+        self._uploader.hurry()
+        with ProgressLine(self._spool) as line:
+            while self._spool.pending() and time.monotonic() < end:
+                self._uploader.ensure_running()
+                status = self._spool.read_status()
+                if status.get("state") == "blocked" and status.get("tried_at", 0.0) >= asked_at:
+                    return
+                line.show()
+                time.sleep(0.1)
+
+    def _left_over(self) -> list[str]:
+        pending = self._spool.pending()
+        if not pending:
+            return []
+        reason = self._spool.read_status().get("last_error")
+        return [
+            f"Hub: not sent yet: {', '.join(pending)}" + (f" ({reason})" if reason else "") + f". To send: {self._command}"
+        ]
+
+    @contextlib.contextmanager
+    def _never_raising(self, what: str) -> Any:
+        """Whatever goes wrong with the Hub is told, and the training goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._notices.append(f"Hub: {what} failed: {error!r}. The training goes on. To send later: {self._command}")
+
+
+class UploaderProcess:
+    """The child process `python -m launcher.hub.uploader`, restarted while there is work for it."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = -RESTART_INTERVAL_S
+
+    def ensure_running(self) -> None:
+        """Starts it if it is not alive; one that dies is started again, but not more often than every 30 s."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        if time.monotonic() - self._started_at < RESTART_INTERVAL_S:
+            return
+        self._started_at = time.monotonic()
+        with self._spool.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "launcher.hub.uploader", str(self._spool.root.absolute())],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=uploader_environment(),
+                start_new_session=True,  # a Ctrl-C is for the trainer, which then ends the uploader itself
+            )
+
+    def hurry(self) -> None:
+        """Ends a wait between two tries."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.write(b"hurry\n")
+                self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """Kills it: the journal makes that safe at any moment."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
+            self._process = None
+
+
+def uploader_environment() -> dict[str, str]:
+    """The trainer's own, without what could make the client write a token into a log."""
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_DEBUG", "HF_HUB_VERBOSITY")}
+    env["PYTHONPATH"] = os.pathsep.join([str(_PACKAGE_PARENT), *filter(None, [env.get("PYTHONPATH")])])
+    env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    env["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    env["PYTHONUNBUFFERED"] = "1"
+    return env

@@ -1,0 +1,133 @@
+"""Checkpoints from the Hub: `hf://ORG/NAME[@revision]` to a verified folder."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import files
+from launcher.checkpoint import manifest
+from launcher.errors import DamagedCheckpointError, ResumeError
+from launcher.paths import RunPaths
+
+_URI = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>.+))?$")
+_FOLDER = re.compile(r"^(last-checkpoint|checkpoint-\d+)$")
+_STEP_TAG = re.compile(r"^step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is asked from: repository, revision (None: main), folder (None: the newest there)."""
+
+    repo_id: str
+    revision: str | None
+    folder: str | None
+
+
+def parse_uri(uri: str) -> Source:
+    """`@` takes a branch, tag or commit, or the name of a checkpoint folder.
+
+    Raises:
+        ResumeError: it is no such address.
+    """
+    match = _URI.match(uri)
+    if not match:
+        raise ResumeError(
+            f"checkpoint.resume_from_checkpoint={uri} is no Hub address. Valid: hf://ORG/NAME, hf://ORG/NAME@REVISION, "
+            "hf://ORG/NAME@last-checkpoint, hf://ORG/NAME/checkpoint-500"
+        )
+    revision, folder = match["revision"], match["path"]
+    if revision and not folder:
+        if _FOLDER.match(revision):
+            revision, folder = None, revision
+        elif step := _STEP_TAG.match(revision):
+            folder = f"checkpoint-{step[1]}"
+    return Source(match["repo"], revision, folder)
+
+
+def choose_folder(paths: Iterable[str], wanted: str | None) -> str | None:
+    """The folder with the highest step that holds a manifest, or `wanted` if that has one.
+
+    `last-checkpoint` counts as the newest: it is replaced as a whole at every save.
+    """
+    suffix = f"/{manifest.NAME}"
+    folders = [p.removesuffix(suffix) for p in paths if p.endswith(suffix)]
+    folders = [f for f in folders if _FOLDER.match(f)]
+    if wanted is not None:
+        return wanted if wanted in folders else None
+    if "last-checkpoint" in folders:
+        return "last-checkpoint"
+    return max(folders, key=lambda f: int(f.rpartition("-")[2]), default=None)
+
+
+def fetch(uri: str, paths: RunPaths) -> Path:
+    """See `launcher.hub.fetch_checkpoint`. After a crash only `.hub/fetch` can remain, which the next call uses."""
+    from launcher.hub.remote import connect, readable_errors
+
+    source = parse_uri(uri)
+    api = connect(timeout_s=60.0)
+    with readable_errors(uri):
+        info = api.repo_info(source.repo_id, revision=source.revision)
+        listed = [s.rfilename for s in info.siblings or []]
+        folder = choose_folder(listed, source.folder)
+        if folder is None:
+            what = f"no {source.folder}/ with a manifest" if source.folder else "no checkpoint of ours"
+            raise ResumeError(
+                f"checkpoint.resume_from_checkpoint={uri}: there is {what}. Repositories pushed with "
+                "hub.hub_strategy=checkpoint or all_checkpoints hold them; to start from the weights alone: "
+                f"model.model_name_or_path={source.repo_id}"
+            )
+        download_dir = paths.hub_dir / "fetch" / f"{source.repo_id.replace('/', '--')}-{info.sha}"
+        download_dir.mkdir(parents=True, exist_ok=True)
+        _download(api, source.repo_id, info.sha, f"{folder}/{manifest.NAME}", download_dir)
+        checkpoint = download_dir / folder
+        wanted = manifest.read(checkpoint)
+        target = paths.checkpoint_dir(wanted.step)
+        if target.is_dir() and manifest.verify(target) == []:
+            return target
+        for entry in wanted.files:
+            _fetch_file(api, source.repo_id, info.sha, folder, entry, download_dir)
+    return _move_into_place(checkpoint, target, download_dir)
+
+
+def _download(api: Any, repo_id: str, commit: str, path: str, download_dir: Path) -> None:
+    api.hf_hub_download(repo_id, path, revision=commit, local_dir=download_dir)
+
+
+def _fetch_file(
+    api: Any, repo_id: str, commit: str, folder: str, entry: manifest.FileEntry, download_dir: Path
+) -> None:
+    """Downloads one file and compares it with the manifest; a file that is there and right is kept."""
+    local = download_dir / folder / entry.path
+    for attempt in range(2):
+        if local.is_file() and local.stat().st_size == entry.bytes and _sha256(local) == entry.sha256:
+            return
+        if attempt == 0:
+            local.unlink(missing_ok=True)
+            _download(api, repo_id, commit, f"{folder}/{entry.path}", download_dir)
+    raise DamagedCheckpointError(
+        f"{folder}/{entry.path} of hf://{repo_id}@{commit} is not what its manifest says. Choose another: "
+        f"checkpoint.resume_from_checkpoint=hf://{repo_id}@REVISION"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_into_place(checkpoint: Path, target: Path, download_dir: Path) -> Path:
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                files.fsync_file(file.fileno(), path)
+    if target.exists():  # it is not whole, or we would have used it
+        target.rename(target.with_name(f"{target.name}.damaged"))
+    files.rename(checkpoint, target)
+    shutil.rmtree(download_dir.parent, ignore_errors=True)
+    return target
