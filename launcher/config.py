@@ -230,6 +230,11 @@ class RunConfig:
         return self.train.mixed_precision or MIXED_PRECISION[self.model.dtype]
 
 
+def run_length(config: RunConfig) -> list[float]:
+    """What decides the number of steps, beside the data: by it a finished run knows that it was asked for more."""
+    return [config.train.max_steps, config.train.num_train_epochs, config.train.train_batch_size]
+
+
 # --------------------------------------------------------------------------- from plain data, all errors at once
 
 

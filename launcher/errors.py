@@ -7,6 +7,7 @@ Messages say what is wrong, the value got, what is valid, and the override that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -63,7 +64,9 @@ class NonFiniteError(LauncherError):
 
 
 class RankFailedError(LauncherError):
-    """A process of the run died; names the rank and its own error."""
+    """A process of the run died; names the rank and its own error. `report` is what that process wrote about it."""
+
+    report: dict[str, Any]
 
 
 class HubError(LauncherError):

@@ -116,6 +116,11 @@ class RunPaths:
         """JSON: rank, host, time, kind, message, traceback of an uncaught exception."""
         return self.logs_dir / f"error-rank-{rank}.json"
 
+    @property
+    def agent_log(self) -> Path:
+        """What `accelerate launch` and the libraries print."""
+        return self.logs_dir / "agent.log"
+
     def stacks(self, rank: int) -> Path:
         """Python stacks of every thread, written when a hang is detected."""
         return self.logs_dir / f"stacks-rank-{rank}.txt"

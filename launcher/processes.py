@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from launcher.errors import LauncherError
 
 
 class Processes:
@@ -48,6 +50,20 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` on the main process; its result, or its LauncherError, reaches every process. Collective."""
+        result: Any = None
+        error: LauncherError | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except LauncherError as raised:
+                error = raised
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank, on every process. Collective."""

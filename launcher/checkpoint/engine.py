@@ -102,13 +102,18 @@ class Checkpointer:
         needed = self.plan.total_bytes + sum(map(len, self._statics.values())) + _MARGIN_BYTES
         return needed, free_bytes(self._paths.root)
 
-    def save(self, step: int, texts: dict[str, str]) -> float:
+    def use_plan(self, plan: SnapshotPlan) -> None:
+        """Replaces the plan, for the last save of a run without checkpoints."""
+        self._plan = plan
+
+    def save(self, step: int, texts: dict[str, str], target: Path | None = None) -> float:
         """Snapshots the state of `step` and hands it to the writers; the folder appears later.
 
         Collective; the phase must be IDLE. After a crash only `.tmp-checkpoint-*` can remain, which resume ignores.
 
         Args:
             texts: this process's small files, by relative path.
+            target: the committed folder's name instead of `checkpoint-N`.
 
         Returns:
             Seconds that the call took.
@@ -134,7 +139,7 @@ class Checkpointer:
             "texts": texts, "statics": main,
         }  # fmt: skip
         commit = {
-            "cmd": "commit", "step": step, "dir": str(folder), "target": str(self._paths.checkpoint_dir(step)),
+            "cmd": "commit", "step": step, "dir": str(folder), "target": str(target or self._paths.checkpoint_dir(step)),
             "world_size": self._processes.world_size, "zero_stage": self._zero_stage, "files": list(sizes),
         }  # fmt: skip
         self.phase = Phase.WRITING

@@ -1,0 +1,97 @@
+"""The end of a run: the best (or last) model into output_dir, run.json, the Hub."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher import files
+from launcher.checkpoint import manifest
+from launcher.errors import EXIT_DONE, EXIT_STOPPED, CheckpointWriteError
+
+if TYPE_CHECKING:
+    from launcher.loop import Run
+
+
+def finish(run: Run) -> None:
+    """After the last step: waits for the last save, publishes the model, ends. Collective."""
+    from launcher.loop import wait_for_save
+
+    wait_for_save(run)
+    saves = run.config.checkpoint.save_strategy != "no"
+    if saves and run.last_saved_step != run.total_steps and run.step:
+        raise CheckpointWriteError(
+            f"training reached step {run.step} but its checkpoint could not be saved (see above). "
+            "The earlier checkpoints are whole: make room and run the same command again to finish"
+        )
+    source = chosen_checkpoint(run) if saves else write_model_only(run)
+    if run.is_main:
+        publish(source, run.paths.root)
+        if not saves:
+            files.remove_tree(source)
+        p = run.state.progress
+        run.run_file.update(
+            state="finished", exit_code=EXIT_DONE, step=run.step, epoch=p.epoch, best_metric=p.best_metric,
+            best_step=p.best_step, hub=run.hub.status(),
+        )  # fmt: skip
+        say_all(run, run.hub.finish(run.paths.root))
+        run.run_file.update(hub=run.hub.status())
+        run.progress.say(f"finished {run.step} steps; the model is in {run.paths.root}")
+
+
+def interrupted(run: Run, reason: str) -> None:
+    """After a stop on request. Main process; the others have nothing to do."""
+    if run.is_main:
+        state = "pruned" if reason == "pruned" else "interrupted"
+        run.run_file.update(
+            state=state, reason=None if state == "pruned" else reason, exit_code=EXIT_STOPPED, step=run.step,
+            epoch=run.state.progress.epoch,
+        )  # fmt: skip
+        say_all(run, run.hub.finish(None, max_wait_s=0.0))
+        run.run_file.update(hub=run.hub.status())
+        run.progress.say(f"stopped at step {run.step} of {run.total_steps}; run the same command again to continue")
+
+
+def say_all(run: Run, lines: list[str]) -> None:
+    for line in lines:
+        run.progress.say(line)
+
+
+def chosen_checkpoint(run: Run) -> Path:
+    """The best checkpoint with `load_best_model_at_end`, where an evaluated one was saved; else the last."""
+    best = run.state.progress.best_step
+    last = run.paths.checkpoint_dir(run.step)
+    if run.config.checkpoint.load_best_model_at_end:
+        if best is not None and run.paths.checkpoint_dir(best).is_dir():
+            return run.paths.checkpoint_dir(best)
+        run.progress.say("no checkpoint has been evaluated, so the last model is taken instead of the best")
+    return last
+
+
+def write_model_only(run: Run) -> Path:
+    """With `save_strategy=no`: the weights of the last step, by the same writers, into a temporary folder. Collective."""
+    run.checkpointer.use_plan(run.state.plan(only_model=True))
+    target = run.paths.root / ".tmp-checkpoint-final"
+    run.checkpointer.save(run.step, {}, target=target)
+    result = run.checkpointer.wait(run.watchdog.alive)
+    if result is None or result.error is not None:
+        raise CheckpointWriteError(f"the final model could not be written: {result.error if result else 'no result'}")
+    return target
+
+
+def publish(source: Path, root: Path) -> None:
+    """Copies the model files of a checkpoint to the top of output_dir, each replaced atomically."""
+    names = [f.path for f in manifest.read(source).files if not f.path.startswith("state/")]
+    names = [n for n in names if n != "trainer_state.json"]
+    for stale in root.glob("*.safetensors*"):
+        if stale.name not in names:
+            stale.unlink()
+    for name in names:
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.copyfile(source / name, temporary)
+        with temporary.open("rb+") as file:
+            files.fsync_file(file.fileno(), temporary)
+        files.rename(temporary, target)

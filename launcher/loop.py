@@ -1,0 +1,370 @@
+"""The training loop: step, log, evaluate, save, sync, stop? Read from `fit` down."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from launcher.checkpoint import rng
+from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult, raise_failed
+from launcher.checkpoint.retention import expired_steps, our_steps
+from launcher.config import RunConfig
+from launcher.data import Data, StepSampler, collate, split_step
+from launcher.evaluation import evaluate
+from launcher.errors import NonFiniteError
+from launcher.hub import Hub, NoHub
+from launcher.metrics import MetricsFile, NoProgress, Progress, RunFile, Trackers
+from launcher.model import summed_loss
+from launcher.optim import Schedule
+from launcher.paths import RunPaths
+from launcher.preemption import REASONS, StopRequests
+from launcher.processes import Processes
+from launcher.saving import SaveSchedule, crosses_epoch, is_better, save_line
+from launcher.training_state import TrainingState
+from launcher.watchdog import Watchdog
+
+
+@dataclass
+class Run:
+    """All parts of a run, built by `launcher.build.build_run`."""
+
+    config: RunConfig
+    paths: RunPaths
+    processes: Processes
+    accelerator: Any
+    model: Any
+    optimizer: Any
+    schedule: Schedule
+    tokenizer: Any
+    data: Data
+    sampler: StepSampler
+    state: TrainingState
+    checkpointer: Checkpointer
+    save_schedule: SaveSchedule
+    stop: StopRequests
+    total_steps: int
+    metrics: MetricsFile
+    run_file: RunFile
+    trackers: Trackers
+    progress: Progress | NoProgress
+    hub: Hub | NoHub
+    metric: Any
+    watchdog: Watchdog
+    window: Window = field(default_factory=lambda: Window())
+    last_saved_step: int = 0
+    last_eval: dict[str, Any] = field(default_factory=dict)
+    last_save_s: float = 0.0
+    last_step_s: float = 0.0
+    previous_best: tuple[float | None, int | None] = (None, None)
+
+    @property
+    def step(self) -> int:
+        return self.state.progress.step
+
+    @property
+    def is_main(self) -> bool:
+        return self.processes.is_main
+
+
+@dataclass
+class Window:
+    """Since the last line of metrics.jsonl, on this process's clock."""
+
+    started: float = field(default_factory=time.monotonic)
+    num_tokens: float = 0.0
+    num_skipped: int = 0
+    grad_norm: float = 0.0
+
+
+@dataclass
+class Agreement:
+    """What the processes found after a step, summed over all of them."""
+
+    loss_sum: float
+    num_tokens: float
+    stop_code: int
+    is_save_due: bool
+    num_undone: float
+    num_failed: float
+
+
+def fit(run: Run) -> str | None:
+    """Trains to the end or to a request to stop. Collective.
+
+    Returns:
+        None at the end, else the reason in REASONS for which the run stopped (and saved).
+    """
+    run.hub.start()
+    while run.step < run.total_steps:
+        run.watchdog.alive()
+        agreed = train_step(run)
+        follow_save(run, agreed)
+        log(run, agreed)
+        improved = maybe_evaluate(run)
+        maybe_save(run, agreed, improved)
+        run.progress.advance(run.step)
+        for notice in run.hub.poll():
+            run.progress.say(notice)
+        if agreed.stop_code and run.step < run.total_steps:
+            return stop(run, REASONS[agreed.stop_code - 1])
+    return None
+
+
+# --------------------------------------------------------------------------- one optimizer step
+
+
+def train_step(run: Run) -> Agreement:
+    """Forward, backward and update over the samples of one optimizer step, on all processes."""
+    started, config = time.monotonic(), run.config
+    progress, processes = run.state.progress, run.processes
+    rng.seed_step(config.seed, processes.rank, run.step)
+    rows = run.sampler.rows_of_step(run.step)
+    total_labelled = max(1, run.data.train.num_labelled_tokens(rows))
+    micro_batches = split_step(rows, processes.rank, processes.world_size, config.train.per_device_train_batch_size)
+    run.model.train()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
+    num_tokens = 0
+    for i, ids in enumerate(micro_batches):
+        batch = collate(run.data.train, ids, run.tokenizer.pad_token_id)
+        num_tokens += run.data.train.num_tokens(ids)
+        batch = {k: v.to(run.accelerator.device, non_blocking=True) for k, v in batch.items()}
+        is_last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if is_last else no_sync(run):
+            with run.accelerator.autocast():
+                loss, _ = summed_loss(run.model, batch)
+            # Gradients are averaged over the processes; the mean is over the labelled tokens of the whole step.
+            backward(run, loss * (processes.world_size / total_labelled), is_last=is_last)
+        loss_sum += loss.detach()
+    run.checkpointer.finish_snapshot()  # until here the state that is being copied could not change
+    is_finite = update(run)
+    progress.step += 1
+    progress.epoch = run.sampler.epoch_after(run.step)
+    run.last_step_s = time.monotonic() - started
+    agreed = agree(run, float(loss_sum), num_tokens)
+    check_finite(run, agreed, is_finite)
+    progress.loss_sum += agreed.loss_sum
+    progress.labelled_tokens += total_labelled
+    progress.num_tokens += int(agreed.num_tokens)
+    run.window.num_tokens += agreed.num_tokens
+    return agreed
+
+
+def no_sync(run: Run) -> Any:
+    """DeepSpeed learns the boundary in `backward`; DDP must not reduce before the last micro-batch."""
+    return contextlib.nullcontext() if run.config.strategy.zero_stage else run.accelerator.no_sync(run.model)
+
+
+def backward(run: Run, loss: torch.Tensor, *, is_last: bool) -> None:
+    if run.config.strategy.zero_stage:
+        run.model.set_gradient_accumulation_boundary(is_last)
+        run.model.backward(loss)
+    else:
+        run.accelerator.backward(loss)
+
+
+def update(run: Run) -> bool:
+    """Clips and applies the optimizer step; a non-finite gradient norm leaves the weights as they are.
+
+    Returns:
+        Whether the step was applied (fp16's loss scaling skips some by design).
+    """
+    if run.config.strategy.zero_stage:
+        run.model.step()
+        run.window.grad_norm = float(run.model.get_global_grad_norm() or 0.0)
+        applied = not getattr(run.model.optimizer, "overflow", False)
+    else:
+        limit = run.config.train.max_grad_norm or math.inf
+        run.window.grad_norm = float(run.accelerator.clip_grad_norm_(run.model.parameters(), limit))
+        applied = math.isfinite(run.window.grad_norm)
+        if applied or run.accelerator.scaler is not None:
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+    run.schedule.step()  # counts steps, applied or not, so that the rate follows from the step alone
+    return applied
+
+
+def agree(run: Run, loss_sum: float, num_tokens: int) -> Agreement:
+    """The loop's one all-reduce per step: losses, requests to stop, whether to save, how the save in flight stands."""
+    undone, failed = run.checkpointer.status()
+    code = run.stop.reason_code(run.last_save_s, run.last_step_s)
+    due = False
+    if run.is_main:
+        due = run.save_schedule.is_due(run.step, improved=False) or (run.save_schedule.is_owed and has_room(run))
+    mine = [loss_sum, num_tokens, code if run.is_main else 0, 1 if code else 0, due, undone, failed]
+    loss, tokens, main_code, num_asked, is_due, undone_sum, failed_sum = run.processes.sum(mine)
+    stop_code = int(main_code) or (1 if num_asked else 0)
+    return Agreement(loss, tokens, stop_code, bool(is_due), undone_sum, failed_sum)
+
+
+def check_finite(run: Run, agreed: Agreement, is_applied: bool) -> None:
+    """Stops or skips on NaN and infinities, as `train.on_nonfinite` says. fp16's overflows are part of its method.
+
+    Raises:
+        NonFiniteError: on every process; the weights are still those of the step before.
+    """
+    if math.isfinite(agreed.loss_sum) and (is_applied or run.config.mixed_precision == "fp16"):
+        return
+    if run.config.train.on_nonfinite == "stop":
+        raise NonFiniteError(
+            f"step {run.step}: loss sum {agreed.loss_sum}, gradient norm {run.window.grad_norm}. The weights of the step "
+            "before are unharmed and the last checkpoint is whole. A lower optim.learning_rate or train.max_grad_norm "
+            "may help; to leave such steps out: train.on_nonfinite=skip"
+        )
+    agreed.loss_sum = 0.0
+    run.window.num_skipped += 1
+
+
+def log(run: Run, agreed: Agreement) -> None:
+    """Every `train.logging_steps` steps: a line in metrics.jsonl, the trackers, log_history and the progress line."""
+    p, window = run.state.progress, run.window
+    if run.step % run.config.train.logging_steps and run.step < run.total_steps and not agreed.stop_code:
+        return
+    line: dict[str, Any] = {
+        "step": run.step, "epoch": round(p.epoch, 6), "loss": p.loss_sum / max(1, p.labelled_tokens),
+        "learning_rate": run.schedule.learning_rate, "grad_norm": window.grad_norm,
+        "tokens_per_second": round(window.num_tokens / max(1e-9, time.monotonic() - window.started), 1),
+        "num_tokens": p.num_tokens,
+    }  # fmt: skip
+    if window.num_skipped:
+        line["skipped_steps"] = window.num_skipped
+    p.loss_sum, p.labelled_tokens, run.window = 0.0, 0, Window()
+    record(run, line)
+    if run.is_main:
+        run.run_file.update(step=run.step, epoch=p.epoch, hub=run.hub.status())
+
+
+def record(run: Run, line: dict[str, Any]) -> None:
+    """Puts a line of measurements everywhere it belongs."""
+    run.state.progress.log_history.append(line)
+    if run.is_main:
+        run.metrics.append(line)
+        run.trackers.log(line)
+        run.progress.log(line)
+
+
+def maybe_evaluate(run: Run) -> bool:
+    """Evaluates where `eval.eval_strategy` asks for it and after the last step; says whether the metric improved."""
+    config, settings = run.config, run.config.eval
+    due = run.step % settings.eval_steps == 0
+    if settings.eval_strategy == "epoch":
+        due = crosses_epoch(run.step, config.train.train_batch_size, len(run.data.train))
+    if settings.eval_strategy == "no" or run.data.eval is None or not (due or run.step >= run.total_steps):
+        return False
+    started = time.monotonic()
+    values = evaluate(run)
+    line = {"step": run.step, "epoch": round(run.state.progress.epoch, 6), **values}
+    line["eval_runtime_s"] = round(time.monotonic() - started, 3)
+    run.window.started += time.monotonic() - started  # tokens_per_second is of training
+    record(run, line)
+    run.last_eval = line
+    metric = values.get(config.checkpoint.metric_key)
+    if metric is None and config.checkpoint.load_best_model_at_end:
+        run.progress.say(
+            f"checkpoint.metric_for_best_model={config.checkpoint.metric_for_best_model} is not among the metrics: "
+            f"{', '.join(sorted(values))}"
+        )
+    if metric is not None:
+        run.schedule.evaluated(metric)
+    return is_better(config, metric, run.state.progress.best_metric)
+
+
+# --------------------------------------------------------------------------- saving
+
+
+def maybe_save(run: Run, agreed: Agreement, improved: bool) -> None:
+    """Saves where the strategy asks for it, on improvement, and after the last step."""
+    strategy = run.config.checkpoint.save_strategy
+    is_last = run.step >= run.total_steps
+    if strategy != "no" and (agreed.is_save_due or (strategy == "best" and improved) or is_last):
+        save(run)
+
+
+def save(run: Run) -> None:
+    """`accelerator.save_state`, after the save before has ended and if there is room. Collective."""
+    if run.last_saved_step == run.step:
+        return
+    run.watchdog.alive()
+    waited = wait_for_save(run)
+    if waited > 1.0:
+        run.progress.say(f"step {run.step}: waited {waited:.1f} s for the save before")
+    if not run.processes.broadcast(has_room(run, tell=True) if run.is_main else None):
+        on_save_ended(run, SaveResult(run.step, 0.0, error="not enough disk space"))
+        return
+    note_best(run)
+    run.last_saved_step = run.step
+    run.save_schedule.started()
+    run.accelerator.save_state(str(run.paths.checkpoint_dir(run.step)))
+    if not run.config.checkpoint.async_save:
+        wait_for_save(run)
+
+
+def has_room(run: Run, tell: bool = False) -> bool:
+    """Whether the disk has room for one more checkpoint; main process."""
+    needed, free = run.checkpointer.missing_bytes()
+    if free < needed and tell:
+        run.progress.say(
+            f"WARNING step {run.step}: no checkpoint saved: it needs {needed:,} bytes and {run.paths.root} has {free:,} "
+            "free. Training goes on and saves as soon as there is room; the earlier checkpoints are whole"
+        )
+    return free >= needed
+
+
+def note_best(run: Run) -> None:
+    """Makes the checkpoint that is about to be saved the best one, if its evaluation says so."""
+    p = run.state.progress
+    run.previous_best = (p.best_metric, p.best_step)
+    metric = run.last_eval.get(run.config.checkpoint.metric_key) if run.last_eval.get("step") == run.step else None
+    if is_better(run.config, metric, p.best_metric):
+        p.best_metric, p.best_step = metric, run.step
+
+
+def wait_for_save(run: Run) -> float:
+    """Waits until no save is in flight; seconds. Collective."""
+    started = time.monotonic()
+    result = run.checkpointer.wait(run.watchdog.alive)
+    if result is not None:
+        on_save_ended(run, result)
+    return time.monotonic() - started
+
+
+def follow_save(run: Run, agreed: Agreement) -> None:
+    """Moves the save in flight on, with what the processes agreed on. Collective."""
+    result = run.checkpointer.advance(agreed.num_undone, agreed.num_failed)
+    if result is not None:
+        on_save_ended(run, result)
+
+
+def on_save_ended(run: Run, result: SaveResult) -> None:
+    """A save was committed (metrics, Hub, retention) or failed (nothing of it remains)."""
+    run.save_schedule.ended(result)
+    p = run.state.progress
+    if result.error is not None:
+        if p.best_step == result.step:
+            p.best_metric, p.best_step = run.previous_best
+        if run.last_saved_step == result.step:
+            run.last_saved_step = 0
+        if run.config.checkpoint.on_error == "stop":
+            raise_failed(result)
+        run.progress.say(f"WARNING the save of step {result.step} failed: {result.error}. Training goes on")
+        return
+    run.last_save_s = result.write_s
+    if run.is_main:
+        run.metrics.append(save_line(result))
+        run.hub.checkpoint_committed(result.step, run.paths.checkpoint_dir(result.step))
+        old = expired_steps(our_steps(run.paths), run.config.checkpoint.save_total_limit, p.best_step)
+        run.checkpointer.expire([run.paths.checkpoint_dir(step) for step in old])
+
+
+def stop(run: Run, reason: str) -> str:
+    """Saves and ends, because somebody asked. Collective."""
+    run.progress.say(f"step {run.step}: stopping ({reason})")
+    if run.config.checkpoint.save_strategy != "no":
+        save(run)
+        wait_for_save(run)
+    run.stop.clear()
+    return reason
