@@ -32,7 +32,7 @@ class Hub(Protocol):
         """For run.json: pushed, pending, failed, passed_over (names), last_error, command; empty without a Hub."""
 
     def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
-        """Sends the final model, waits for the uploads at most `max_wait_s` (default hub.max_wait_s), ends the uploader.
+        """Sends the final model, waits at most `max_wait_s` (default hub.max_wait_s) for uploads, ends the uploader.
 
         Args:
             model_dir: the folder whose top holds the final model; None if the run will be continued.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,13 +16,13 @@ from launcher import files
 from launcher.checkpoint import manifest
 from launcher.config import RunConfig
 from launcher.errors import DamagedCheckpointError
+from launcher.hub.environment import uploader_environment
 from launcher.hub.progress import ProgressLine
 from launcher.hub.spool import Item, Spool, UploadSettings, checkpoint_item, model_item
 from launcher.paths import RunPaths
 
 POLL_INTERVAL_S = 0.5
 RESTART_INTERVAL_S = 30.0
-_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 def build_settings(config: RunConfig, paths: RunPaths) -> UploadSettings:
@@ -50,7 +49,7 @@ class SpoolHub:
         self._spool = Spool(paths.hub_dir)
         self._max_wait_s = config.hub.max_wait_s
         self._max_spool_bytes = config.hub.max_spool_bytes
-        self._uploader = UploaderProcess(self._spool)
+        self._uploader = UploaderProcess(self._spool, self._settings)
         self._notices: list[str] = []
         self._events_offset = 0
         self._next_poll = 0.0
@@ -195,7 +194,9 @@ class SpoolHub:
             return []
         reason = self._spool.read_status().get("last_error")
         return [
-            f"Hub: not sent yet: {', '.join(pending)}" + (f" ({reason})" if reason else "") + f". To send: {self._command}"
+            f"Hub: not sent yet: {', '.join(pending)}"
+            + (f" ({reason})" if reason else "")
+            + f". To send: {self._command}"
         ]
 
     @contextlib.contextmanager
@@ -210,8 +211,9 @@ class SpoolHub:
 class UploaderProcess:
     """The child process `python -m launcher.hub.uploader`, restarted while there is work for it."""
 
-    def __init__(self, spool: Spool) -> None:
+    def __init__(self, spool: Spool, settings: UploadSettings) -> None:
         self._spool = spool
+        self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = -RESTART_INTERVAL_S
 
@@ -228,7 +230,7 @@ class UploaderProcess:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=uploader_environment(),
+                env=uploader_environment(self._settings),
                 start_new_session=True,  # a Ctrl-C is for the trainer, which then ends the uploader itself
             )
 
@@ -248,13 +250,3 @@ class UploaderProcess:
                 with contextlib.suppress(OSError):
                     self._process.stdin.close()
             self._process = None
-
-
-def uploader_environment() -> dict[str, str]:
-    """The trainer's own, without what could make the client write a token into a log."""
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_DEBUG", "HF_HUB_VERBOSITY")}
-    env["PYTHONPATH"] = os.pathsep.join([str(_PACKAGE_PARENT), *filter(None, [env.get("PYTHONPATH")])])
-    env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    env["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    env["PYTHONUNBUFFERED"] = "1"
-    return env

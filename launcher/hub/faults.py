@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 _TOKEN_TEXT = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{8,}|(?i:bearer)\s+\S+")
-_XET_STATUS = re.compile(r"(?i:status|http|code)\D{0,24}\b([45]\d\d)\b|\b([45]\d\d) (?:Unauthorized|Forbidden|Not Found)")
+_XET_STATUS = re.compile(
+    r"(?i:status|http|code)\D{0,24}\b([45]\d\d)\b|\b([45]\d\d) (?:Unauthorized|Forbidden|Not Found)"
+)
 _QUOTA = re.compile(r"(?i)quota|storage|exceed|limit reached|payment|upgrade")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind`: transient (worth retrying), conflict (the head moved), permanent (the user must act), card (README refused).
+    """`kind`: transient (worth retrying), conflict (the head moved), permanent (the user must act), card (refused).
 
     `retry_after_s` is what the server asked for, in seconds.
     """
@@ -100,7 +102,7 @@ def classify(error: BaseException, repo_id: str) -> Fault:
         return Fault("transient", text, retry_after_s=getattr(error, "retry_after_s", None) or retry_after_s(headers))
     if status in (409, 412):
         return Fault("conflict", text)
-    if status == 408 or status is None or status >= 500:
+    if status == 408 or status is None or status >= 500 or "RequestTimeout" in text:  # S3 calls that a 400
         after = retry_after_s(response.headers) if response is not None else None
         return Fault("transient", text, retry_after_s=after)
     return Fault("permanent", text, _cure(status, text, names, repo_id))

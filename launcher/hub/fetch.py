@@ -72,7 +72,8 @@ def fetch(uri: str, paths: RunPaths) -> Path:
     source = parse_uri(uri)
     api = connect(timeout_s=60.0)
     with readable_errors(uri):
-        info = api.repo_info(source.repo_id, revision=source.revision)
+        info = api.model_info(source.repo_id, revision=source.revision)
+        commit = str(info.sha)
         listed = [s.rfilename for s in info.siblings or []]
         folder = choose_folder(listed, source.folder)
         if folder is None:
@@ -82,16 +83,16 @@ def fetch(uri: str, paths: RunPaths) -> Path:
                 "hub.hub_strategy=checkpoint or all_checkpoints hold them; to start from the weights alone: "
                 f"model.model_name_or_path={source.repo_id}"
             )
-        download_dir = paths.hub_dir / "fetch" / f"{source.repo_id.replace('/', '--')}-{info.sha}"
+        download_dir = paths.hub_dir / "fetch" / f"{source.repo_id.replace('/', '--')}-{commit}"
         download_dir.mkdir(parents=True, exist_ok=True)
-        _download(api, source.repo_id, info.sha, f"{folder}/{manifest.NAME}", download_dir)
+        _download(api, source.repo_id, commit, f"{folder}/{manifest.NAME}", download_dir)
         checkpoint = download_dir / folder
         wanted = manifest.read(checkpoint)
         target = paths.checkpoint_dir(wanted.step)
         if target.is_dir() and manifest.verify(target) == []:
             return target
         for entry in wanted.files:
-            _fetch_file(api, source.repo_id, info.sha, folder, entry, download_dir)
+            _fetch_file(api, source.repo_id, commit, folder, entry, download_dir)
     return _move_into_place(checkpoint, target, download_dir)
 
 

@@ -49,5 +49,7 @@ class ProgressLine:
         bar = "#" * filled + " " * (_BAR_WIDTH - filled)
         what = status.get("state", "starting")
         error = status.get("last_error")
-        note = f", {what}: {error}" if error and what != "uploading" else f", {what} {status.get('item') or ''}".rstrip()
+        note = (
+            f", {what}: {error}" if error and what != "uploading" else f", {what} {status.get('item') or ''}".rstrip()
+        )
         return f"Hub: [{bar}] {self._total - pending} of {self._total} uploads{note}"

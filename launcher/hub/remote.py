@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from huggingface_hub import HfApi, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
 from launcher import __version__
-from launcher.errors import HubError, ResumeError
+from launcher.errors import HubError, LauncherError, ResumeError
 from launcher.hub.faults import classify, redact, retry_after_s
 
 CONNECT_TIMEOUT_S = 15.0
@@ -105,20 +105,12 @@ def readable_errors(uri: str) -> Iterator[None]:
     """Turns the client's errors while downloading into ours."""
     try:
         yield
-    except (HubError, ResumeError):
+    except LauncherError:
         raise
-    except OSError as error:
+    except ValueError as error:
+        raise ResumeError(f"{uri} cannot be read: {redact(str(error))}") from None
+    except Exception as error:
         fault = classify(error, uri)
         if fault.kind == "permanent":
             raise ResumeError(f"{uri} cannot be read: {fault.message}. {fault.cure}") from None
         raise HubError(f"{uri} cannot be reached now: {fault.message}. Run the same command again") from None
-    except ValueError as error:
-        raise ResumeError(f"{uri} cannot be read: {redact(str(error))}") from None
-
-
-def quiet_client() -> Callable[[], None]:
-    """Switches the client's progress bars and advice off; returns the function that switches them on again."""
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-
-    disable_progress_bars()
-    return enable_progress_bars

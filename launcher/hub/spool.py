@@ -146,9 +146,9 @@ def _with_known_hashes(folder: Path, entries: list[SpoolFile]) -> Iterator[Spool
     known: dict[int, str] = {}
     for path in (p for p in folder.glob("checkpoint-*") if (p / manifest.NAME).is_file()):
         with contextlib.suppress(OSError, DamagedCheckpointError):
-            for entry in manifest.read(path).files:
-                if "/" not in entry.path:
-                    known[(path / entry.path).stat().st_ino] = entry.sha256
+            for hashed in manifest.read(path).files:
+                if "/" not in hashed.path:
+                    known[(path / hashed.path).stat().st_ino] = hashed.sha256
     for entry in entries:
         yield SpoolFile(entry.path, entry.bytes, known.get((folder / entry.path).stat().st_ino))
 
@@ -184,7 +184,7 @@ class Spool:
     def names(self, folder: Path) -> list[str]:
         """Entries of queue or active, oldest first."""
         try:
-            return sorted(name for name in os.listdir(folder) if _ITEM_NAME.match(name))
+            return sorted(path.name for path in folder.iterdir() if _ITEM_NAME.match(path.name))
         except FileNotFoundError:
             return []
 

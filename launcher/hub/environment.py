@@ -1,0 +1,34 @@
+"""What the Hub client reads from its environment. It does so when it is imported, so this comes before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from launcher.hub.spool import UploadSettings
+
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+
+def client_environment(settings: UploadSettings) -> dict[str, str]:
+    """Variables for a process that uploads.
+
+    hf_xet has clocks of its own and no bandwidth cap, so with a cap repositories are pushed over plain HTTP.
+    """
+    seconds = f"{settings.timeout_s:.0f}s"
+    env = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_XET_CLIENT_READ_TIMEOUT": os.environ.get("HF_XET_CLIENT_READ_TIMEOUT", seconds),
+        "HF_XET_CLIENT_RETRY_MAX_DURATION": os.environ.get("HF_XET_CLIENT_RETRY_MAX_DURATION", seconds),
+    }
+    if settings.max_bytes_per_s is not None and settings.bucket is None:
+        env["HF_HUB_DISABLE_XET"] = "1"
+    return env
+
+
+def uploader_environment(settings: UploadSettings) -> dict[str, str]:
+    """The trainer's own, without what could make the client write a token into a log."""
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_DEBUG", "HF_HUB_VERBOSITY")}
+    env["PYTHONPATH"] = os.pathsep.join([str(_PACKAGE_PARENT), *filter(None, [env.get("PYTHONPATH")])])
+    return {**env, **client_environment(settings), "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,125 @@
+"""Which file goes to which path of the repository, and what is taken away there. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.checkpoint import manifest
+from launcher.hub.spool import Item
+
+_CHECKPOINT_FILE = re.compile(r"^checkpoint-(\d+)/")
+_WEIGHTS = re.compile(
+    r"^(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors$|^model\.safetensors\.index\.json$|^adapter_config\.json$"
+)
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to have on the Hub; sha256 in hex where it is known without reading."""
+
+    source: Path
+    bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file that is on the Hub: sha256 in hex for large files, git's blob id for the others."""
+
+    bytes: int
+    sha256: str | None
+    blob_id: str
+
+
+def wanted_files(items: Sequence[Item], strategy: str) -> dict[str, LocalFile]:
+    """Path in the repository → local file, for uploads in the order of their age: the newest model is at the top.
+
+    end, every_save: the model at the top. checkpoint: also `last-checkpoint/`. all_checkpoints: also `checkpoint-N/`.
+    """
+    wanted: dict[str, LocalFile] = {}
+    for item in items:
+        for path in [p for p in wanted if "/" not in p and _WEIGHTS.match(p)]:
+            del wanted[path]  # never a mixture of two models' shards
+        if item.kind == "checkpoint" and strategy == "checkpoint":
+            for path in [p for p in wanted if p.startswith("last-checkpoint/")]:
+                del wanted[path]
+        folder = {"checkpoint": "last-checkpoint", "all_checkpoints": item.name}.get(strategy)
+        for file in item.files:
+            local = LocalFile(item.root / file.path, file.bytes, file.sha256)
+            if "/" not in file.path and file.path not in (manifest.NAME, "trainer_state.json"):
+                wanted[file.path] = local
+            if item.kind == "checkpoint" and folder:
+                wanted[f"{folder}/{file.path}"] = local
+    return wanted
+
+
+def stale_paths(wanted: Iterable[str], remote: Iterable[str]) -> list[str]:
+    """Files on the Hub that would be mixed with what is sent: old shards at the top, leftovers in replaced folders."""
+    names = set(wanted)
+    replaced = {p.split("/")[0] for p in names if p.startswith(("last-checkpoint/", "checkpoint-"))}
+    has_weights = any(_WEIGHTS.match(p) for p in names)
+    return [
+        path
+        for path in remote
+        if path not in names
+        and ((has_weights and _WEIGHTS.match(path)) or ("/" in path and path.split("/")[0] in replaced))
+    ]
+
+
+def outdated_folders(wanted: Iterable[str], remote: Iterable[str], limit: int | None, best: int | None) -> list[str]:
+    """Checkpoint folders on the Hub beyond `limit`; never the best or the newest, and only those with a manifest."""
+    if limit is None:
+        return []
+    there = {p.split("/")[0] for p in remote if re.fullmatch(rf"checkpoint-\d+/{re.escape(manifest.NAME)}", p)}
+    coming = {p.split("/")[0] for p in wanted if _CHECKPOINT_FILE.match(p)}
+    steps = sorted({int(name.rpartition("-")[2]) for name in there | coming})
+    protected = {s for s in (best, steps[-1] if steps else None) if s in steps}
+    others = [s for s in steps if s not in protected]
+    keep = protected | set(others[len(others) - max(0, limit - len(protected)) :] if others else [])
+    return [f"checkpoint-{s}" for s in steps if s not in keep and f"checkpoint-{s}" not in coming]
+
+
+def best_step(items: Iterable[Item]) -> int | None:
+    """The step of the best checkpoint, as the newest upload's trainer_state.json knows it."""
+    best = None
+    for item in items:
+        try:
+            state = json.loads((item.root / "trainer_state.json").read_text(encoding="utf-8"))
+            best = int(str(state["best_model_checkpoint"]).rpartition("-")[2])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return best
+
+
+def is_same(local: LocalFile, remote: RemoteFile, hashes: HashCache) -> bool:
+    """Whether the Hub holds these bytes already. Small files are read for git's hash, large ones only if unhashed."""
+    if local.bytes != remote.bytes:
+        return False
+    if remote.sha256 is not None:
+        return (local.sha256 or hashes.sha256(local.source)) == remote.sha256
+    return git_blob_id(local.source.read_bytes()) == remote.blob_id
+
+
+def git_blob_id(data: bytes) -> str:
+    """The name git gives to a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+class HashCache:
+    """sha256 of local files, each read once for as long as it is the same file."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int, int], str] = {}
+
+    def sha256(self, path: Path) -> str:
+        stat = path.stat()
+        key = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key not in self._known:
+            with path.open("rb") as file:
+                self._known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._known[key]
