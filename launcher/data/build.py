@@ -1,0 +1,332 @@
+"""From the settings to token rows: which sources there are, tokenised once, split, mixed and packed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from launcher.config import DataConfig, RunConfig, did_you_mean, expand_files
+from launcher.data.cache import FORMAT_VERSION, TokenStore, build_store, open_store
+from launcher.data.file_hashes import FileHashes, default_cache_dir
+from launcher.data.formats import Formatter
+from launcher.data.rows import TokenRows, pack, row_lengths
+from launcher.data.sources import FileSource, GeneratorSource, HubSource, Source
+from launcher.data.tokenizer import tokenizer_key
+from launcher.errors import ConfigError, DataError, LauncherError
+
+_SOURCE_KEYS = ("train_files", "dataset_name", "dataset_config", "train_split", "generator", "weight")
+_SPLIT_STREAM, _MIX_STREAM = 1, 2  # which draws a seed is used for
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is measured by."""
+
+    train: TokenRows
+    eval: TokenRows | None
+    eval_rows: Sequence[dict[str, Any]]  # as they were read, for evaluations by generation; same order as `eval`
+    notices: list[str]  # what was cut, left out or repeated
+    fingerprint: str  # of the training samples: their tokens, masks and order
+
+
+@dataclass(frozen=True)
+class _Plan:
+    train: list[Source]
+    weights: list[float] | None  # shares of the samples; None: every row once
+    eval: Source | None
+    eval_fraction: float | None
+
+
+def build_data(config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Callable[[], None]) -> Data:
+    """Tokenises what is not in the cache yet, then maps it.
+
+    Collective: every process calls it. One process per host builds (`is_builder`); every process calls `wait`, a
+    barrier, exactly once, also where building fails, so that all of them end with an error and none hangs.
+
+    Args:
+        config: uses `data`, `model.attn_implementation` and `seed` (for the split and the mixture).
+        tokenizer: from `build_tokenizer`.
+        is_builder: whether this is the local main process.
+        wait: returns once every process has called it.
+
+    Raises:
+        DataError: rows or files cannot be used; every bad row is named with file and line.
+        ConfigError: settings contradict each other or the data.
+    """
+    if not is_builder:
+        wait()  # afterwards the hashes of large files are known, too
+    try:
+        plan = _plan(config.data)
+        cache_dir = Path(config.data.cache_dir or default_cache_dir()).expanduser()
+        formatter = Formatter(tokenizer, config.data.max_length, config.data.completion_only_loss)
+        sources = [*plan.train, *([plan.eval] if plan.eval else [])]
+        folders = _folders(config.data, sources, tokenizer, cache_dir)
+        if is_builder:
+            _build_all(folders, sources, formatter, config.data.on_bad_row)
+    except LauncherError:
+        if is_builder:
+            wait()
+        raise
+    if is_builder:
+        wait()
+    stores = [_open(folder, source) for folder, source in zip(folders, sources, strict=True)]
+    return _assemble(config, plan, stores)
+
+
+def _build_all(folders: list[Path], sources: list[Source], formatter: Formatter, on_bad_row: str) -> None:
+    """Builds every store, so that the bad rows of all sources are reported together."""
+    problems = []
+    for folder, source in zip(folders, sources, strict=True):
+        try:
+            build_store(folder, source, formatter, on_bad_row=on_bad_row)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _open(folder: Path, source: Source) -> TokenStore:
+    store = open_store(folder)
+    if store is None:
+        raise DataError(f"{source.name} was not tokenised: the main process of this host says why")
+    return store
+
+
+def _folders(data: DataConfig, sources: list[Source], tokenizer: Any, cache_dir: Path) -> list[Path]:
+    """Where each source's tokens lie: a hash of its content and of every setting that changes them."""
+    hashes = FileHashes(cache_dir)
+    common = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer_key(tokenizer),
+        "max_length": data.max_length,
+        "completion_only_loss": data.completion_only_loss,
+        "on_bad_row": data.on_bad_row,
+    }
+    return [cache_dir / "tokens" / _hash({**common, "content": source.content_key(hashes)})[:32] for source in sources]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------- which sources there are
+
+
+def _plan(data: DataConfig) -> _Plan:
+    problems: list[str] = []
+    weights: list[float] | None = None
+    if data.sources:
+        train = [_source(entry, f"data.sources[{i}]", problems) for i, entry in enumerate(data.sources)]
+        weights = _weights(data.sources, problems)
+    else:
+        own = {f.name: getattr(data, f.name) for f in fields(data) if f.name in _SOURCE_KEYS}
+        train = [_source({key: value for key, value in own.items() if value}, "data", problems)]
+    eval_source, eval_fraction = _evaluation(data, problems)
+    if problems:
+        raise ConfigError(problems)
+    return _Plan([source for source in train if source], weights, eval_source, eval_fraction)
+
+
+def _source(entry: dict[str, Any], key: str, problems: list[str]) -> Source | None:
+    for name in entry:
+        if name not in _SOURCE_KEYS:
+            hint = did_you_mean(name, _SOURCE_KEYS) or f" Valid: {', '.join(_SOURCE_KEYS)}."
+            problems.append(f"{key}.{name} is not a setting.{hint}")
+    given = [name for name in ("train_files", "dataset_name", "generator") if entry.get(name)]
+    if len(given) != 1:
+        problems.append(f"{key} needs exactly one of train_files, dataset_name and generator (got {given or 'none'})")
+        return None
+    if given == ["generator"]:
+        return GeneratorSource(entry["generator"], "train")
+    if given == ["dataset_name"]:
+        return HubSource(entry["dataset_name"], entry.get("dataset_config"), entry.get("train_split") or "train")
+    return _file_source(entry["train_files"], f"{key}.train_files", problems)
+
+
+def _file_source(names: Any, key: str, problems: list[str]) -> FileSource:
+    names = [names] if isinstance(names, str) else list(names)
+    missing = [name for name in names if not expand_files([name])]
+    problems += [f"{key}: {name} does not exist (looked in {Path.cwd()})" for name in missing]
+    return FileSource(tuple(expand_files(names)))
+
+
+def _weights(entries: list[dict[str, Any]], problems: list[str]) -> list[float] | None:
+    given = [entry.get("weight") for entry in entries]
+    if all(weight is None for weight in given):
+        return None
+    for i, weight in enumerate(given):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+            problems.append(
+                f"data.sources[{i}].weight must be a number above 0 (got {weight!r}). "
+                "Give every source its share of the samples, or none of them"
+            )
+    return None if problems else [float(weight) for weight in given if weight is not None]
+
+
+def _evaluation(data: DataConfig, problems: list[str]) -> tuple[Source | None, float | None]:
+    split = data.eval_split
+    if data.eval_files:
+        if split is not None:
+            problems.append("data.eval_files and data.eval_split are both set. Set data.eval_split=null")
+        return _file_source(data.eval_files, "data.eval_files", problems), None
+    if isinstance(split, float):
+        return None, split
+    if isinstance(split, str):
+        if not data.dataset_name:
+            problems.append(
+                f"data.eval_split={split} names a split, which needs data.dataset_name. "
+                "Set a fraction (data.eval_split=0.01) or data.eval_files=[FILE]"
+            )
+            return None, None
+        return HubSource(data.dataset_name, data.dataset_config, split), None
+    return (GeneratorSource(data.generator, "eval") if data.generator else None), None
+
+
+# ---------------------------------------------------------------------- split, mix, pack
+
+
+def _assemble(config: RunConfig, plan: _Plan, stores: list[TokenStore]) -> Data:
+    notices = [
+        notice
+        for source, store in zip([*plan.train, *([plan.eval] if plan.eval else [])], stores, strict=True)
+        for notice in _store_notices(source, store, config.data.max_length)
+    ]
+    train_stores = stores[: len(plan.train)]
+    chosen, held_out = _split(train_stores, plan.eval_fraction, config.seed)
+    if plan.weights is not None:
+        chosen = _mix(chosen, plan.weights, config.seed)
+        notices += [
+            f"{source.name}: {len(ids)} samples in every epoch, from {len(np.unique(ids))} rows"
+            for source, ids in zip(plan.train, chosen, strict=True)
+        ]
+    order, bounds = _join(train_stores, chosen), None
+    if config.data.packing:
+        num_rows = len(order)
+        lengths = row_lengths(train_stores)[order]
+        packed, bounds = pack(lengths, config.data.max_length)
+        order = order[packed]
+        fill = lengths.sum() / ((len(bounds) - 1) * config.data.max_length)
+        notices.append(f"packing: {num_rows} rows in {len(bounds) - 1} samples, {fill:.1%} full")
+    is_flat = bounds is not None and "flash" in config.model.attn_implementation
+    train = TokenRows(train_stores, order, pack_bounds=bounds, is_flat=is_flat)
+    if plan.eval is not None:
+        store = stores[-1]
+        evaluation: TokenRows | None = TokenRows([store], np.arange(len(store)))
+        raw = _RawRows([(plan.eval, store.numbers)])
+    elif plan.eval_fraction is not None:
+        evaluation = TokenRows(train_stores, _join(train_stores, held_out))
+        pieces = zip(plan.train, train_stores, held_out, strict=True)
+        raw = _RawRows([(source, store.numbers[ids]) for source, store, ids in pieces])
+    else:
+        evaluation, raw = None, _RawRows([])
+    return Data(train, evaluation, raw, notices, _fingerprint(train_stores, order, bounds))
+
+
+def _fingerprint(stores: list[TokenStore], order: np.ndarray, bounds: np.ndarray | None) -> str:
+    digest = hashlib.sha256("".join(store.content for store in stores).encode())
+    for array in (order, bounds):
+        digest.update(b"none" if array is None else np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _split(stores: list[TokenStore], fraction: float | None, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(training rows, held-out rows) of each store, both in their own order; before mixing, so that none is in both."""
+    chosen, held_out = [], []
+    for i, store in enumerate(stores):
+        num_held_out = 0 if fraction is None else max(1, round(fraction * len(store)))
+        if num_held_out >= len(store):
+            raise DataError(
+                f"data.eval_split={fraction} leaves nothing to train on: a source has {len(store)} usable rows"
+            )
+        permutation = _permutation(len(store), seed, _SPLIT_STREAM, i)
+        held_out.append(np.sort(permutation[:num_held_out]))
+        chosen.append(np.sort(permutation[num_held_out:]))
+    return chosen, held_out
+
+
+def _mix(chosen: list[np.ndarray], weights: list[float], seed: int) -> list[np.ndarray]:
+    """As many samples as there are rows, shared out by weight: rows of a source are repeated or left out, seeded."""
+    total = sum(len(ids) for ids in chosen)
+    shares = [Fraction(weight) / sum(map(Fraction, weights)) * total for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    mixed = []
+    for i, (ids, count) in enumerate(zip(chosen, counts, strict=True)):
+        repeats, rest = divmod(count, len(ids))
+        extra = ids[_permutation(len(ids), seed, _MIX_STREAM, i)[:rest]]
+        mixed.append(np.sort(np.concatenate([np.tile(ids, repeats), extra])))
+    return mixed
+
+
+def _permutation(num: int, *seeds: int) -> np.ndarray:
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(num), kind="stable")
+
+
+def _join(stores: list[TokenStore], ids: list[np.ndarray]) -> np.ndarray:
+    starts = np.cumsum([0, *(len(store) for store in stores)])
+    return np.concatenate([own + start for own, start in zip(ids, starts[:-1], strict=True)])
+
+
+def _store_notices(source: Source, store: TokenStore, max_length: int) -> Iterator[str]:
+    report = store.report
+    if report.num_truncated:
+        yield (
+            f"{source.name}: {report.num_truncated} of {report.num_read} rows were cut to "
+            f"data.max_length={max_length} tokens"
+        )
+    if report.num_unlabelled:
+        yield (
+            f"{source.name}: {report.num_unlabelled} of {report.num_read} rows have no token to learn from within "
+            f"data.max_length={max_length} and were left out"
+        )
+    if report.num_bad:
+        yield (
+            f"{source.name}: {report.num_bad} of {report.num_read} rows cannot be used and were skipped, "
+            f"the first: {report.problems[0]}"
+        )
+    if report.num_rewritten:
+        yield (
+            f"{source.name}: the chat template changed the assistant's words in {report.num_rewritten} of "
+            f"{report.num_read} rows (reasoning models' templates drop <think> parts); data.chat_template sets another"
+        )
+
+
+class _RawRows(Sequence[dict[str, Any]]):
+    """Rows as they were read, by their number in a source; read again at first use, then kept."""
+
+    def __init__(self, pieces: list[tuple[Source, np.ndarray]]) -> None:
+        self._pieces = pieces
+        self._rows: list[dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return sum(len(numbers) for _, numbers in self._pieces)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if self._rows is None:
+            self._rows = [row for source, numbers in self._pieces for row in _read(source, numbers)]
+        return self._rows[index]
+
+
+def _read(source: Source, numbers: np.ndarray) -> Iterator[dict[str, Any]]:
+    wanted = iter(numbers.tolist())
+    following = next(wanted, None)
+    for number, row in enumerate(source.rows()):
+        if following is None:
+            return
+        if number == following:
+            assert row.value is not None  # it was usable when it was tokenised
+            yield row.value
+            following = next(wanted, None)

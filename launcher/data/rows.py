@@ -1,0 +1,135 @@
+"""Token rows as samples: one row each, or several packed into one, and their batches as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from launcher.data.cache import TokenStore
+
+if TYPE_CHECKING:
+    import torch
+
+NO_LOSS = -100
+_EMPTY_LENGTH = 2  # tokens in a zero-weight slot: a query of one token would look like a decoding step
+
+
+class TokenRows:
+    """Samples over the rows of several stores.
+
+    Args:
+        stores: their rows are numbered through, store after store.
+        order: those numbers, in sample order; repeats are allowed.
+        pack_bounds: sample i holds order[pack_bounds[i]:pack_bounds[i+1]]; None: a sample is one row.
+        is_flat: batches are one long sequence without padding, for attention kernels that take packed input only so.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        order: np.ndarray,
+        *,
+        pack_bounds: np.ndarray | None = None,
+        is_flat: bool = False,
+    ) -> None:
+        self._stores = list(stores)
+        self._starts = np.cumsum([0, *(len(store) for store in stores)])
+        self._order = order
+        self._pack_bounds = pack_bounds
+        self.is_flat = is_flat
+        self._labelled = np.concatenate([store.labelled for store in stores])[order]
+        if pack_bounds is not None:
+            self._labelled = np.add.reduceat(self._labelled, pack_bounds[:-1])
+
+    @property
+    def is_packed(self) -> bool:
+        return self._pack_bounds is not None
+
+    def __len__(self) -> int:
+        return len(self._labelled)
+
+    def num_labelled_tokens(self, ids: np.ndarray) -> int:
+        """Tokens of these samples that bear loss."""
+        return int(self._labelled[ids].sum())
+
+    def segments(self, sample: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, mask) of every row in a sample."""
+        bounds = self._pack_bounds
+        own = slice(sample, sample + 1) if bounds is None else slice(bounds[sample], bounds[sample + 1])
+        return [self._row(int(number)) for number in self._order[own]]
+
+    def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        store, i = self._stores[part], number - int(self._starts[part])
+        span = slice(store.offsets[i], store.offsets[i + 1])
+        return store.tokens[span], store.mask[span]
+
+
+def row_lengths(stores: Sequence[TokenStore]) -> np.ndarray:
+    """Tokens of every row, store after store."""
+    return np.concatenate([np.diff(store.offsets) for store in stores])
+
+
+def pack(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing: whole rows into as few sequences of max_length tokens as this rule finds.
+
+    Returns:
+        (order, bounds): pack i holds rows order[bounds[i]:bounds[i+1]].
+    """
+    packs: list[list[int]] = []
+    with_space: list[list[int]] = [[] for _ in range(max_length + 1)]  # packs by free tokens
+    available = 0  # bit s: some pack has exactly s tokens free
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        fitting = available >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            chosen = with_space[space].pop()
+            if not with_space[space]:
+                available &= ~(1 << space)
+        else:
+            space, chosen = max_length, len(packs)
+            packs.append([])
+        packs[chosen].append(row)
+        left = space - length
+        if left:
+            with_space[left].append(chosen)
+            available |= 1 << left
+    order = np.fromiter((row for rows in packs for row in rows), dtype=np.int64)
+    return order, np.cumsum([0, *(len(rows) for rows in packs)])
+
+
+def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A micro-batch, padded on the right: input_ids_BT, labels_BT and
+
+    - attention_mask_BT, where a sample is one row;
+    - position_ids_BT restarting at 0 with every row, where rows are packed. There is no attention mask then: only
+      without one does transformers read the borders from position_ids (masking_utils.find_packed_sequence_indices).
+
+    Labels are not shifted; the first token of a row never has one. No ids give a row that bears no loss.
+    """
+    import torch
+
+    samples = [rows.segments(int(i)) for i in ids]
+    if rows.is_flat and samples:
+        samples = [[segment for sample in samples for segment in sample]]
+    length = max((sum(len(tokens) for tokens, _ in sample) for sample in samples), default=_EMPTY_LENGTH)
+    shape = (max(1, len(samples)), length)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, NO_LOSS, dtype=np.int64)
+    positions = np.tile(np.arange(length), (shape[0], 1))
+    attention_mask = np.zeros(shape, dtype=np.int64) if samples else np.ones(shape, dtype=np.int64)
+    for i, sample in enumerate(samples):
+        end = 0
+        for tokens, mask in sample:
+            start, end = end, end + len(tokens)
+            input_ids[i, start:end] = tokens
+            labels[i, start:end] = np.where(mask, tokens, NO_LOSS)
+            positions[i, start:end] = np.arange(end - start)
+        positions[i, end:] = np.arange(length - end)  # padding is a row of its own
+        attention_mask[i, :end] = 1
+    batch = {"input_ids": input_ids, "labels": labels}
+    batch |= {"position_ids": positions} if rows.is_packed else {"attention_mask": attention_mask}
+    return {name: torch.from_numpy(value) for name, value in batch.items()}

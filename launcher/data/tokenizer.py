@@ -1,0 +1,129 @@
+"""The tokenizer of a run: the model's own, or the built-in byte tokenizer for a model trained from scratch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher.config import RunConfig
+from launcher.errors import ConfigError
+
+PAD, END = "<|pad|>", "<|end|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+THINK = ("<think>", "</think>")
+NUM_BYTES = 256
+MAX_TOKENS = 1 << 20  # only a warning threshold of transformers: bytes have no limit of their own
+
+BYTE_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|' + message.role + '|>' -}}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}
+{%- if message.reasoning_content -%}{{- '<think>' + message.reasoning_content + '</think>' -}}{%- endif -%}
+{{- (message.content or '') + '<|end|>' -}}
+{%- endgeneration -%}
+{%- else -%}
+{{- (message.content or '') + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+def build_tokenizer(config: RunConfig) -> Any:
+    """A PreTrainedTokenizerBase with a pad token and, where `data.chat_template` is set, that template.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded, or the template file does not exist.
+    """
+    name = config.model.tokenizer_name_or_path or config.model.model_name_or_path
+    tokenizer = _load(config, name) if name else byte_tokenizer()
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = _read_template(config.data.chat_template)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                [f"the tokenizer {name} has neither a pad nor an eos token. Set model.tokenizer_name_or_path"]
+            )
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: what bears loss is decided by masks, not by token ids
+    return tokenizer
+
+
+def byte_tokenizer() -> Any:
+    """A PreTrainedTokenizerFast of 256 bytes and 8 special tokens, the same on every machine; needs no file.
+
+    Ids 0-255 are the bytes themselves. `<think>` and `</think>` are one token each but ordinary text when decoded.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, END, *ROLES)])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK])
+    make: Any = PreTrainedTokenizerFast  # has no annotations
+    return make(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=END,
+        chat_template=BYTE_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_TOKENS,
+    )
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable stand-in for each byte (GPT-2's bytes_to_unicode), in byte order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(NUM_BYTES)]
+
+
+def _load(config: RunConfig, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    model = config.model
+    revision = model.revision if name == model.model_name_or_path else None
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        key = "tokenizer_name_or_path" if model.tokenizer_name_or_path else "model_name_or_path"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            [
+                f"model.{key}={name}: no tokenizer can be loaded ({reason}). It must be a folder with tokenizer files "
+                "or a Hub id; set model.tokenizer_name_or_path=FOLDER_OR_HUB_ID where the model has none"
+            ]
+        ) from error
+
+
+def _read_template(text: str) -> str:
+    path = Path(text).expanduser() if "\n" not in text and len(text) < 1024 else None
+    if path is not None and path.is_file():
+        return path.read_text(encoding="utf-8")
+    if "{" in text:
+        return text
+    raise ConfigError([f"data.chat_template={text} is neither a file nor a Jinja template (looked in {Path.cwd()})"])
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """A hash of everything that decides how this tokenizer turns rows into tokens."""
+    import tokenizers
+    import transformers
+
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
+    else:
+        backend = {"class": type(tokenizer).__qualname__, "vocab": tokenizer.get_vocab()}
+    parts = {
+        "backend": backend,
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+        "versions": [tokenizers.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
