@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from launcher.config import DataConfig, RunConfig, did_you_mean, expand_files
+from launcher.config import DataConfig, RunConfig, expand_files
 from launcher.data.cache import FORMAT_VERSION, TokenStore, build_store, open_store
 from launcher.data.file_hashes import FileHashes, default_cache_dir
 from launcher.data.formats import Formatter
@@ -20,6 +20,7 @@ from launcher.data.rows import TokenRows, pack, row_lengths
 from launcher.data.sources import FileSource, GeneratorSource, HubSource, Source
 from launcher.data.tokenizer import tokenizer_key
 from launcher.errors import ConfigError, DataError, LauncherError
+from launcher.schema import did_you_mean
 
 _SOURCE_KEYS = ("train_files", "dataset_name", "dataset_config", "train_split", "generator", "weight")
 _SPLIT_STREAM, _MIX_STREAM = 1, 2  # which draws a seed is used for
@@ -124,7 +125,7 @@ def _plan(data: DataConfig) -> _Plan:
     weights: list[float] | None = None
     if data.sources:
         train = [_source(entry, f"data.sources[{i}]", problems) for i, entry in enumerate(data.sources)]
-        weights = _weights(data.sources, problems)
+        weights = _weights(data.sources)
     else:
         own = {f.name: getattr(data, f.name) for f in fields(data) if f.name in _SOURCE_KEYS}
         train = [_source({key: value for key, value in own.items() if value}, "data", problems)]
@@ -157,17 +158,11 @@ def _file_source(names: Any, key: str, problems: list[str]) -> FileSource:
     return FileSource(tuple(expand_files(names)))
 
 
-def _weights(entries: list[dict[str, Any]], problems: list[str]) -> list[float] | None:
-    given = [entry.get("weight") for entry in entries]
-    if all(weight is None for weight in given):
+def _weights(entries: list[dict[str, Any]]) -> list[float] | None:
+    """Each source's share of the samples, 1 where only others have one; None where none has."""
+    if all(entry.get("weight") is None for entry in entries):
         return None
-    for i, weight in enumerate(given):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
-            problems.append(
-                f"data.sources[{i}].weight must be a number above 0 (got {weight!r}). "
-                "Give every source its share of the samples, or none of them"
-            )
-    return None if problems else [float(weight) for weight in given if weight is not None]
+    return [float(entry.get("weight") or 1.0) for entry in entries]
 
 
 def _evaluation(data: DataConfig, problems: list[str]) -> tuple[Source | None, float | None]:

@@ -126,7 +126,7 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, to
         for tokens, mask in sample:
             start, end = end, end + len(tokens)
             input_ids[i, start:end] = tokens
-            labels[i, start:end] = np.where(mask, tokens, NO_LOSS)
+            labels[i, start:end][mask] = tokens[mask]
             positions[i, start:end] = np.arange(end - start)
         positions[i, end:] = np.arange(length - end)  # padding is a row of its own
         attention_mask[i, :end] = 1
