@@ -48,7 +48,7 @@ def measure(run: Run, metric: Any) -> dict[str, float]:
     context = EvalContext(
         model=run.accelerator.unwrap_model(run.model), tokenizer=run.tokenizer, rows=run.data.eval_rows,
         rank=run.processes.rank, world_size=run.processes.world_size, device=run.accelerator.device,
-        sum_over_processes=run.processes.sum,
+        sum_over_processes=run.processes.sum, batch_size=run.config.eval.per_device_eval_batch_size,
     )  # fmt: skip
     result: dict[str, float] = metric(context)
     return result

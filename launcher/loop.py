@@ -131,7 +131,7 @@ def train_step(run: Run) -> Agreement:
     num_tokens = 0
     for i, ids in enumerate(micro_batches):
         batch = collate(run.data.train, ids, run.tokenizer.pad_token_id)
-        num_tokens += run.data.train.num_tokens(ids)
+        num_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
         batch = {k: v.to(run.accelerator.device, non_blocking=True) for k, v in batch.items()}
         is_last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if is_last else no_sync(run):

@@ -54,6 +54,7 @@ def build_model(config: RunConfig, tokenizer: Any, *, is_resume: bool) -> nn.Mod
         else:
             with _no_init() if is_resume and not settings.peft else contextlib.nullcontext():
                 model = AutoModelForCausalLM.from_config(model_config, **arguments)
+            model.tie_weights()  # left out where initialisation is
     except (OSError, ValueError, ImportError, KeyError) as error:
         name = settings.model_name_or_path or "model.config"
         raise UserError(f"the model {name} cannot be built: {error}") from error
