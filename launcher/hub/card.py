@@ -110,7 +110,7 @@ def build_card(
     """The README to commit together with `items`.
 
     Args:
-        steps: of the checkpoint folders that the repository will hold.
+        steps: of the checkpoints that the repository will hold.
         existing: the README that is there now.
         level: 1 leaves out every header entry that the Hub could refuse.
     """
@@ -233,7 +233,7 @@ def _section(
         parts += [f"### Evaluation\n\nMeasured at step {step}.\n\n| metric | value |\n|---|---|\n{rows}"]
     if facts.train_points or facts.evals:
         parts += [f"![Loss by step]({CURVE})"]
-    parts += _checkpoints(settings, facts, items, steps)
+    parts += _checkpoints(settings, facts, repo_id, items, steps)
     rows = "\n".join(f"| `{key}` | {value} |" for key in _SETTINGS if (value := facts.get(key)) is not None)
     if rows:
         parts += [f"### Settings\n\n| key | value |\n|---|---|\n{rows}"]
@@ -277,14 +277,15 @@ def _has_chat_template(items: Sequence[Item]) -> bool:
     return False
 
 
-def _checkpoints(settings: UploadSettings, facts: RunFacts, items: Sequence[Item], steps: list[int]) -> list[str]:
+def _checkpoints(
+    settings: UploadSettings, facts: RunFacts, repo_id: str, items: Sequence[Item], steps: list[int]
+) -> list[str]:
     """The table that says which step is what."""
-    rows, best = [], best_step(items)
+    rows, best = [], best_step(items) or _best_by_metric(facts)
     if settings.strategy == "all_checkpoints":
         rows = [(s, f"`checkpoint-{s}/`, tag `step-{s}`") for s in steps]
-    newest = max((i.step for i in items if i.step is not None), default=None)
-    if settings.strategy == "checkpoint" and newest is not None:
-        rows = [(newest, "`last-checkpoint/`")]
+    if settings.strategy == "checkpoint":
+        rows = [(s, "`last-checkpoint/`") for s in steps]
     if not rows:
         return []
     lines = ["### Checkpoints", "", "| step | epoch | eval_loss | where | |", "|---|---|---|---|---|"]
@@ -292,8 +293,7 @@ def _checkpoints(settings: UploadSettings, facts: RunFacts, items: Sequence[Item
         values = facts.evals.get(step, {})
         epoch, loss = (f"{v:.4g}" if _is_finite(v := values.get(k)) else "" for k in ("epoch", "eval_loss"))
         lines.append(f"| {step} | {epoch} | {loss} | {where} | {'best' if step == best else ''} |")
-    lines += ["", "To continue the training from the newest: "]
-    lines[-1] += f"`checkpoint.resume_from_checkpoint=hf://{settings.repo_id or settings.run_name}`"
+    lines += ["", f"To continue the training: `checkpoint.resume_from_checkpoint=hf://{repo_id}`"]
     return ["\n".join(lines)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,17 +161,11 @@ class RepoTarget:
         outdated: list[str],
     ) -> tuple[str, str | None]:
         """One commit on top of `head`, refused by the server where the head has moved since."""
-        # A file whose upload is finished is not sent again after a kill; one call for all would start over.
-        for operation in operations:
-            if isinstance(operation, CommitOperationAdd) and operation.upload_info.size >= SINGLE_UPLOAD_BYTES:
-                self._api.preupload_lfs_files(
-                    self.name,
-                    [operation],
-                    revision=self._branch,
-                    create_pr=self._settings.create_pr,
-                    free_memory=False,
-                )
-                reached("uploaded")
+        for group in upload_groups([op for op in operations if isinstance(op, CommitOperationAdd)]):
+            self._api.preupload_lfs_files(
+                self.name, group, revision=self._branch, create_pr=self._settings.create_pr, free_memory=False
+            )
+            reached("uploaded")
         if not any(op.path_in_repo == "README.md" for op in operations):
             operations = [*operations, *self._card_operations(items, wanted, remote, head, outdated)]
         reached("committing")
@@ -196,13 +190,7 @@ class RepoTarget:
     ) -> list[CommitOperationAdd]:
         if self.card_level >= 2:
             return []
-        steps = sorted(
-            {
-                int(match[1])
-                for path in [*remote, *wanted]
-                if (match := re.match(r"checkpoint-(\d+)/", path)) and path.split("/")[0] not in outdated
-            }
-        )
+        steps = self._steps_there(items, [*remote, *wanted], outdated)
         existing = self._readme(remote, head)
         made = card.build_card(
             self._settings, self.name, items, steps, existing, self._journal["card"], self.card_level
@@ -214,6 +202,14 @@ class RepoTarget:
             for path, data in additions.items()
             if path not in remote or remote[path].blob_id != git_blob_id(data)
         ]
+
+    def _steps_there(self, items: Sequence[Item], paths: Sequence[str], outdated: list[str]) -> list[int]:
+        """The steps of the checkpoints that the repository will hold, for the card's table."""
+        if self._settings.strategy == "checkpoint":
+            pushed = [entry["step"] for entry in self._journal["pushed"].values()]
+            return sorted(s for s in [*pushed, *(i.step for i in items)] if s is not None)[-1:]
+        matches = (re.match(r"checkpoint-(\d+)/", path) for path in paths if path.split("/")[0] not in outdated)
+        return sorted({int(match[1]) for match in matches if match})
 
     def _readme(self, remote: dict[str, RemoteFile], head: str) -> str | None:
         """The README on the Hub; it is downloaded only if it is not what we sent last."""
@@ -284,3 +280,22 @@ class RepoTarget:
         self._journal["commits_since_squash"] = 0
         self._journal["commit_times"].append(now)
         return True
+
+
+def upload_groups(additions: Sequence[CommitOperationAdd]) -> Iterator[list[CommitOperationAdd]]:
+    """What to upload ahead of the commit, and in which calls.
+
+    Each large file in a call of its own: what is finished is not sent again after a kill. Of small files with equal
+    content the first one: the commit finds the bytes there and sends them once.
+    """
+    seen: set[bytes] = set()
+    repeated: set[bytes] = set()
+    for operation in additions:
+        info = operation.upload_info
+        if info.size >= SINGLE_UPLOAD_BYTES:
+            yield [operation]
+        elif info.is_hashed:
+            (repeated if info.sha256 in seen else seen).add(info.sha256)
+    firsts = {op.upload_info.sha256: op for op in reversed(additions) if op.upload_info.is_hashed}
+    if repeated:
+        yield [firsts[sha256] for sha256 in sorted(repeated)]
