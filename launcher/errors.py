@@ -73,5 +73,9 @@ class HubError(LauncherError):
     """The Hub refused for good (token, quota, name); says the cure."""
 
 
-class SlurmError(LauncherError):
-    """Slurm refused a job; shows Slurm's own answer."""
+class SlurmError(UserError):
+    """Slurm refused a job as it was asked for; shows Slurm's own answer."""
+
+
+class SlurmUnavailableError(LauncherError):
+    """Slurm is not installed here or does not answer; shows its own words."""

@@ -1,0 +1,98 @@
+"""How one start of the ranks ended: the batch script asks, acts on the answer, and run.json is completed. No torch.
+
+`python -m launcher.slurm.outcome RUN_DIR --attempt ID --began SECONDS --code N` prints one of
+`finished`, `pruned`, `interrupted REASON`, `failed CODE` (an error of the user's input or one that a restart does not
+cure), `crashed`; why, on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher import files
+from launcher.errors import EXIT_FAILED, EXIT_STOPPED
+from launcher.paths import RunPaths
+from launcher.preemption import REASONS
+from launcher.process import host
+from launcher.rank_setup import earliest_error
+
+
+def judge(paths: RunPaths, *, attempt: str, began: float, code: int, error_dir: Path) -> tuple[str, str]:
+    """The verdict and its explanation. run.json is the authority where this attempt has ended it.
+
+    Where it has not, the ranks were killed or failed: run.json is completed here. A start that had been asked to stop
+    counts as interrupted: what killed it is what asked for the stop.
+
+    Args:
+        attempt: LAUNCHER_ATTEMPT of this start.
+        began: seconds since the epoch.
+        code: what srun ended with; only for the explanation.
+        error_dir: the ranks' reports.
+    """
+    run = files.read_json_or(paths.run_state, {})
+    if run.get("attempt") == attempt and run["state"] in ("finished", "pruned", "interrupted"):
+        return " ".join(filter(None, (run["state"], run.get("reason")))), ""
+    error = earliest_error(error_dir)
+    if code == 0 and error is None and run.get("state") == "finished":
+        return "finished", ""  # before this start; the ranks found nothing to do
+    if (asked := _asked(paths)) is not None:
+        _complete(paths, run, state="pruned" if asked == "pruned" else "interrupted", exit_code=EXIT_STOPPED,
+                  reason=None if asked == "pruned" else asked)  # fmt: skip
+        return ("pruned" if asked == "pruned" else f"interrupted {asked}"), "ended before the ranks could save"
+    if error is not None and error.report["is_ours"]:
+        _complete(paths, run, state="failed", reason=None, exit_code=error.exit_code, error=str(error))
+        return f"failed {error.exit_code}", str(error)
+    if _has_hung(paths, began):
+        reason = "hang"
+        text = f"no step for launch.hang_timeout_s; where each process stood is in {paths.logs_dir}/stacks-rank-*.txt"
+    else:
+        reason = "crash"
+        text = str(error or f"a process was killed from outside (out of memory?); srun ended with {code}")
+    _complete(paths, run, state="failed", reason=reason, exit_code=EXIT_FAILED, error=text)
+    return "crashed", text
+
+
+def _asked(paths: RunPaths) -> str | None:
+    """The reason in the STOP file, which is removed: the ranks did not live to obey it."""
+    try:
+        text = paths.stop_file.read_text(encoding="utf-8").strip()
+        paths.stop_file.unlink()
+    except OSError:
+        return None
+    return text if text in REASONS else "stop_file"
+
+
+def _has_hung(paths: RunPaths, began: float) -> bool:
+    stacks = [p.stat() for p in paths.logs_dir.glob("stacks-rank-*.txt")]
+    return any(stat.st_size and stat.st_mtime >= began for stat in stacks)
+
+
+def _complete(paths: RunPaths, run: dict[str, Any], **fields: Any) -> None:
+    known = {"host": host(), "job_id": os.environ.get("SLURM_JOB_ID"), "step": 0, "updated_at": time.time()}
+    files.write_json(paths.run_state, {**known, **run, **fields})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.slurm.outcome")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--attempt", required=True)
+    parser.add_argument("--began", type=float, required=True)
+    parser.add_argument("--code", type=int, required=True)
+    given = parser.parse_args()
+    verdict, why = judge(
+        RunPaths(given.run_dir), attempt=given.attempt, began=given.began, code=given.code,
+        error_dir=Path(os.environ["LAUNCHER_ERROR_DIR"]),
+    )  # fmt: skip
+    if why:
+        print(f"launcher: {why}", file=sys.stderr)
+    print(verdict)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""From a config to the text of a batch script. Nothing here writes, and nothing asks Slurm.
+
+jinja2 rather than string.Template: bash is full of `$`, which string.Template would want doubled everywhere, and the
+three templates share one body by `{% include %}`. A name that a template needs and nobody gives is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.agent import accelerate_command
+from launcher.config import RunConfig
+from launcher.errors import ConfigError
+from launcher.paths import slurm_templates_dir
+
+_BACKSTOP_S = 60
+"""Before the time limit the batch shell gets SIGUSR1, up to 60 s early. The ranks stop by themselves before that."""
+_OURS = {
+    "nodes": "launch.num_machines",
+    "ntasks": "launch.num_machines (one task on each node starts the processes)",
+    "ntasks_per_node": "launch.num_processes (one task on each node starts them)",
+    "array": "hydra/launcher=slurm and sweep.num_slots",
+    "chdir": "the folder in which you call launcher submit",
+    "gpus_per_node": "launch.gpus_per_node",
+}
+_SECRET_WORDS = ("token", "secret", "password", "api_key", "apikey", "credential")
+
+
+def with_slurm_defaults(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The config that the ranks get: output_dir absolute, and the number of processes that the GPUs of the nodes give.
+
+    Raises:
+        ConfigError: settings of launch that contradict each other, all of them.
+    """
+    launch = config.launch
+    problems = [*_sbatch_problems(launch.sbatch), *_env_problems(launch.env), *_text_problems(config)]
+    total, per_node = launch.num_processes, launch.gpus_per_node
+    if total is None:
+        total = 1 if config.strategy.name == "single" else launch.num_machines * (per_node or 1)
+    elif per_node and total > per_node * launch.num_machines:
+        problems.append(
+            f"launch.num_processes={total} is more than launch.num_machines={launch.num_machines} nodes have with "
+            f"launch.gpus_per_node={per_node}. Set launch.gpus_per_node={-(-total // launch.num_machines)}, "
+            f"or leave launch.num_processes=null"
+        )
+    if total % launch.num_machines:
+        problems.append(
+            f"launch.num_machines={launch.num_machines} nodes but {total} processes in all (strategy={config.strategy.name}). "
+            "Set launch.num_processes to a multiple of launch.num_machines, or launch.num_machines=1"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(
+        config, output_dir=str(run_dir), launch=dataclasses.replace(launch, name="slurm", num_processes=total)
+    )
+
+
+def _sbatch_problems(sbatch: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for key, value in sbatch.items():
+        if owner := _OURS.get(key.replace("-", "_")):
+            problems.append(f"launch.sbatch.{key}={value} is set by {owner}. Leave launch.sbatch.{key} out")
+        if "\n" in f"{key}{value}":
+            problems.append(f"launch.sbatch.{key} must be one line (got {value!r})")
+    return problems
+
+
+def _env_problems(env: Mapping[str, str]) -> list[str]:
+    problems = []
+    for name in env:
+        if not name.isidentifier():
+            problems.append(f"launch.env.{name} is no name of an environment variable")
+        if any(word in name.lower() for word in _SECRET_WORDS):
+            problems.append(
+                f"launch.env.{name} looks like a secret, and the script is a file. Export {name} in your shell instead: "
+                "Slurm passes the environment of the submission on"
+            )
+    return problems
+
+
+def _text_problems(config: RunConfig) -> list[str]:
+    """Values that the script could not hold on one line."""
+    texts = {"output_dir": config.output_dir, "run_name": config.run_name, "launch.container": config.launch.container}
+    return [f"{key} must be one line (got {text!r})" for key, text in texts.items() if text and "\n" in text]
+
+
+def sbatch_lines(config: RunConfig, log: str, array: str | None = None) -> list[str]:
+    """The `#SBATCH` options: ours first, then the user's, which win over ours of the same name.
+
+    Args:
+        log: sbatch's pattern for the log file.
+        array: the value of --array.
+    """
+    launch = config.launch
+    ours: dict[str, Any] = {
+        "job-name": config.run_name,
+        "nodes": launch.num_machines,
+        "ntasks-per-node": 1,
+        "gpus-per-node": launch.gpus_per_node or None,
+        "output": log,
+        "open-mode": "append",
+        "signal": f"B:USR1@{_BACKSTOP_S}",
+        "requeue": launch.max_requeues > 0,
+        "chdir": str(Path.cwd()),
+        "array": array,
+    }
+    options = ours | {key.replace("_", "-"): value for key, value in launch.sbatch.items()}
+    return [line for name, value in options.items() if (line := _option(name, value))]
+
+
+def _option(name: str, value: Any) -> str | None:
+    if name == "requeue":
+        return "--requeue" if value else "--no-requeue"
+    if value is None or value is False:
+        return None
+    if value is True:
+        return f"--{name}"
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    plain = text and not any(c in " \t\"'\\#" for c in text)
+    return f"--{name}={text}" if plain else f'--{name}="' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def launch_lines(config: RunConfig) -> list[str]:
+    """`accelerate launch` with all its flags, a shell word or a flag with its value on each line.
+
+    What only the job knows (this node's rank, the first node, the port, the cores) is left to the shell.
+    """
+    command = accelerate_command(
+        config, [], machine_rank="$SLURM_NODEID", main_process_ip="$main_process_ip", main_process_port="$main_process_port"
+    )
+    given_by_job = {
+        "--config_file": "$code_dir/launcher/accelerate.yaml",
+        "--num_cpu_threads_per_process": "$threads",
+        "--machine_rank": "$SLURM_NODEID",
+        "--main_process_ip": "$main_process_ip",
+        "--main_process_port": "$main_process_port",
+    }
+    flags = command[command.index("--config_file") : command.index("-m", command.index("--config_file"))]
+    lines = ["accelerate launch"]
+    for word in flags:
+        if word.startswith("--"):
+            lines.append(word)
+            continue
+        flag = lines[-1]
+        lines[-1] += f' "{given_by_job[flag]}"' if flag in given_by_job else f" {shlex.quote(word)}"
+    return [*lines, '-m launcher.train --config-file "$run_dir/slurm/config.yaml"']
+
+
+def render(
+    template: str, config: RunConfig, *, run_dirs: Sequence[Path], code_dir: Path, script: Path, log: str,
+    array: str | None = None,
+) -> str:  # fmt: skip
+    """The script of one job, or of one array whose task N runs in `run_dirs[N]`."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(slurm_templates_dir())
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        comment_start_string="{##", comment_end_string="##}",  # `{#` is bash's ${#name}
+    )  # fmt: skip
+    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    launch = config.launch
+    return environment.get_template(template).render(
+        sbatch_lines=sbatch_lines(config, log, array),
+        launch_lines=launch_lines(config),
+        srun_options=_srun_options(config, script.parent.parent),
+        in_container=_in_container(config, script.parent.parent),
+        run_dirs=run_dirs,
+        code_dir=code_dir,
+        script=script,
+        launch=launch,
+        local_processes=max(1, (launch.num_processes or 1) // launch.num_machines),
+        bin_dir=None if launch.container else Path(sys.executable).parent,
+    )
+
+
+def _srun_options(config: RunConfig, root: Path) -> list[str]:
+    options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none"]
+    return [*options, *(["--label"] if config.launch.num_machines > 1 else []), *_container_options(config, root)]
+
+
+def _container_options(config: RunConfig, root: Path) -> list[str]:
+    """pyxis' options of srun. The container sees the run's folder and the working directory under their own paths."""
+    if not config.launch.container:
+        return []
+    mounts = ",".join(dict.fromkeys(f"{folder}:{folder}" for folder in (root, Path.cwd())))
+    return [
+        f"--container-image={config.launch.container}", f"--container-mounts={mounts}",
+        f"--container-workdir={Path.cwd()}",
+    ]  # fmt: skip
+
+
+def _in_container(config: RunConfig, root: Path) -> list[str]:
+    """What runs a helper where the ranks ran: nothing, or one more step in the container."""
+    container = _container_options(config, root)
+    return ["srun", "--nodes=1", "--ntasks=1", "--overlap", *container] if container else []

@@ -1,0 +1,244 @@
+"""Writes what a job needs into its folder, hands it to Slurm, and says what Slurm answered. Imports no torch.
+
+What lies in a run's folder afterwards: `slurm/` (the script, the composed config, job_id), `code/` (what the job runs)
+and `logs/`. A job that is queued is not changed by anything that the user edits later.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from launcher import files, lock
+from launcher.config import LaunchConfig, RunConfig, to_dict
+from launcher.errors import RunLockedError, SlurmError, SlurmUnavailableError
+from launcher.paths import RunPaths
+from launcher.slurm.render import launch_lines, render, sbatch_lines, with_slurm_defaults
+from launcher.slurm.snapshot import Snapshot, take_snapshot
+
+_NO_ANSWER = ("Unable to contact slurm controller", "Socket timed out", "Could not establish a configuration source",
+              "Protocol authentication error", "Zero Bytes were transmitted")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ArrayJob:
+    """One task of an array: its folder and its whole config."""
+
+    run_dir: Path
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What Slurm accepted. `log` is the path, with %a for the task where it is an array."""
+
+    job_id: str
+    log: str
+    script: Path
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A script that is not written yet."""
+
+    jobs: Sequence[ArrayJob]
+    script: Path
+    code_dir: Path
+    log: str
+    text: str
+
+
+# --------------------------------------------------------------------------- one run
+
+
+def render_run(config: RunConfig) -> str:
+    """The script of a run, as `--dry-run` prints it. Writes nothing and needs no Slurm.
+
+    Raises:
+        ConfigError: settings of launch contradict each other.
+    """
+    return _plan_run(config).text
+
+
+def submit_run(config: RunConfig) -> Submission:
+    """Writes and submits a run.
+
+    Raises:
+        ConfigError: settings of launch contradict each other. RunLockedError: output_dir is in use, by a process or by
+            a job in the queue. SlurmError: Slurm refused. SlurmUnavailableError: it does not answer.
+    """
+    plan = _plan_run(config)
+    _check_free(plan.jobs[0].run_dir)
+    _write(plan, take_snapshot())
+    job_id = _sbatch(plan.script)
+    RunPaths(plan.jobs[0].run_dir).slurm_dir.joinpath("job_id").write_text(f"{job_id}\n", encoding="utf-8")
+    return Submission(job_id, plan.log.replace("%j", job_id), plan.script)
+
+
+def _plan_run(config: RunConfig) -> _Plan:
+    run_dir = Path(config.output_dir).expanduser().resolve()
+    config = with_slurm_defaults(config, run_dir)
+    paths = RunPaths(run_dir)
+    template = "multi_node.sbatch" if config.launch.num_machines > 1 else "single_node.sbatch"
+    script, log = paths.slurm_dir / "job.sbatch", _log_pattern(paths.logs_dir, config, "slurm-%j.log")
+    text = render(
+        template, config, run_dirs=[run_dir], code_dir=paths.code_dir, script=script, log=_escaped(log, config)
+    )
+    return _Plan([ArrayJob(run_dir, config)], script, paths.code_dir, log, text)
+
+
+def _log_pattern(folder: Path, config: RunConfig, name: str) -> str:
+    """The user's own launch.sbatch.output, else one in the run's folder."""
+    return str(config.launch.sbatch.get("output", folder / name))
+
+
+def _escaped(log: str, config: RunConfig) -> str:
+    """sbatch reads % in its patterns; a % of the folder's name is doubled."""
+    if "output" in config.launch.sbatch:
+        return log
+    path = Path(log)
+    return f"{str(path.parent).replace('%', '%%')}/{path.name}"
+
+
+# --------------------------------------------------------------------------- an array
+
+
+def render_arrays(jobs: Sequence[ArrayJob], sweep_dir: Path, max_parallel: int | None = None) -> list[str]:
+    """The scripts that `submit_array` would submit. Writes nothing and needs no Slurm."""
+    return [plan.text for plan in _plan_arrays(jobs, sweep_dir, max_parallel, take_snapshot())]
+
+
+def submit_array(
+    jobs: Sequence[ArrayJob], sweep_dir: Path, max_parallel: int | None = None
+) -> list[Submission]:  # fmt: skip
+    """Submits jobs as one array. Task N writes `slurm/job_id` = ARRAY_N in its folder, see `live_job`.
+
+    Jobs that ask Slurm or Accelerate for different things (a sweep over nodes or GPUs) cannot share an array: each kind
+    gets its own.
+
+    Args:
+        jobs: their folders and whole configs; those that are queued or running must not be among them (`live_job`).
+        sweep_dir: where script and code are kept; all nodes see it.
+        max_parallel: tasks that run at once, of each array; None: as many as Slurm lets.
+
+    Raises:
+        ConfigError, SlurmError, SlurmUnavailableError: as `submit_run`; arrays before the refused one stay submitted.
+    """
+    snapshot = take_snapshot()
+    submissions = []
+    for plan in _plan_arrays(jobs, sweep_dir, max_parallel, snapshot):
+        _write(plan, snapshot)
+        array_id = _sbatch(plan.script)
+        for task, job in enumerate(plan.jobs):
+            RunPaths(job.run_dir).slurm_dir.joinpath("job_id").write_text(f"{array_id}_{task}\n", encoding="utf-8")
+        submissions.append(Submission(array_id, plan.log.replace("%A", array_id), plan.script))
+    return submissions
+
+
+def _plan_arrays(
+    jobs: Sequence[ArrayJob], sweep_dir: Path, max_parallel: int | None, snapshot: Snapshot
+) -> list[_Plan]:  # fmt: skip
+    root = sweep_dir.expanduser().resolve()
+    kinds: dict[tuple[str, ...], list[ArrayJob]] = {}
+    for job in jobs:
+        run_dir = job.run_dir.expanduser().resolve()
+        config = with_slurm_defaults(job.config, run_dir)
+        kinds.setdefault(_kind(config), []).append(ArrayJob(run_dir, config))
+    return [_plan_array(same, root, max_parallel, snapshot) for same in kinds.values()]
+
+
+def _kind(config: RunConfig) -> tuple[str, ...]:
+    """All that the script of an array says for each of its tasks."""
+    shared = replace(config, run_name="")
+    return (*sbatch_lines(shared, ""), *launch_lines(shared), repr(_without_resources(config.launch)))
+
+
+def _without_resources(launch: LaunchConfig) -> LaunchConfig:
+    return replace(launch, sbatch={}, num_processes=None)
+
+
+def _plan_array(jobs: list[ArrayJob], root: Path, max_parallel: int | None, snapshot: Snapshot) -> _Plan:
+    """Script and code are named by their content: arrays of the same sweep that are still queued keep theirs."""
+    first = jobs[0].config
+    code_dir = RunPaths(root).code_dir / snapshot.digest[:12]
+    array = f"0-{len(jobs) - 1}" + (f"%{max_parallel}" if max_parallel else "")
+    number = 1 + max((int(p.stem.split("-")[1]) for p in RunPaths(root).slurm_dir.glob("array-*.sbatch")), default=0)
+    script = RunPaths(root).slurm_dir / f"array-{number}.sbatch"
+    config = replace(first, run_name=root.name or "sweep")
+    log = _log_pattern(RunPaths(root).logs_dir, config, "slurm-%A_%a.log")
+    text = render(
+        "array.sbatch", config, run_dirs=[job.run_dir for job in jobs], code_dir=code_dir, script=script,
+        log=_escaped(log, config), array=array,
+    )  # fmt: skip
+    return _Plan(jobs, script, code_dir, log, text)
+
+
+# --------------------------------------------------------------------------- files and Slurm
+
+
+def _write(plan: _Plan, snapshot: Snapshot) -> None:
+    for job in plan.jobs:
+        paths = RunPaths(job.run_dir)
+        paths.slurm_dir.mkdir(parents=True, exist_ok=True)
+        paths.logs_dir.mkdir(exist_ok=True)
+        text = yaml.safe_dump(to_dict(job.config), sort_keys=False, allow_unicode=True)
+        files.replace_file(paths.slurm_dir / "config.yaml", text.encode())
+    plan.script.parent.mkdir(parents=True, exist_ok=True)
+    Path(plan.log).parent.mkdir(parents=True, exist_ok=True)
+    plan.code_dir.parent.mkdir(parents=True, exist_ok=True)
+    snapshot.write(plan.code_dir)
+    files.replace_file(plan.script, plan.text.encode())
+
+
+def _check_free(run_dir: Path) -> None:
+    other = lock.holder(RunPaths(run_dir).lock)
+    if other is not None:
+        raise RunLockedError(lock.describe(run_dir, other))
+    job_id = live_job(run_dir)
+    if job_id is not None:
+        raise RunLockedError(
+            f"output_dir={run_dir} belongs to job {job_id}, which is queued or running. Wait for it, `scancel {job_id}`, "
+            "or set another output_dir=…"
+        )
+
+
+def live_job(run_dir: Path) -> str | None:
+    """The job that was submitted for this folder, while it is queued or running.
+
+    Raises:
+        SlurmUnavailableError: Slurm does not answer.
+    """
+    try:
+        job_id = (RunPaths(run_dir).slurm_dir / "job_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    done = _slurm("squeue", "--noheader", "--format=%i", f"--jobs={job_id}")
+    return job_id if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _sbatch(script: Path) -> str:
+    """The id of the accepted job."""
+    done = _slurm("sbatch", "--parsable", str(script))
+    if done.returncode != 0:
+        raise SlurmError(
+            f"Slurm refused the job:\n{done.stderr.strip()}\nOptions are set as launch.sbatch.OPTION=VALUE "
+            f"(launch.sbatch.partition=…, launch.sbatch.time=\"'12:00:00'\"). The script is {script}"
+        )
+    return done.stdout.strip().split(";")[0]
+
+
+def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which(command[0]) is None:
+        raise SlurmUnavailableError(
+            f"{command[0]} was not found: no Slurm on this machine. Submit from a login node of the cluster; "
+            "--dry-run needs no Slurm"
+        )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and any(text in done.stderr for text in _NO_ANSWER):
+        raise SlurmUnavailableError(f"Slurm does not answer:\n{done.stderr.strip()}")
+    return done
