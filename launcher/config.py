@@ -7,15 +7,14 @@ transformers' TrainingArguments, Accelerate, DeepSpeed and Slurm. Units are in t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
-import typing
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigError
+from launcher.schema import Parser, opt
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 SAVE_STRATEGIES = ("no", "steps", "epoch", "best")
@@ -37,20 +36,14 @@ SCHEDULERS = (
 )
 
 
-def opt(default: Any, doc: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
-    """A setting: its default, its meaning, and what is valid."""
-    meta = {"doc": doc, "choices": choices, "minimum": minimum}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=meta)
-    return field(default=default, metadata=meta)
-
-
 @dataclass
 class ModelConfig:
     model_name_or_path: str | None = opt(None, "a folder or Hub id to start from")
     config: dict[str, Any] = opt({}, "train from scratch: transformers config with its model_type")
     revision: str | None = opt(None, "branch, tag or commit on the Hub")
-    tokenizer_name_or_path: str | None = opt(None, "default: the model's own; from scratch: the built-in byte tokenizer")
+    tokenizer_name_or_path: str | None = opt(
+        None, "default: the model's own; from scratch: the built-in byte tokenizer"
+    )
     dtype: str = opt("float32", "of forward and of saved weights; masters are always fp32", choices=DTYPES)
     attn_implementation: str = opt("sdpa", "eager, sdpa, flash_attention_2, …")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
@@ -235,134 +228,35 @@ def run_length(config: RunConfig) -> list[float]:
     return [config.train.max_steps, config.train.num_train_epochs, config.train.train_batch_size]
 
 
-# --------------------------------------------------------------------------- from plain data, all errors at once
-
-
-def did_you_mean(name: str, valid: typing.Iterable[str]) -> str:
-    """' Did you mean X?' for a near miss, else ''."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def valid_keys(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the schema with its type; open dicts have type dict."""
-    keys: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        key = f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(hints[f.name]):
-            keys |= valid_keys(hints[f.name], f"{key}.")
-        keys[key] = hints[f.name]
-    return keys
-
-
-def parse_config(data: dict[str, Any]) -> RunConfig:
+def parse_config(data: dict[str, Any], explicit: Collection[str] = (), bad_keys: Collection[str] = ()) -> RunConfig:
     """Checks plain (resolved) data against the schema and the rules between settings.
+
+    Args:
+        explicit: keys that the user set for this very run; of some settings only these are held to be meant.
+        bad_keys: settings that are known to be wrong already.
 
     Raises:
         ConfigError: with every problem found.
     """
-    problems: list[str] = []
-    config = _parse(RunConfig, data, "", problems)
-    if not problems:
-        problems = contradictions(config)
-    if problems:
+    from launcher.rules import contradictions  # the rules read the classes above
+
+    parser = Parser()
+    config = parser.parse(RunConfig, data)
+    unclear = {*parser.bad_keys, *bad_keys}
+    broken = [p for p in contradictions(config, explicit) if not any(_names(p, key) for key in unclear)]
+    if problems := [*parser.problems, *broken]:
         raise ConfigError(problems)
-    return typing.cast(RunConfig, config)
+    return config
+
+
+def _names(problem: str, key: str) -> bool:
+    """Whether a broken rule reads a setting: one that is wrong in itself holds its default, which nobody asked for."""
+    after = r"(?!\w)" if "." in key else "[.=]"
+    return re.search(rf"(?<![\w.]){re.escape(key)}{after}", problem) is not None
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
-
-
-def _parse(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
-    if not isinstance(data, dict):
-        problems.append(f"{prefix.rstrip('.')} must be a group of settings (got {data!r})")
-        return cls()
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        if name not in hints:
-            hint = did_you_mean(name, hints) or f" Valid: {', '.join(sorted(hints))}."
-            problems.append(f"{prefix}{name} is not a setting.{hint}")
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = _parse(typing.cast(type, hints[name]), value, f"{prefix}{name}.", problems)
-        else:
-            meta = next(f.metadata for f in dataclasses.fields(cls) if f.name == name)
-            values[name] = _value(f"{prefix}{name}", value, hints[name], meta, problems)
-    return cls(**values)
-
-
-def _value(key: str, value: Any, hint: Any, meta: typing.Mapping[str, Any], problems: list[str]) -> Any:
-    choices = meta["choices"]
-    if value is False and "no" in choices:  # YAML 1.1 reads `no` and `off` as False
-        return "no"
-    allowed = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if value is None and type(None) in allowed:
-        return None
-    for kind in allowed:
-        base = typing.get_origin(kind) or kind
-        if base is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if base is list and isinstance(value, str):
-            value = [value]
-        if base is dict and value is None:
-            value = {}
-        if isinstance(value, base) and not (base in (int, float) and isinstance(value, bool)):
-            break
-    else:
-        names = " or ".join(_type_name(k) for k in allowed)
-        problems.append(f"{key} must be {names} (got {value!r} of type {type(value).__name__})")
-        return value
-    if choices and value not in choices:
-        hint_text = did_you_mean(str(value), choices)
-        problems.append(f"{key} must be one of {', '.join(choices)} (got {value!r}).{hint_text}")
-    minimum = meta["minimum"]
-    if minimum is not None and isinstance(value, (int, float)) and not value >= minimum:
-        problems.append(f"{key} must be at least {minimum:g} (got {value})")
-    return value
-
-
-def _type_name(kind: Any) -> str:
-    base = typing.get_origin(kind) or kind
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(base, {list: "a list", dict: "a group"}.get(base, str(base)))
-
-
-# --------------------------------------------------------------------------- rules between settings
-
-
-def contradictions(config: RunConfig) -> list[str]:
-    """Every rule between settings that is broken, each with the override that mends it."""
-    return [
-        *_model_problems(config),
-        *_data_problems(config),
-        *_precision_problems(config),
-        *_checkpoint_problems(config),
-        *_hub_problems(config),
-        *_launch_problems(config),
-    ]
-
-
-def _model_problems(config: RunConfig) -> list[str]:
-    model, problems = config.model, []
-    if not model.model_name_or_path and not model.config:
-        problems.append(
-            "model.model_name_or_path is not set and model.config is empty: nothing to train. "
-            "Set model.model_name_or_path=FOLDER_OR_HUB_ID, or model=tiny_llama to train from scratch"
-        )
-    elif model.model_name_or_path and model.config:
-        problems.append(
-            f"model.model_name_or_path ({model.model_name_or_path!r}) and model.config are both set. "
-            "To start from the pretrained model: model=pretrained; from scratch: model.model_name_or_path=null"
-        )
-    elif model.config and "model_type" not in model.config:
-        problems.append("model.config needs a model_type, for example model.config.model_type=llama")
-    name = model.model_name_or_path
-    if name and is_local_path(name) and not (Path(name).expanduser() / "config.json").is_file():
-        what = "has no config.json" if Path(name).expanduser().is_dir() else "does not exist"
-        problems.append(f"model.model_name_or_path={name} {what}. It must be a model folder or a Hub id ORG/NAME")
-    return problems
 
 
 def is_local_path(name: str) -> bool:
@@ -370,43 +264,12 @@ def is_local_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir() or name.count("/") > 1
 
 
-def _data_problems(config: RunConfig) -> list[str]:
-    data, problems = config.data, []
-    given = [
-        key for key in ("train_files", "dataset_name", "sources", "generator") if getattr(data, key)
-    ]
-    if not given:
-        problems.append(
-            "no training data: set data.train_files=[FILE.jsonl], data.dataset_name=ORG/NAME or data=arithmetic"
-        )
-    elif len(given) > 1:
-        problems.append(
-            f"{' and '.join('data.' + key for key in given)} are set together; they are alternatives. "
-            "To mix several, use data.sources"
-        )
-    for key in ("train_files", "eval_files"):
-        for name in getattr(data, key):
-            if not list(_expand(name)):
-                problems.append(f"data.{key}: {name} does not exist (looked in {Path.cwd()})")
-            elif not re.search(r"\.(jsonl|json|parquet)(\.gz)?$", name):
-                problems.append(f"data.{key}: {name} must end in .jsonl or .parquet")
-    if isinstance(data.eval_split, float) and not 0 < data.eval_split < 1:
-        problems.append(f"data.eval_split as a fraction must lie between 0 and 1 (got {data.eval_split})")
-    has_eval = bool(data.eval_files or data.eval_split or data.generator)
-    if config.eval.eval_strategy != "no" and not has_eval:
-        problems.append(
-            f"eval.eval_strategy={config.eval.eval_strategy} but there is no evaluation data. Set data.eval_files=[FILE], "
-            "data.eval_split=0.01, or eval.eval_strategy=no"
-        )
-    return problems
-
-
-def _expand(name: str) -> typing.Iterator[Path]:
+def _expand(name: str) -> Iterator[Path]:
     path = Path(name).expanduser()
-    if any(c in name for c in "*?["):
-        yield from sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
-    elif path.is_file():
+    if path.is_file():
         yield path
+    elif any(c in name for c in "*?["):
+        yield from sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
 
 
 def expand_files(names: list[str]) -> list[Path]:
@@ -414,109 +277,14 @@ def expand_files(names: list[str]) -> list[Path]:
     return [path for name in names for path in _expand(name)]
 
 
-def _precision_problems(config: RunConfig) -> list[str]:
-    problems = []
-    wanted, implied = config.train.mixed_precision, MIXED_PRECISION[config.model.dtype]
-    if wanted is not None and wanted != implied:
-        dtype = next(d for d, p in MIXED_PRECISION.items() if p == wanted)
-        problems.append(
-            f"train.mixed_precision={wanted} contradicts model.dtype={config.model.dtype} (which means {implied}). "
-            f"Set model.dtype={dtype} or leave train.mixed_precision=null"
-        )
-    return problems
-
-
-def _checkpoint_problems(config: RunConfig) -> list[str]:
-    ck, ev, problems = config.checkpoint, config.eval, []
-    if ck.save_total_limit is not None and ck.save_total_limit < 1:
-        problems.append(
-            f"checkpoint.save_total_limit must be at least 1 (got {ck.save_total_limit}). "
-            "To keep no checkpoints: checkpoint=off"
-        )
-    if isinstance(ck.save_steps, str) and ck.save_steps != "auto":
-        problems.append(f"checkpoint.save_steps must be a whole number or auto (got {ck.save_steps!r})")
-    if isinstance(ck.save_steps, int) and ck.save_steps < 1:
-        problems.append(f"checkpoint.save_steps must be at least 1 (got {ck.save_steps})")
-    if ck.save_strategy == "best" and ev.eval_strategy == "no":
-        problems.append(
-            "checkpoint.save_strategy=best needs an evaluation to compare by. Set eval.eval_strategy=steps, "
-            "or checkpoint.save_strategy=steps"
-        )
-    if ck.load_best_model_at_end and ck.save_strategy != "no" and ev.eval_strategy == "no":
-        problems.append(
-            "checkpoint.load_best_model_at_end=true needs an evaluation. Set eval.eval_strategy=steps, "
-            "or checkpoint.load_best_model_at_end=false"
-        )
-    if ck.load_best_model_at_end and ck.save_strategy == "no":
-        problems.append(
-            "checkpoint.load_best_model_at_end=true but nothing is saved (checkpoint.save_strategy=no). "
-            "Set checkpoint.load_best_model_at_end=false"
-        )
-    path = ck.resume_from_checkpoint
-    if path not in ("auto", "never") and not path.startswith("hf://") and not Path(path).expanduser().is_dir():
-        problems.append(
-            f"checkpoint.resume_from_checkpoint={path} is no folder. Valid: auto, never, a checkpoint folder, "
-            "hf://ORG/NAME[@revision]"
-        )
-    return problems
-
-
 _TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,})")
+
+
+def redacted(text: str) -> str:
+    """The text without what looks like a token, for messages."""
+    return _TOKEN.sub("hf_***", text)
 
 
 def looks_like_token(text: str) -> bool:
     """Whether a text holds something shaped like a Hugging Face token."""
     return _TOKEN.search(text) is not None
-
-
-def _hub_problems(config: RunConfig) -> list[str]:
-    problems = []
-    for key, value in _leaves(dataclasses.asdict(config)):
-        if isinstance(value, str) and looks_like_token(value):
-            problems.append(
-                f"{key} holds what looks like a Hugging Face token. Tokens do not belong into a config: "
-                "set HF_TOKEN or run `hf auth login`"
-            )
-    for key in ("hub_model_id", "bucket"):
-        name = getattr(config.hub, key)
-        if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
-            problems.append(f"hub.{key} must be ORG/NAME (got {name!r})")
-    if config.hub.push_to_hub and config.checkpoint.save_strategy == "no" and config.hub.hub_strategy != "end":
-        problems.append(
-            f"hub.hub_strategy={config.hub.hub_strategy} sends checkpoints but none are saved "
-            "(checkpoint.save_strategy=no). Set hub.hub_strategy=end"
-        )
-    if config.hub.save_total_limit is not None and config.hub.save_total_limit < 1:
-        problems.append(f"hub.save_total_limit must be at least 1 (got {config.hub.save_total_limit})")
-    return problems
-
-
-def _leaves(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, f"{key}[{i}]")
-    else:
-        yield key, value
-
-
-def _launch_problems(config: RunConfig) -> list[str]:
-    launch, problems = config.launch, []
-    if config.strategy.name == "single" and (launch.num_processes or 1) > 1:
-        problems.append(
-            f"strategy=single runs one process but launch.num_processes={launch.num_processes}. "
-            "Set strategy=ddp, or launch.num_processes=1"
-        )
-    if launch.num_processes and launch.num_processes % launch.num_machines:
-        problems.append(
-            f"launch.num_processes={launch.num_processes} is the total over all machines and must be a multiple of "
-            f"launch.num_machines={launch.num_machines}"
-        )
-    if isinstance(launch.sbatch.get("time"), int):
-        problems.append(
-            f"launch.sbatch.time={launch.sbatch['time']} is a number: YAML reads 12:00:00 as 43200. "
-            "Quote it: launch.sbatch.time=\"'12:00:00'\""
-        )
-    return problems

@@ -1,0 +1,121 @@
+"""The command `launcher`: verbs, and the one place where an error becomes a message and an exit code.
+
+A verb is a module here with `main(argv) -> int`; it is imported only when it is asked for. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher import __version__
+from launcher.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, UserError
+
+VERBS = {
+    "train": "train, or go on where the run was stopped; -m: a sweep",
+    "submit": "the same as a Slurm job that requeues itself",
+    "checkpoints": "what a run has saved",
+    "verify": "re-read every byte of a checkpoint against its manifest",
+    "export": "a checkpoint for serving, or for transformers' Trainer",
+    "prefetch": "download model and data before a run without internet",
+    "push": "send checkpoints to the Hugging Face Hub",
+    "status": "what runs, where it is, how fast",
+}
+
+_USAGE = "usage: launcher VERB [ARGUMENT…]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Returns:
+        0 done, 2 the user's input is wrong, 1 it failed, 75 it was stopped on request and saved.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except LauncherError as error:
+        _show(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("launcher: interrupted", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:  # `launcher status | head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - the interpreter flushes it at exit
+        return EXIT_FAILED
+    except Exception as error:
+        print(f"launcher: {_unexpected(error)}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help", "help"):
+        print(_help())
+        return EXIT_DONE
+    if verb in ("-V", "--version"):
+        print(f"launcher {__version__}")
+        return EXIT_DONE
+    if verb not in VERBS:
+        from launcher.schema import did_you_mean
+
+        meant = f" Did you mean launcher train {verb}?" if "=" in verb else did_you_mean(verb, [*VERBS, "--version"])
+        raise UserError(f"{verb} is not a verb.{meant} Valid: {', '.join(VERBS)}")
+    code: int = importlib.import_module(f"launcher.cli.{verb}").main(arguments[1:])
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return f"""{_USAGE}
+
+Fine-tune language models on many GPUs and never lose a run.
+
+{verbs}
+
+Each has its own help: launcher train --help
+example: launcher train data.train_files=chat.jsonl model.model_name_or_path=Qwen/Qwen2.5-0.5B"""
+
+
+def _show(error: LauncherError) -> None:
+    """The message on stderr: in colour in a terminal, plain where it is read by a program."""
+    from launcher.config import redacted
+
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        heading = f"{len(error.problems)} settings are wrong:"
+        lines = [f"  - {redacted(problem)}" for problem in error.problems]
+    else:
+        heading, lines = redacted(str(error)), []
+    if not sys.stderr.isatty():
+        print(f"launcher: {heading}", *lines, sep="\n", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("launcher: ", "bold red"), heading))
+    for line in lines:
+        console.print(Text(line))
+
+
+def _unexpected(error: Exception) -> str:
+    """An error of ours rather than the user's: a short message, and where the rest of it is."""
+    from launcher.config import redacted
+
+    text = redacted("".join(traceback.format_exception(error)))
+    if os.environ.get("LAUNCHER_DEBUG"):
+        return text
+    where = Path(tempfile.gettempdir()) / f"launcher-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    try:
+        where.write_text(text, encoding="utf-8")
+    except OSError as failed:
+        return f"{text}\n(this could not be written to {where}: {failed})"
+    message = redacted(str(error)).partition("\n")[0]
+    return f"unexpected {type(error).__name__}: {message}\nThe traceback is in {where}; LAUNCHER_DEBUG=1 shows it here"

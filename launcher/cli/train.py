@@ -1,0 +1,103 @@
+"""`launcher train`: composes the settings, then `accelerate launch` does the work. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from launcher.compose import Arguments, compose_arguments, split_arguments
+from launcher.config import RunConfig, to_dict
+from launcher.errors import EXIT_DONE, ConfigError, UserError
+from launcher.rules import notices
+
+_EPILOG = """examples:
+  launcher train                                      the demo: a tiny model learns arithmetic
+  launcher train data.train_files=chat.jsonl model.model_name_or_path=Qwen/Qwen2.5-0.5B
+  launcher train experiment=openr1_distill launch.num_processes=8
+  launcher train -m optim.learning_rate=1e-5,3e-5 seed=1,2 output_dir=outputs/sweep
+  launcher train --cfg job strategy=zero3             print the settings, run nothing
+
+Run it again and it goes on: where output_dir holds a checkpoint it continues, where the run is finished it says so.
+Exit codes: 0 done, 2 the input is wrong, 1 it failed, 75 it was stopped on request and saved."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs, continues, or sweeps; returns the exit code.
+
+    Raises:
+        LauncherError: the input is wrong, or the run failed.
+    """
+    options, arguments = _parse(argv)
+    if options.multirun:
+        return _sweep(arguments)
+    config = compose_arguments(as_argv(arguments))
+    if options.cfg:
+        print_config(config)
+        return EXIT_DONE
+    _check_machines(config)
+    for notice in notices(config):
+        print(f"launcher: {notice}", file=sys.stderr)
+    from launcher import agent
+
+    return agent.run(config, as_argv(arguments))
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:
+    parser = argparse.ArgumentParser(
+        prog="launcher train", usage="launcher train [-m] [--cfg job] [--config-dir DIR] [OVERRIDE…]",
+        description="Train, or go on where the run was stopped. OVERRIDE is KEY=VALUE or GROUP=CHOICE.",
+        epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: every combination of the values given")
+    parser.add_argument("--cfg", choices=("job",), help="print the composed settings and run nothing")
+    parser.add_argument("--resolve", action="store_true", help="with --cfg: implied, settings are printed resolved")
+    parser.add_argument("--config-dir", metavar="DIR", help="configs of your own; ./conf is looked into anyway")
+    parser.add_argument("--config-file", metavar="FILE", help="a run's config.yaml instead of overrides")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=argparse.SUPPRESS)
+    options, unknown = parser.parse_known_intermixed_args(list(argv))
+    split_arguments(unknown)  # refuses options that are none
+    return options, Arguments(tuple(options.overrides), options.config_dir, options.config_file)
+
+
+def as_argv(arguments: Arguments) -> list[str]:
+    """The arguments of launcher.train, which composes them once more on every process."""
+    options = [("--config-dir", arguments.config_dir), ("--config-file", arguments.config_file)]
+    return [*arguments.overrides, *(text for name, value in options if value for text in (name, value))]
+
+
+def print_config(config: RunConfig) -> None:
+    """The settings as YAML on stdout; they can be used again with --config-file."""
+    import yaml
+
+    print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
+
+
+def _sweep(arguments: Arguments) -> int:
+    if "LOCAL_RANK" in os.environ:
+        raise UserError("-m starts an accelerate launch of its own for every job. Type it without: launcher train -m …")
+    if arguments.config_file is not None:
+        raise UserError("--config-file is one run: a sweep (-m) takes overrides")
+    from launcher import sweep
+
+    return sweep.main(arguments.overrides, arguments.config_dir)
+
+
+def _check_machines(config: RunConfig) -> None:
+    """Several machines without Slurm have to be told where the first one is.
+
+    Raises:
+        ConfigError: they were not.
+    """
+    missing = [key for key in ("main_process_ip", "main_process_port") if getattr(config.launch, key) is None]
+    if config.launch.num_machines > 1 and missing:
+        keys = " and ".join(f"launch.{key}" for key in missing)
+        raise ConfigError(
+            [
+                f"launch.num_machines={config.launch.num_machines} without {keys}: `launcher train` runs on one machine. "
+                "Set them alike on every machine, each with its own launch.machine_rank, or use launcher submit"
+            ]
+        )
+    if config.launch.name == "slurm":
+        print("launcher: launch=slurm runs here; `launcher submit` with the same arguments submits it", file=sys.stderr)
