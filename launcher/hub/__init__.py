@@ -84,6 +84,21 @@ def fetch_checkpoint(uri: str, paths: RunPaths) -> Path:
     return fetch(uri, paths)
 
 
+def maybe_fetch_checkpoint(uri: str, paths: RunPaths) -> Path | None:
+    """As `fetch_checkpoint`, but None where the Hub has no such repository, revision or checkpoint yet.
+
+    Raises:
+        ResumeError: it is there and may not be read. HubError: the Hub cannot be reached.
+        DamagedCheckpointError: a file does not match its hash.
+    """
+    from launcher.hub.fetch import NothingThereError, fetch
+
+    try:
+        return fetch(uri, paths)
+    except NothingThereError:
+        return None
+
+
 def pushed_checkpoints(paths: RunPaths) -> dict[int, str]:
     """Step → commit of every checkpoint of this run that has reached the Hub."""
     journal = files.read_json_or(paths.hub_dir / "journal.json", {})

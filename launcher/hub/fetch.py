@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from launcher.paths import RunPaths
 _URI = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>.+))?$")
 _FOLDER = re.compile(r"^(last-checkpoint|checkpoint-\d+)$")
 _STEP_TAG = re.compile(r"^step-(\d+)$")
+
+
+class NothingThereError(ResumeError):
+    """The Hub answers, and there is no checkpoint at that place."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,28 @@ def choose_folder(paths: Iterable[str], wanted: str | None) -> str | None:
 
 def fetch(uri: str, paths: RunPaths) -> Path:
     """See `launcher.hub.fetch_checkpoint`. After a crash only `.hub/fetch` can remain, which the next call uses."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
     from launcher.hub.remote import connect, readable_errors
 
     source = parse_uri(uri)
     api = connect(timeout_s=60.0)
     with readable_errors(uri):
-        info = api.model_info(source.repo_id, revision=source.revision)
+        try:
+            info = api.model_info(source.repo_id, revision=source.revision)
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            if getattr(error.response, "status_code", None) == 401:
+                raise
+            raise NothingThereError(
+                f"checkpoint.resume_from_checkpoint={uri}: there is no such repository or revision, or the token may "
+                "not see it. Set HF_TOKEN or run `hf auth login` for a private one"
+            ) from None
         commit = str(info.sha)
         listed = [s.rfilename for s in info.siblings or []]
         folder = choose_folder(listed, source.folder)
         if folder is None:
             what = f"no {source.folder}/ with a manifest" if source.folder else "no checkpoint of ours"
-            raise ResumeError(
+            raise NothingThereError(
                 f"checkpoint.resume_from_checkpoint={uri}: there is {what}. Repositories pushed with "
                 "hub.hub_strategy=checkpoint or all_checkpoints hold them; to start from the weights alone: "
                 f"model.model_name_or_path={source.repo_id}"
@@ -128,7 +143,8 @@ def _move_into_place(checkpoint: Path, target: Path, download_dir: Path) -> Path
             with path.open("rb") as file:
                 files.fsync_file(file.fileno(), path)
     if target.exists():  # it is not whole, or we would have used it
-        target.rename(target.with_name(f"{target.name}.damaged"))
+        damaged = target.with_name(f"{target.name}.damaged")
+        target.rename(damaged if not damaged.exists() else damaged.with_name(f"{damaged.name}.{time.time_ns()}"))
     files.rename(checkpoint, target)
     shutil.rmtree(download_dir.parent, ignore_errors=True)
     return target

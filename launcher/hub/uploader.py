@@ -44,6 +44,9 @@ class Uploader:
         self._spool = spool
         self._settings = settings
         self._journal = spool.read_journal()
+        target = settings.bucket or settings.repo_id
+        if self._journal.get("target") != target:  # the user chose another one: what we know is about the old one
+            self._journal.update(target=target, repo_id=None, card={}, last_squash=None, commits_since_squash=0)
         self._throttle = Throttle(settings.max_bytes_per_s)
         self._target = build_target(settings, self._journal, self._throttle)
         self._status: dict[str, Any] = {"state": "idle"}

@@ -1,0 +1,95 @@
+"""`launcher prefetch`: downloads model and data where there is internet, for runs without. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from launcher.compose import compose_arguments
+from launcher.config import RunConfig, is_local_path
+from launcher.errors import EXIT_DONE, UserError
+from launcher.hub import fetch_checkpoint
+from launcher.paths import RunPaths
+
+_EXAMPLE = """example:
+  launcher prefetch model.model_name_or_path=ORG/MODEL data.dataset_name=ORG/DATA
+
+Takes the same overrides as `launcher train`. Afterwards the run needs no network: HF_HUB_OFFLINE=1 launcher train …"""
+_MODEL_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+def main(argv: list[str]) -> int:
+    """Downloads everything that a config names on the Hub; returns the exit code.
+
+    Raises:
+        ConfigError: the overrides are wrong. UserError: something is not there or may not be read.
+    """
+    parser = argparse.ArgumentParser(
+        prog="launcher prefetch", description="Download model and data beforehand.", epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="KEY=VALUE, as for launcher train")
+    options, rest = parser.parse_known_args(argv)
+    config = compose_arguments([*options.overrides, *rest])
+    found = False
+    for name, revision in _models(config):
+        _say(f"model {name}", _fetch_model(name, revision, config.model.trust_remote_code))
+        found = True
+    for name, subset, splits in _datasets(config):
+        _fetch_dataset(name, subset, splits)
+        _say(f"data set {name}", ", ".join(splits))
+        found = True
+    resume = config.checkpoint.resume_from_checkpoint
+    if resume.startswith("hf://"):
+        _say(f"checkpoint {resume}", str(fetch_checkpoint(resume, RunPaths(Path(config.output_dir).expanduser()))))
+        found = True
+    if not found:
+        print("nothing to download: this config takes neither a model nor data from the Hub")
+    return EXIT_DONE
+
+
+def _say(what: str, where: str) -> None:
+    print(f"{what}: {where}", flush=True)
+
+
+def _models(config: RunConfig) -> list[tuple[str, str | None]]:
+    model = config.model
+    named = [(model.model_name_or_path, model.revision), (model.tokenizer_name_or_path, None)]
+    return [(name, revision) for name, revision in named if name and not is_local_path(name)]
+
+
+def _fetch_model(name: str, revision: str | None, with_code: bool) -> str:
+    from huggingface_hub import snapshot_download
+
+    from launcher.hub.remote import connect, readable_errors
+
+    connect(timeout_s=60.0)
+    patterns = [*_MODEL_PATTERNS, "*.py"] if with_code else _MODEL_PATTERNS
+    with readable_errors(name):
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+
+
+def _datasets(config: RunConfig) -> list[tuple[str, str | None, list[str]]]:
+    """(name, configuration, splits) of every data set on the Hub."""
+    data = config.data
+    named: list[dict[str, Any]] = [vars(data), *data.sources]
+    found = []
+    for source in named:
+        name = source.get("dataset_name")
+        if name and not is_local_path(name):
+            splits = [str(source.get("train_split") or data.train_split)]
+            if isinstance(split := source.get("eval_split"), str):
+                splits.append(split)
+            found.append((str(name), source.get("dataset_config"), splits))
+    return found
+
+
+def _fetch_dataset(name: str, subset: str | None, splits: list[str]) -> None:
+    import datasets
+
+    for split in splits:
+        try:
+            datasets.load_dataset(name, subset, split=split)
+        except Exception as error:  # datasets and its back ends raise two dozen classes
+            raise UserError(f"data.dataset_name={name} [{split}] cannot be downloaded: {error}") from error

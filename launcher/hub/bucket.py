@@ -1,0 +1,151 @@
+"""A storage bucket as the target: mutable and without commits, so a marker written last says what is complete.
+
+```
+checkpoint-500/…               complete.json   {"files": {path: {bytes, sha256, xet_hash}}}
+model/…                        complete.json   the final model
+latest.json                    {"folder": "checkpoint-500"}
+```
+A folder without its marker is not complete. A marker goes away before, and comes back after, its folder changes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from launcher.checkpoint import manifest
+from launcher.hub.layout import HashCache, LocalFile, best_step, outdated_folders
+from launcher.hub.spool import Item, UploadSettings, reached
+
+MARKER = "complete.json"
+LATEST = "latest.json"
+MAX_FILES_PER_CALL = 100
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What one push left; a bucket has no commits."""
+
+    commit: str = ""
+    url: str | None = None
+
+
+class BucketTarget:
+    """Pushes by comparing hashes; sizes and times are never trusted."""
+
+    def __init__(self, api: HfApi, settings: UploadSettings, journal: dict[str, Any]) -> None:
+        self._api = api
+        self._settings = settings
+        self._journal = journal
+        self._hashes = HashCache()
+        self.card_level = 0
+
+    @property
+    def name(self) -> str:
+        return self._journal["repo_id"] or str(self._settings.bucket)
+
+    def push(self, items: Sequence[Item], save_journal: Callable[[], None]) -> Stored:
+        """Brings every item's folder to the bucket and takes away what is outdated.
+
+        Raises:
+            Exception: anything the client raises; calling again sends only what is missing.
+        """
+        if self._journal["repo_id"] is None:
+            name = self.name if "/" in self.name else f"{self._api.whoami()['name']}/{self.name}"
+            self._api.create_bucket(name, private=self._settings.private, exist_ok=True)
+            self._journal["repo_id"] = name
+            save_journal()
+        for item in items:
+            self._push_folder(item.name if item.kind == "checkpoint" else "model", self._wanted(item))
+            self._add({LATEST: json.dumps({"folder": item.name if item.kind == "checkpoint" else "model"}).encode()})
+            reached("committed")
+        self._retain(items)
+        return Stored()
+
+    def _wanted(self, item: Item) -> dict[str, LocalFile]:
+        """All of a checkpoint; with every_save, and of a final model, the files at the top."""
+        is_whole = item.kind == "checkpoint" and self._settings.strategy != "every_save"
+        return {
+            f.path: LocalFile(item.root / f.path, f.bytes, f.sha256)
+            for f in item.files
+            if is_whole or ("/" not in f.path and f.path not in (manifest.NAME, "trainer_state.json"))
+        }
+
+    def _push_folder(self, folder: str, wanted: dict[str, LocalFile]) -> None:
+        there = self._tree(folder)
+        known = self._read_marker(folder, there)
+        hashes = {path: file.sha256 or self._hashes.sha256(file.source) for path, file in wanted.items()}
+        same = {
+            p for p in wanted if known.get(p, {}).get("sha256") == hashes[p] and known[p]["xet_hash"] == there.get(p)
+        }
+        if same == set(wanted) == set(known):
+            return
+        if MARKER in there:
+            self._delete([f"{folder}/{MARKER}"])
+            reached("unmarked")
+        same |= self._equal_content(wanted, there, set(wanted) - same)
+        missing = {f"{folder}/{p}": str(wanted[p].source) for p in wanted if p not in same}
+        self._add(missing)
+        reached("uploaded")
+        self._delete([f"{folder}/{p}" for p in there if p not in wanted and p != MARKER])
+        after = self._tree(folder)
+        described = {p: {"bytes": f.bytes, "sha256": hashes[p], "xet_hash": after[p]} for p, f in wanted.items()}
+        self._add({f"{folder}/{MARKER}": json.dumps({"files": described}, indent=1).encode()})
+
+    def _equal_content(self, wanted: dict[str, LocalFile], there: dict[str, str], candidates: set[str]) -> set[str]:
+        """Of files that a killed upload may have left, those whose content is right: by hash, which reads them."""
+        import hf_xet
+
+        paths = sorted(p for p in candidates if p in there)
+        infos = hf_xet.hash_files([str(wanted[p].source) for p in paths]) if paths else []
+        return {p for p, info in zip(paths, infos, strict=True) if info.hash == there[p]}
+
+    def _tree(self, folder: str) -> dict[str, str]:
+        """Path below the folder → Xet hash."""
+        found = {}
+        for entry in self._api.list_bucket_tree(self.name, prefix=f"{folder}/", recursive=True):
+            if entry.type == "file" and entry.path.startswith(f"{folder}/"):
+                found[entry.path.removeprefix(f"{folder}/")] = entry.xet_hash
+        return found
+
+    def _read_marker(self, folder: str, there: dict[str, str]) -> dict[str, Any]:
+        if MARKER not in there:
+            return {}
+        with tempfile.TemporaryDirectory() as temporary:
+            target = Path(temporary) / MARKER
+            self._api.download_bucket_files(self.name, [(f"{folder}/{MARKER}", target)])
+            files: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))["files"]
+        return files
+
+    def _add(self, files: dict[str, Any]) -> None:
+        pairs = [(source, path) for path, source in files.items()]
+        for start in range(0, len(pairs), MAX_FILES_PER_CALL):
+            self._api.batch_bucket_files(self.name, add=pairs[start : start + MAX_FILES_PER_CALL])
+
+    def _delete(self, paths: list[str]) -> None:
+        if paths:
+            self._api.batch_bucket_files(self.name, delete=paths)
+
+    def _retain(self, items: Sequence[Item]) -> None:
+        """Takes old checkpoints away once the new one is complete: marker first, so that none looks whole."""
+        coming = [f"{i.name}/{manifest.NAME}" for i in items if i.kind == "checkpoint"]
+        if not coming:
+            return
+        paths = [e.path for e in self._api.list_bucket_tree(self.name, recursive=True) if e.type == "file"]
+        marked = {p.removesuffix(f"/{MARKER}") for p in paths if p.endswith(f"/{MARKER}")}
+        limit = 1 if self._settings.is_newest_enough else self._settings.save_total_limit
+        best = None if self._settings.is_newest_enough else best_step(items)
+        complete = [f"{folder}/{manifest.NAME}" for folder in marked]
+        for folder in outdated_folders(coming, complete, limit, best):
+            self._delete([f"{folder}/{MARKER}"])
+            self._delete([p for p in paths if p.startswith(f"{folder}/") and not p.endswith(f"/{MARKER}")])
+
+    def maybe_squash(self, now: float) -> bool:
+        """A bucket keeps no history."""
+        return False
