@@ -1,0 +1,30 @@
+"""Becomes the process of one job, tied to the controller: `python -m launcher.sweep.child PARENT RECORD COMMAND…`.
+
+A separate program rather than code between fork and exec, which is unsafe beside threads. The record is written before
+the job exists, so that a controller killed at any moment leaves no job that its successor cannot recognise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from launcher.files import replace_file
+from launcher.process import die_with_parent, host, start_ticks
+
+
+def main(arguments: list[str]) -> None:
+    """Never returns. Where the controller dies, the job gets SIGTERM and ends with a save."""
+    parent, record, *command = arguments
+    die_with_parent(int(parent), signal.SIGTERM)
+    info = json.loads(record)
+    me = {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "host": host()}
+    replace_file(Path(info.pop("path")), json.dumps({**info, **me}).encode())
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,234 @@
+"""Runs the jobs of a sweep on this machine: each a process of its own on its own devices, as many at once as fit."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from launcher import files, lock
+from launcher.errors import RunLockedError
+from launcher.sweep import jobs
+from launcher.sweep.devices import Slot
+from launcher.sweep.jobs import Job, SweepPaths
+from launcher.sweep.runs import FAILED, Metric, RunStatus
+
+_POLL_S = 0.05
+_WATCH_S = 1.0
+_SAME_PRESS_S = 0.5
+"""Signals this close together are one request: a terminal, a batch system and a wrapper may all pass one on."""
+_KILL_S = 5.0
+_OLD_JOB_TERM_S = 10.0
+_OLD_JOB_KILL_S = 180.0
+
+
+class Source(Protocol):
+    """Where the jobs come from: a list, or Optuna."""
+
+    def next_job(self) -> Job | None:
+        """The next job to start; None where there is none now."""
+
+    def watch(self, job: Job) -> None:
+        """Called about once a second while the job runs."""
+
+    def ended(self, job: Job, status: RunStatus) -> None:
+        """The job's process has ended."""
+
+
+class Listed:
+    """Jobs known from the start."""
+
+    def __init__(self, pending: list[Job]) -> None:
+        self._pending = iter(pending)
+
+    def next_job(self) -> Job | None:
+        return next(self._pending, None)
+
+    def watch(self, job: Job) -> None: ...
+    def ended(self, job: Job, status: RunStatus) -> None: ...
+
+
+class StopRequests:
+    """Counts SIGINT, SIGTERM and SIGHUP: the first stops with a save, the second kills."""
+
+    def __init__(self) -> None:
+        self.count, self._last = 0, -_SAME_PRESS_S
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._last > _SAME_PRESS_S:
+            self.count += 1
+        self._last = now
+
+    @contextmanager
+    def installed(self) -> Iterator[StopRequests]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def sweep_lock(paths: SweepPaths) -> Iterator[None]:
+    """One controller per sweep; a lock left by a dead one is taken over.
+
+    Raises:
+        RunLockedError: another controller is alive.
+    """
+    paths.root.mkdir(parents=True, exist_ok=True)
+    other = lock.holder(paths.lock)
+    if other is not None:
+        raise RunLockedError(
+            f"output_dir={paths.root} is in use by a sweep or run on host {other.get('host')}, pid {other.get('pid')}. "
+            "Wait for it, stop it, or set another output_dir=…"
+        )
+    held = lock.RunLock(paths.lock)
+    with _one_at_a_time(paths.root):
+        held.acquire([os.getpid()])
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """Keeps two controllers from taking over the same stale lock, each removing the other's new one."""
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without flock
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+@dataclass
+class _Running:
+    job: Job
+    slot: Slot
+    process: subprocess.Popen[bytes]
+    started: float
+    watched: float
+
+
+class LocalController:
+    """Starts the next job the moment a slot is free; one that fails never stops the others."""
+
+    def __init__(self, slots: list[Slot], metric: Metric, stop: StopRequests, say: Callable[[str], None]) -> None:
+        self._free, self._metric, self._stop, self._say = list(reversed(slots)), metric, stop, say
+        self._running: list[_Running] = []
+        self._num_signals_sent = 0
+
+    def run(self, source: Source) -> None:
+        """Returns when no job runs and none is left, or all have stopped on request."""
+        try:
+            while True:
+                self._collect(source)
+                if self._stop.count == 0:
+                    self._fill(source)
+                else:
+                    self._pass_on_stop()
+                if not self._running:
+                    return
+                time.sleep(_POLL_S)
+        finally:
+            for running in self._running:  # an error of our own: nothing may outlive the controller
+                running.process.kill()
+
+    def _fill(self, source: Source) -> None:
+        while self._free and (job := source.next_job()) is not None:
+            slot = self._free.pop()
+            now = time.monotonic()
+            self._running.append(_Running(job, slot, start(job, slot), now, now))
+            self._say(f"started   {job.name} on {slot.devices}")
+
+    def _collect(self, source: Source) -> None:
+        now = time.monotonic()
+        for running in list(self._running):
+            code = running.process.poll()
+            if code is None:
+                if now - running.watched >= _WATCH_S:
+                    running.watched = now
+                    source.watch(running.job)
+                continue
+            self._running.remove(running)
+            self._free.append(running.slot)
+            record = jobs.job_record(running.job.output_dir)
+            end = {"exit_code": code, "was_killed": self._num_signals_sent > 1}
+            files.write_json(record, {**files.read_json_or(record, {}), **end})
+            status = jobs.read_job(running.job.output_dir, self._metric)
+            self._say(
+                f"{status.state:<9} {running.job.name} after {now - running.started:.0f} s{_why(running, status)}"
+            )
+            source.ended(running.job, status)
+
+    def _pass_on_stop(self) -> None:
+        """First request: SIGTERM, every job saves. Second: SIGINT, at which a run that stops ends at once, then SIGKILL."""
+        wanted = min(self._stop.count, 2)
+        if self._num_signals_sent < wanted:
+            self._num_signals_sent = wanted
+            self._stopped_at = time.monotonic()
+            if wanted == 1:
+                self._say(f"stopping {len(self._running)} jobs, each with a save; once more kills them")
+            for running in self._running:
+                running.process.send_signal(signal.SIGTERM if wanted == 1 else signal.SIGINT)
+        elif wanted == 2 and time.monotonic() - self._stopped_at > _KILL_S:
+            for running in self._running:
+                running.process.kill()
+
+
+def start(job: Job, slot: Slot) -> subprocess.Popen[bytes]:
+    """Starts a job in a session of its own; what it prints goes to the job's logs/."""
+    log, record = jobs.job_log(job.output_dir), jobs.job_record(job.output_dir)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    info = {"path": str(record), "devices": slot.devices, "overrides": list(job.overrides), "started_at": time.time()}
+    own = [sys.executable, "-m", "launcher.sweep.child", str(os.getpid()), json.dumps(info)]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*own, *jobs.job_command(job)], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, **slot.env}, start_new_session=True,
+        )  # fmt: skip
+
+
+def _why(running: _Running, status: RunStatus) -> str:
+    code = running.process.returncode
+    if status.state != FAILED and code >= 0:
+        return ""
+    how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+    return f" ({how}, see {jobs.job_log(running.job.output_dir)})"
+
+
+def wait_for_old_jobs(folders: list[Path], stop: StopRequests, say: Callable[[str], None]) -> None:
+    """Waits until the jobs of a controller that was killed have stopped. They got SIGTERM when it died, and save."""
+    began, was_told = time.monotonic(), False
+    to_send = [(_OLD_JOB_TERM_S, signal.SIGTERM), (_OLD_JOB_KILL_S, signal.SIGKILL)]
+    while stop.count == 0:
+        living = [pid for folder in folders if (pid := jobs.job_process(folder)) is not None]
+        if not living:
+            return
+        if not was_told:
+            was_told = True
+            say(f"waiting for {len(living)} jobs of an earlier controller to stop")
+        if to_send and time.monotonic() - began > to_send[0][0]:
+            _send(living, to_send.pop(0)[1])
+        time.sleep(_POLL_S)
+
+
+def _send(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)

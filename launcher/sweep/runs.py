@@ -1,0 +1,158 @@
+"""What the folder of a run says about it: state, progress, best metric. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher import files, lock
+from launcher.config import CheckpointConfig
+from launcher.paths import RunPaths
+
+PENDING, RUNNING, INTERRUPTED = "pending", "running", "interrupted"
+FINISHED, FAILED, PRUNED = "finished", "failed", "pruned"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What runs are compared by."""
+
+    key: str
+    is_greater_better: bool
+
+    @classmethod
+    def of(cls, checkpoint: CheckpointConfig, eval_strategy: str) -> Metric:
+        """The metric of the evaluation; the training loss where the run never evaluates."""
+        if eval_strategy == "no":
+            return cls("loss", is_greater_better=False)
+        return cls(checkpoint.metric_key, checkpoint.is_greater_better)
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """NaN is never better."""
+        if math.isnan(value):
+            return False
+        return than is None or (value > than if self.is_greater_better else value < than)
+
+    def rank(self, value: float | None) -> tuple[bool, float]:
+        """Sort key: the best first, unknown ones last."""
+        if value is None:
+            return (True, 0.0)
+        return (False, -value if self.is_greater_better else value)
+
+
+@dataclass
+class RunStatus:
+    """Where a run stands. `best_metric` is the best of its evaluations, or the last training loss."""
+
+    dir: str
+    state: str = PENDING
+    reason: str | None = None
+    exit_code: int | None = None
+    step: int = 0
+    total_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    metric: str | None = None
+    best_metric: float | None = None
+    best_step: int | None = None
+    checkpoints: list[int] = field(default_factory=list)
+    hub: dict[str, Any] | None = None
+    host: str | None = None
+    job_id: str | None = None
+    updated_at: float | None = None
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is the output_dir of a run that has started."""
+    paths = RunPaths(path)
+    return paths.run_state.is_file() or paths.metrics.is_file() or next(paths.checkpoint_dirs(), None) is not None
+
+
+def read_run(root: Path, metric: Metric | None) -> RunStatus:
+    """Reads a run's folder. A run.json that says running without a living process becomes interrupted by a crash."""
+    paths = RunPaths(root)
+    info = files.read_json_or(paths.run_state, {})
+    status = RunStatus(dir=str(root), metric=metric.key if metric else None)
+    for name in ("state", "reason", "exit_code", "step", "total_steps", "epoch", "hub", "host", "job_id", "updated_at"):
+        if info.get(name) is not None:
+            setattr(status, name, info[name])
+    holder = lock.holder(paths.lock)
+    if holder is not None:
+        status.state, status.host = RUNNING, holder.get("host", status.host)
+    elif status.state == RUNNING:
+        status.state, status.reason = INTERRUPTED, "crash"
+    status.checkpoints = [step for step, _ in paths.checkpoint_dirs()]
+    _read_metrics(paths.metrics, metric, status)
+    return status
+
+
+def _read_metrics(path: Path, metric: Metric | None, status: RunStatus) -> None:
+    last_train: dict[str, Any] = {}
+    for line in read_lines(path):
+        if "loss" in line:
+            last_train = line
+        value = line.get(metric.key) if metric else None
+        if metric is None or not isinstance(value, (int, float)) or math.isnan(value):
+            continue
+        if metric.key == "loss" or metric.is_better(value, status.best_metric):
+            status.best_metric, status.best_step = float(value), line.get("step")
+    status.loss, status.tokens_per_second = last_train.get("loss"), last_train.get("tokens_per_second")
+    if status.state != FINISHED:  # the lines are newer than run.json
+        status.step = max(status.step, int(last_train.get("step") or 0))
+        status.epoch = last_train.get("epoch", status.epoch)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl that hold a loss or an evaluation; most lines of a long run need no parsing.
+
+    Only the last training line matters here, so that the others are skipped before they are parsed.
+    """
+    try:
+        raw = path.read_bytes().splitlines()
+    except OSError:
+        return
+    last_train = max((i for i, text in enumerate(raw) if b'"loss"' in text and text.endswith(b"}")), default=-1)
+    for i, text in enumerate(raw):
+        if b'"eval_' in text or i == last_train:
+            try:
+                line = json.loads(text)
+            except ValueError:  # cut off by a crash
+                continue
+            if isinstance(line, dict):
+                yield line
+
+
+class MetricsTail:
+    """Follows the metrics.jsonl of a run that is being written, and shortened when the run resumes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._inode = path, 0, 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """The whole lines since the last call; all of them again where the file was replaced."""
+        try:
+            with self._path.open("rb") as file:
+                info = os.fstat(file.fileno())
+                if info.st_ino != self._inode or info.st_size < self._offset:
+                    self._inode, self._offset = info.st_ino, 0
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        lines = []
+        for raw in whole.splitlines():
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                lines.append(line)
+        return lines
