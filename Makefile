@@ -1,0 +1,55 @@
+# Everything runs in .venv, which is made once, from constraints.txt. A target of set-up is done when its stamp is newer
+# than what it was made from.
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+ARGS ?=
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: train test test-slow lint format bench docs setup clean
+
+train: $(VENV)/.runtime
+	$(BIN)/launcher train $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.slow
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+
+setup: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.slow: $(VENV)/.dev
+	$(PIP) -e '.[dev,smollm2]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
