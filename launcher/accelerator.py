@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from datetime import timedelta
 
 from launcher.config import RunConfig
-
-Saver = Any
+from launcher.paths import RunPaths
 
 
 class LauncherAccelerator(Accelerator):
@@ -50,7 +49,10 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
     handlers: list[Any] = [
         InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=timedelta(seconds=config.launch.hang_timeout_s))
     ]
-    arguments: dict[str, Any] = {"mixed_precision": config.mixed_precision, "log_with": None}
+    logs = str(RunPaths(Path(config.output_dir).expanduser().resolve()).logs_dir)
+    arguments: dict[str, Any] = {
+        "mixed_precision": config.mixed_precision, "log_with": config.tracker.name, "project_dir": logs,
+    }  # fmt: skip
     if config.strategy.zero_stage:
         use_single_process_env()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"

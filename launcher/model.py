@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ def build_model(config: RunConfig, tokenizer: Any, *, is_resume: bool) -> nn.Mod
                 settings.model_name_or_path, revision=settings.revision, config=model_config, **arguments
             )
         else:
-            with _no_init() if is_resume and not settings.peft else contextlib.nullcontext():
+            # From scratch each process initialises the whole model and DeepSpeed partitions it afterwards, so that the
+            # first weights are the same under every strategy.
+            with _no_init() if is_resume and not settings.peft else _no_zero_init():
                 model = AutoModelForCausalLM.from_config(model_config, **arguments)
             model.tie_weights()  # left out where initialisation is
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -84,6 +86,18 @@ def _no_init() -> Any:
     from transformers.initialization import no_init_weights
 
     return no_init_weights()
+
+
+@contextlib.contextmanager
+def _no_zero_init() -> Iterator[None]:
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 def _build_config(config: RunConfig, tokenizer: Any) -> Any:

@@ -1,0 +1,102 @@
+"""`launcher checkpoints`: what a run has saved."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher import files
+from launcher.checkpoint import manifest
+from launcher.errors import DamagedCheckpointError, UserError
+from launcher.paths import CheckpointPaths, RunPaths
+
+
+def list_checkpoints(root: Path) -> list[dict[str, Any]]:
+    """One entry per `checkpoint-N` folder of ours, by rising step; reads manifests and small JSON files only."""
+    paths = RunPaths(root)
+    pushed = files.read_json_or(paths.run_state, {}).get("hub", {}).get("pushed", [])
+    rows: list[dict[str, Any]] = []
+    for step, folder in paths.checkpoint_dirs():
+        try:
+            found = manifest.read(folder)
+        except FileNotFoundError:
+            rows.append({"checkpoint": folder.name, "step": step, "state": "foreign (no manifest.json)"})
+            continue
+        except DamagedCheckpointError as error:
+            rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {error}"})
+            continue
+        trainer = files.read_json_or(CheckpointPaths(folder).trainer_state, {})
+        metrics = {
+            k: v for line in trainer.get("log_history", []) if line.get("step") == step for k, v in line.items()
+            if k == "loss" or k.startswith("eval_")
+        }  # fmt: skip
+        rows.append(
+            {
+                "checkpoint": folder.name, "step": step, "epoch": trainer.get("epoch"), "metrics": metrics,
+                "bytes": found.total_bytes, "world_size": found.world_size, "zero_stage": found.zero_stage,
+                "is_best": False, "is_latest": False, "on_hub": folder.name in pushed, "state": "whole",
+                "best_step": trainer.get("best_global_step"),
+            }  # fmt: skip
+        )
+    whole = [row for row in rows if row["state"] == "whole"]
+    if whole:
+        whole[-1]["is_latest"] = True
+        best = whole[-1]["best_step"]
+        for row in whole:
+            row["is_best"] = row["step"] == best
+    for row in whole:
+        del row["best_step"]
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0; 2 where the folder is no run."""
+    parser = argparse.ArgumentParser(
+        prog="launcher checkpoints", description="List the checkpoints of a run.",
+        epilog="example: launcher checkpoints outputs/arithmetic --json",
+    )  # fmt: skip
+    parser.add_argument("run", type=Path, help="the run's output_dir")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args(argv)
+    if not options.run.is_dir():
+        raise UserError(f"{options.run} is no folder. Give the output_dir of a run")
+    rows = list_checkpoints(options.run)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    elif not rows:
+        print(f"{options.run} holds no checkpoint")
+    else:
+        _print_table(rows)
+    return 0
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for name in ("checkpoint", "epoch", "metrics", "size", "processes", "ZeRO", "", "Hub"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        if row["state"] != "whole":
+            table.add_row(row["checkpoint"], "", row["state"])
+            continue
+        metrics = "  ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items() if isinstance(v, (int, float)))
+        marks = " ".join(m for m, on in (("best", row["is_best"]), ("latest", row["is_latest"])) if on)
+        table.add_row(
+            row["checkpoint"], f"{row['epoch']:.3f}" if row["epoch"] is not None else "", metrics,
+            human_bytes(row["bytes"]), str(row["world_size"]), str(row["zero_stage"] or "-"), marks,
+            "yes" if row["on_hub"] else "",
+        )  # fmt: skip
+    Console(width=None).print(table)
+
+
+def human_bytes(count: float) -> str:
+    """1536 → 1.5 KB (powers of 1000, as disks are sold)."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.1f} TB"
