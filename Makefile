@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 ARGS ?=
-export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: train test test-slow lint format bench docs setup clean
 
 train: $(VENV)/.runtime
 	$(BIN)/launcher train $(ARGS)
+
+test test-slow: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow" $(ARGS)

@@ -1,0 +1,49 @@
+"""What all tests share: an environment that nothing of the user's reaches into, and DeepSpeed's operators built once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+_STARTS_RANKS = {"distributed", "faults", "sweep", "slurm", "hub"}
+"""Folders of tests that start training processes."""
+
+_EXTENSIONS_DIR = Path(sys.prefix) / "torch_extensions" / f"torch-{version('torch')}-deepspeed-{version('deepspeed')}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_", "LAUNCHER_", "PET_", "TORCHELASTIC_")) or name in ("HF_TOKEN", "RANK"):
+            del os.environ[name]
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # no token and no cached model of the user's
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(_EXTENSIONS_DIR)
+    # DeepSpeed calls ninja by name, also where pytest was started without activating the environment.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _built_operators(request: pytest.FixtureRequest) -> None:
+    """DeepSpeed compiles its shared-memory collectives at the first start, for half a minute.
+
+    A process that is killed meanwhile leaves a lock on which every later start waits for ever
+    (torch/utils/file_baton.py), so tests that kill must not be the first.
+    """
+    folders = {part for item in request.session.items for part in item.path.parts}
+    if not folders & _STARTS_RANKS:
+        return
+    _EXTENSIONS_DIR.mkdir(parents=True, exist_ok=True)
+    with (_EXTENSIONS_DIR / ".build").open("w") as own_lock:
+        fcntl.flock(own_lock, fcntl.LOCK_EX)
+        for stale in _EXTENSIONS_DIR.glob("*/lock"):  # under our lock nobody else builds here
+            stale.unlink()
+        if next(_EXTENSIONS_DIR.glob("*/deepspeed_shm_comm.so"), None) is None:
+            build = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+            subprocess.run([sys.executable, "-c", build], check=True, timeout=600, stdout=subprocess.DEVNULL)
