@@ -29,9 +29,13 @@ class StopRequests:
             self.clear()
 
     def install(self) -> None:
-        """Obeys SIGTERM, SIGUSR1 and SIGINT; a second SIGINT ends the process at once."""
+        """Obeys SIGTERM, SIGUSR1 and SIGINT; a second SIGINT ends the process at once.
+
+        A SIGTERM that was ignored at start stays so: a Slurm script answers it for us, by a STOP file with the reason.
+        """
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signalled and number == signal.SIGINT:
