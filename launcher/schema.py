@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,12 @@ def near_miss(name: str, valid: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Evaluating the annotations takes longer than everything else that is done with them."""
+    return typing.get_type_hints(cls)
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """' Did you mean X?' for a near miss, else ''."""
     meant = near_miss(name, valid)
@@ -36,7 +43,7 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 def valid_keys(cls: type, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the schema with its type; open dicts have type dict, groups their dataclass."""
     keys: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for f in dataclasses.fields(cls):
         key = f"{prefix}{f.name}"
         if dataclasses.is_dataclass(hints[f.name]):
@@ -67,7 +74,7 @@ class Parser:
             key = prefix.rstrip(".")
             self._refuse(key, f"{key} is a group of settings (got {data!r}). Set {prefix}KEY=VALUE")
             return cls()
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         values: dict[str, Any] = {}
         for name, value in data.items():
