@@ -119,6 +119,7 @@ class ExactMatch:
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
+                use_cache=True,  # training switches it off in the model's config
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 synced_gpus=is_partitioned,

@@ -105,8 +105,9 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, to
     """A micro-batch, padded on the right: input_ids_BT, labels_BT and
 
     - attention_mask_BT, where a sample is one row;
-    - position_ids_BT restarting at 0 with every row, where rows are packed. There is no attention mask then: only
-      without one does transformers read the borders from position_ids (masking_utils.find_packed_sequence_indices).
+    - position_ids_BT restarting at 0 with every row, where rows are packed. There is no attention mask then, and the
+      model must be called with use_cache=False: transformers reads the borders from position_ids only without an
+      attention mask and without a cache (masking_utils.py, _preprocess_mask_arguments).
 
     Labels are not shifted; the first token of a row never has one. No ids give a row that bears no loss.
     """

@@ -1,0 +1,248 @@
+"""Hand-made token masks for every format."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import pytest
+
+from launcher.data.formats import BadRowError, Encoded, Formatter
+from launcher.errors import ConfigError
+
+from .conftest import PLAIN_TEMPLATE, REWRITING_TEMPLATE, chat
+
+LOSS, NONE = True, False
+
+
+def encode(tokenizer: Any, row: dict[str, Any], *, only: bool | None = None, max_length: int = 200) -> Encoded:
+    (result,) = Formatter(tokenizer, max_length, only).encode([("rows.jsonl:1", row)])
+    if isinstance(result, BadRowError):
+        raise result
+    return result
+
+
+def pieces(tokenizer: Any, encoded: Encoded) -> list[tuple[bool, str]]:
+    """The row cut where its mask changes."""
+    pairs = zip(encoded.mask.tolist(), encoded.tokens.tolist(), strict=True)
+    groups = [(mask, [token for _, token in group]) for mask, group in groupby(pairs, key=lambda pair: pair[0])]
+    return [(mask, tokenizer.decode(tokens)) for mask, tokens in groups]
+
+
+def as_chat(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+# ---------------------------------------------------------------------- messages
+
+
+def test_messages_when_template_has_generation_tags(tokenizer: Any) -> None:
+    row = chat("hi", "yo", "ok?", "<think>m</think>né")
+    assert pieces(tokenizer, encode(tokenizer, row)) == [
+        (NONE, "<|user|>hi<|end|><|assistant|>"),
+        (LOSS, "yo<|end|>"),
+        (NONE, "<|user|>ok?<|end|><|assistant|>"),
+        (LOSS, "<think>m</think>né<|end|>"),
+    ]
+
+
+def test_messages_exact_tokens(tokenizer: Any) -> None:
+    encoded = encode(tokenizer, chat("a", "é"))
+    user, end, assistant = (tokenizer.convert_tokens_to_ids(t) for t in ("<|user|>", "<|end|>", "<|assistant|>"))
+    assert encoded.tokens.tolist() == [user, ord("a"), end, assistant, 0xC3, 0xA9, end]
+    assert encoded.mask.tolist() == [False, False, False, False, True, True, True]
+
+
+def test_messages_when_reasoning_is_a_field_of_its_own(tokenizer: Any) -> None:
+    row = {"messages": [*as_chat("user", "q"), {"role": "assistant", "reasoning_content": "r", "content": "a"}]}
+    assert pieces(tokenizer, encode(tokenizer, row))[1] == (LOSS, "<think>r</think>a<|end|>")
+
+
+def test_messages_when_template_has_no_generation_tags(tokenizer: Any) -> None:
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    assert pieces(tokenizer, encode(tokenizer, chat("hi", "yo", "ok?", "no"))) == [
+        (NONE, "<|user|>hi<|end|>\n<|assistant|>"),
+        (LOSS, "yo<|end|>\n"),
+        (NONE, "<|user|>ok?<|end|>\n<|assistant|>"),
+        (LOSS, "no<|end|>\n"),
+    ]
+
+
+def test_messages_when_prompt_for_the_answer_is_not_in_the_conversation(tokenizer: Any) -> None:
+    """R1's templates open `<think>` in the generation prompt only: loss starts where the texts part."""
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace("<|assistant|>{% endif", "<|assistant|><think>{% endif")
+    assert pieces(tokenizer, encode(tokenizer, chat("hi", "yo")))[1] == (LOSS, "yo<|end|>\n")
+
+
+def test_messages_when_tokenizer_has_no_offsets(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    fast = encode(tokenizer, chat("hi", "yo", "ok?", "né"))
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    slow = encode(tokenizer, chat("hi", "yo", "ok?", "né"))
+    assert slow.tokens.tolist() == fast.tokens.tolist()
+    assert slow.mask.tolist() == fast.mask.tolist()
+
+
+def test_messages_when_loss_is_wanted_everywhere(tokenizer: Any) -> None:
+    assert pieces(tokenizer, encode(tokenizer, chat("hi", "yo"), only=False)) == [
+        (NONE, "<|user|>"),  # the first token: nothing predicts it
+        (LOSS, "hi<|end|><|assistant|>yo<|end|>"),
+    ]
+
+
+def test_messages_when_template_writes_bos(word_tokenizer: Any) -> None:
+    """The template's BOS is the only one although the tokenizer adds one to plain text."""
+    word_tokenizer.chat_template = "{{ bos_token }}" + "".join(
+        "{% for m in messages %} {{ m.content }} {% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    encoded = encode(word_tokenizer, chat("sky is", "blue"))
+    assert pieces(word_tokenizer, encoded) == [(NONE, "<s> sky is"), (LOSS, "blue </s>")]
+
+
+def test_messages_when_template_rewrites_earlier_turns(tokenizer: Any) -> None:
+    tokenizer.chat_template = REWRITING_TEMPLATE
+    with pytest.raises(ConfigError, match=r"(?s)rewrites earlier turns.*rows\.jsonl:1.*data\.chat_template"):
+        encode(tokenizer, chat("hi", "<think>m</think>yo", "ok?", "no"))
+    assert pieces(tokenizer, encode(tokenizer, chat("hi", "<think>m</think>yo")))[1][1] == "<think>m</think>yo<|end|>"
+
+
+def test_messages_when_rewriting_template_has_generation_tags(tokenizer: Any) -> None:
+    tokenizer.chat_template = REWRITING_TEMPLATE.replace(
+        "{% if m.role == 'assistant' and", "{% generation %}{% if m.role == 'assistant' and"
+    ).replace("<|end|>{% endfor", "<|end|>{% endgeneration %}{% endfor")
+    encoded = encode(tokenizer, chat("hi", "<think>m</think>yo", "ok?", "no"))
+    assert encoded.is_rewritten
+    assert "m" not in tokenizer.decode(encoded.tokens)
+
+
+def test_messages_when_template_drops_the_reasoning_everywhere(tokenizer: Any) -> None:
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace("m.content", "m.content.split('</think>')[-1]")
+    assert encode(tokenizer, chat("hi", "<think>m</think>yo")).is_rewritten
+
+
+def test_messages_when_tokenizer_has_no_template(word_tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"no chat template.*data\.chat_template"):
+        encode(word_tokenizer, chat("sky is", "blue"))
+
+
+# ---------------------------------------------------------------------- prompt + completion
+
+
+def test_completion_when_text(tokenizer: Any) -> None:
+    row = {"prompt": "1+1=", "completion": "2"}
+    assert pieces(tokenizer, encode(tokenizer, row)) == [(NONE, "1+1="), (LOSS, "2<|end|>")]
+    assert pieces(tokenizer, encode(tokenizer, row, only=False)) == [(NONE, "1"), (LOSS, "+1=2<|end|>")]
+
+
+def test_completion_when_it_has_its_eos(tokenizer: Any) -> None:
+    row = {"prompt": "1+1=", "completion": "2<|end|>"}
+    assert pieces(tokenizer, encode(tokenizer, row)) == [(NONE, "1+1="), (LOSS, "2<|end|>")]
+
+
+def test_completion_when_messages(tokenizer: Any) -> None:
+    row = {"prompt": as_chat("user", "hi"), "completion": as_chat("assistant", "yo")}
+    expected = [(NONE, "<|user|>hi<|end|><|assistant|>"), (LOSS, "yo<|end|>")]
+    assert pieces(tokenizer, encode(tokenizer, row)) == expected
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    expected = [(NONE, "<|user|>hi<|end|>\n<|assistant|>"), (LOSS, "yo<|end|>\n")]
+    assert pieces(tokenizer, encode(tokenizer, row)) == expected
+
+
+def test_completion_when_template_rewrites_the_prompt(tokenizer: Any) -> None:
+    tokenizer.chat_template = REWRITING_TEMPLATE
+    row = {"prompt": chat("hi", "<think>m</think>yo")["messages"], "completion": as_chat("user", "ok?")}
+    with pytest.raises(ConfigError, match=r"data\.chat_template"):
+        encode(tokenizer, row)
+
+
+def test_completion_when_tokenizer_adds_bos(word_tokenizer: Any) -> None:
+    encoded = encode(word_tokenizer, {"prompt": "sky is ", "completion": "blue "})
+    assert encoded.tokens.tolist() == [0, 7, 6, 5, 1]
+    assert encoded.mask.tolist() == [False, False, False, True, True]
+
+
+def test_completion_when_a_token_crosses_the_border(tokenizer: Any) -> None:
+    """As TRL: the token that holds the end of the prompt and the start of the completion bears loss."""
+    row = {"prompt": "x<thi", "completion": "nk>y"}
+    encoded = encode(tokenizer, row)
+    assert encoded.tokens.tolist() == tokenizer("x<think>y<|end|>")["input_ids"]
+    assert encoded.mask.tolist() == [False, True, True, True]
+
+
+# ---------------------------------------------------------------------- text
+
+
+def test_text_gets_one_eos(tokenizer: Any) -> None:
+    expected = [(NONE, "a"), (LOSS, "bc<|end|>")]
+    assert pieces(tokenizer, encode(tokenizer, {"text": "abc"})) == expected
+    assert pieces(tokenizer, encode(tokenizer, {"text": "abc<|end|>"})) == expected
+
+
+def test_text_gets_one_bos(word_tokenizer: Any) -> None:
+    for text in ("sky is blue ", "<s> sky is blue "):
+        encoded = encode(word_tokenizer, {"text": text})
+        assert encoded.tokens.tolist() == [0, 7, 6, 5, 1]
+        assert encoded.mask.tolist() == [False, True, True, True, True]
+
+
+def test_text_when_completion_only_loss_is_asked_for(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data\.completion_only_loss=true.*rows\.jsonl:1 holds text"):
+        encode(tokenizer, {"text": "abc"}, only=True)
+
+
+# ---------------------------------------------------------------------- length and other columns
+
+
+def test_long_row_is_cut_at_the_end(tokenizer: Any) -> None:
+    encoded = encode(tokenizer, {"prompt": "1234", "completion": "56789"}, max_length=6)
+    assert encoded.is_truncated
+    assert pieces(tokenizer, encoded) == [(NONE, "1234"), (LOSS, "56")]
+    assert not encode(tokenizer, {"prompt": "1234", "completion": "5"}, max_length=6).is_truncated
+
+
+def test_other_columns_do_not_matter(tokenizer: Any) -> None:
+    """OpenR1-Math rows hold the problem, the solution and much more beside their messages."""
+    openr1 = {"problem": "?", "solution": "!", "prompt": "only half of a pair", "generations": ["a"], "text": None}
+    assert pieces(tokenizer, encode(tokenizer, chat("hi", "yo") | openr1))[1] == (LOSS, "yo<|end|>")
+
+
+def test_batch_keeps_the_order_of_its_rows(tokenizer: Any) -> None:
+    rows = [chat("a", "b"), {"text": "c"}, {"text": ""}, {"prompt": "d", "completion": "e"}, {"text": "f"}]
+    results = Formatter(tokenizer, 100, None).encode([("x", row) for row in rows])
+    ends = [r if isinstance(r, BadRowError) else tokenizer.decode(r.tokens[-2:]) for r in results]
+    assert ends[:2] + ends[3:] == ["b<|end|>", "c<|end|>", "e<|end|>", "f<|end|>"]
+    assert isinstance(ends[2], BadRowError)
+
+
+# ---------------------------------------------------------------------- bad rows
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({}, "no messages, no prompt"),
+        ({"question": "?"}, "it has question"),
+        ({"text": 5}, "text must be text .*int"),
+        ({"text": " \n"}, "text is empty"),
+        ({"prompt": "a"}, "it has prompt"),
+        ({"prompt": "a", "completion": ""}, "completion is empty"),
+        ({"prompt": "a", "completion": as_chat("assistant", "b")}, "prompt must be text or a list"),
+        ({"messages": "hi"}, "messages must be a list"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": ["hi"]}, r"messages\[0\] must be a message"),
+        ({"messages": as_chat("robot", "hi")}, r"messages\[0\].role must be one of .*'robot'"),
+        ({"messages": [{"role": "user"}]}, "content must be text"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content must be text .*int"),
+        (chat("hi", ""), r"messages\[1\].content is empty"),
+        (chat("hi"), "no assistant turn"),
+    ],
+)
+def test_bad_row_says_why(tokenizer: Any, row: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadRowError, match=why):
+        encode(tokenizer, row)
+
+
+def test_bad_row_when_template_refuses_it(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(BadRowError, match="chat template refused it: roles must alternate"):
+        encode(tokenizer, chat("hi", "yo"))

@@ -1,0 +1,137 @@
+"""Packing and batches: packed rows must not see each other, padding and empty slots must not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launcher.data import Data, TokenRows, collate
+from launcher.data.rows import pack
+
+TEXTS = ["a", "bcd" * 3, "efg hij" * 2, "k", "lmno" * 3, "pq", "rstuvw" * 2, "xyz"]
+
+
+@pytest.fixture
+def make_rows(make_data: Callable[..., Data], write_rows: Callable[..., str]) -> Callable[..., TokenRows]:
+    file = write_rows([{"text": text} for text in TEXTS])
+    return lambda **settings: make_data(train_files=[file], max_length=24, **settings).train
+
+
+def tiny_llama(attn_implementation: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, attn_implementation=attn_implementation,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def all_ids(rows: TokenRows) -> np.ndarray:
+    return np.arange(len(rows))
+
+
+# ---------------------------------------------------------------------- pack
+
+
+def test_pack_holds_every_row_once_and_whole() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        max_length = int(draw.integers(1, 200))
+        lengths = draw.integers(1, max_length + 1, size=int(draw.integers(1, 300)))
+        order, bounds = pack(lengths, max_length)
+        assert sorted(order.tolist()) == list(range(len(lengths)))
+        sums = np.add.reduceat(lengths[order], bounds[:-1])
+        assert sums.max() <= max_length
+        half_empty = (2 * sums <= max_length).sum()
+        assert half_empty <= 1  # two half-empty packs would have been one
+
+
+def test_pack_is_best_fit_decreasing() -> None:
+    order, bounds = pack(np.array([3, 7, 5, 2, 3]), 10)
+    packs = [order[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    assert packs == [[1, 0], [2, 4, 3]]
+
+
+# ---------------------------------------------------------------------- collate
+
+
+def test_collate_pads_on_the_right(make_rows: Callable[..., TokenRows]) -> None:
+    batch = collate(make_rows(), np.array([0, 5, 7]), 256)
+    a, end = ord("a"), 257
+    assert batch["input_ids"].tolist() == [
+        [a, end, 256, 256],
+        [ord("p"), ord("q"), end, 256],
+        [ord("x"), ord("y"), ord("z"), end],
+    ]
+    assert batch["labels"].tolist() == [
+        [-100, end, -100, -100],
+        [-100, ord("q"), end, -100],
+        [-100, ord("y"), ord("z"), end],
+    ]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_labelled_tokens_are_those_with_a_label(make_rows: Callable[..., TokenRows]) -> None:
+    for packing in (False, True):
+        rows = make_rows(packing=packing)
+        for ids in (all_ids(rows), all_ids(rows)[:1], np.array([], dtype=np.int64)):
+            batch = collate(rows, ids, 256)
+            assert rows.num_labelled_tokens(ids) == int((batch["labels"] != -100).sum())
+        assert rows.num_labelled_tokens(all_ids(rows)) == sum(map(len, TEXTS))  # EOS counts, the first token does not
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_empty_slot_bears_no_loss(
+    make_rows: Callable[..., TokenRows], attn_implementation: str, packing: bool
+) -> None:
+    batch = collate(make_rows(packing=packing), np.array([], dtype=np.int64), 256)
+    assert batch["input_ids"].shape[0] == 1
+    assert (batch["labels"] == -100).all()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    assert torch.isfinite(tiny_llama(attn_implementation)(**inputs).logits).all()
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_packed_rows_do_not_see_each_other(
+    make_rows: Callable[..., TokenRows], attn_implementation: str, is_flat: bool
+) -> None:
+    """The logits of every row equal those it has alone, whatever it is packed with."""
+    model, rows = tiny_llama(attn_implementation), make_rows(packing=True)
+    rows.is_flat = is_flat
+    assert 1 < len(rows) < len(TEXTS)
+    batch = collate(rows, all_ids(rows), 256)
+    assert "attention_mask" not in batch
+    assert batch["input_ids"].shape[0] == (1 if is_flat else len(rows))
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        for i in range(len(rows)):
+            start = 0
+            line = 0 if is_flat else i
+            if is_flat:
+                start = sum(len(tokens) for k in range(i) for tokens, _ in rows.segments(k))
+            for tokens, _ in rows.segments(i):
+                alone = model(input_ids=torch.tensor(tokens.astype(np.int64))[None]).logits[0]
+                together = logits[line, start : start + len(tokens)]
+                torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+                start += len(tokens)
+
+
+def test_packed_loss_is_that_of_the_rows(make_rows: Callable[..., TokenRows]) -> None:
+    model = tiny_llama("sdpa")
+
+    def loss(rows: TokenRows) -> float:
+        batch: dict[str, Any] = collate(rows, all_ids(rows), 256)
+        return model(**batch, use_cache=False).loss.item()
+
+    assert loss(make_rows(packing=True)) == pytest.approx(loss(make_rows(packing=False)), rel=1e-5)
+
+
