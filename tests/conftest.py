@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if name.startswith(("ACCELERATE_", "LAUNCHER_", "PET_", "TORCHELASTIC_")) or name in ("HF_TOKEN", "RANK"):
             del os.environ[name]
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # no token and no cached model of the user's
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    config.add_cleanup(lambda: shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True))
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # runs of two processes, also on a machine with one GPU
     os.environ["TORCH_EXTENSIONS_DIR"] = str(_EXTENSIONS_DIR)
     # DeepSpeed calls ninja by name, also where pytest was started without activating the environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
