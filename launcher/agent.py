@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -159,12 +160,14 @@ class _Attempt:
         }  # fmt: skip
         self._num_signals = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._agent_output = ""
         self.training_began = False
 
     def run(self) -> tuple[int, RankFailedError | None]:
         """(exit code, None) or (1, the earliest error of a rank)."""
         with tempfile.TemporaryDirectory(prefix="launcher-") as error_dir:
             stacks = self._stack_bytes()
+            log_start = self._paths.agent_log.stat().st_size if self._paths.agent_log.exists() else 0
             parent = os.getpid()
             env = {**self._env, "LAUNCHER_ERROR_DIR": error_dir, "LAUNCHER_STDERR": f"/proc/{parent}/fd/2"}
             with self._paths.agent_log.open("ab") as log:
@@ -181,6 +184,7 @@ class _Attempt:
                         signal.signal(number, handler)
                     with contextlib.suppress(OSError):
                         os.killpg(self._process.pid, signal.SIGKILL)
+            self._agent_output = _text_from(self._paths.agent_log, log_start)
             return self._outcome(code, Path(error_dir), self._stack_bytes() > stacks)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -203,7 +207,7 @@ class _Attempt:
             return EXIT_DONE, None
         if is_mine and state["state"] in ("interrupted", "pruned"):
             return EXIT_STOPPED, None
-        error = earliest_error(error_dir) or _unexplained(code, is_hang, self._paths, self._num_signals)
+        error = earliest_error(error_dir) or self._unexplained(code, is_hang)
         if is_mine:
             reason = None if error.report["is_ours"] else "hang" if is_hang else "crash"
             files.write_json(
@@ -212,14 +216,26 @@ class _Attempt:
             )
         return EXIT_FAILED, error
 
+    def _unexplained(self, code: int, is_hang: bool) -> RankFailedError:
+        """No rank has told an error of its own: it hung, was killed, or died before it could."""
+        logs = self._paths.logs_dir
+        killed = re.search(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*-(\d+)", self._agent_output)
+        if is_hang:
+            text = f"no step for launch.hang_timeout_s; where each process stood is in {logs}/stacks-rank-*.txt"
+        elif self._num_signals > 1:
+            text = "killed at once, as asked; the last checkpoint is whole"
+        elif killed:
+            cause = " (out of memory?)" if killed[2] == "9" else ""
+            text = f"rank {killed[1]} was killed by signal {killed[2]}{cause}"
+        else:
+            tail = "\n".join(self._agent_output.strip().splitlines()[-5:])
+            text = f"accelerate launch ended with {code}; see {self._paths.agent_log}\n{tail}"
+        error = RankFailedError(text)
+        error.report = {"is_ours": self._num_signals > 1}
+        return error
 
-def _unexplained(code: int, is_hang: bool, paths: RunPaths, num_signals: int) -> RankFailedError:
-    if is_hang:
-        text = f"no step for launch.hang_timeout_s; where each process stood is in {paths.logs_dir}/stacks-rank-*.txt"
-    elif num_signals > 1:
-        text = "killed at once, as asked; the last checkpoint is whole"
-    else:
-        text = f"a process was killed from outside (out of memory?); accelerate launch ended with {code}. See {paths.agent_log}"
-    error = RankFailedError(text)
-    error.report = {"is_ours": num_signals > 1}
-    return error
+
+def _text_from(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read().decode(errors="replace")

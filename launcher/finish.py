@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 def finish(run: Run) -> None:
     """After the last step: waits for the last save, publishes the model, ends. Collective."""
-    from launcher.loop import wait_for_save
+    from launcher.loop import save, wait_for_save
 
-    wait_for_save(run)
     saves = run.config.checkpoint.save_strategy != "no"
-    if saves and run.last_saved_step != run.total_steps and run.step:
+    if saves:
+        save(run)  # the last step was; a run resumed past its end from another folder was not
+    wait_for_save(run)
+    if saves and run.last_saved_step != run.step:
         raise CheckpointWriteError(
             f"training reached step {run.step} but its checkpoint could not be saved (see above). "
             "The earlier checkpoints are whole: make room and run the same command again to finish"

@@ -146,11 +146,11 @@ def _write_report(report: dict[str, Any]) -> None:
 
 
 def earliest_error(folder: Path) -> RankFailedError | None:
-    """The first failure among the ranks' reports, those of broken connections last."""
-    reports = [r for p in folder.glob("error-rank-*.json") if (r := files.read_json_or(p, None))]
+    """The first failure among the ranks' reports; None where they only noticed that a peer had gone."""
+    reports = [r for p in folder.glob("error-rank-*.json") if (r := files.read_json_or(p, None)) and not _is_echo(r)]
     if not reports:
         return None
-    first = min(reports, key=lambda r: (_is_echo(r), r["time"]))
+    first = min(reports, key=lambda r: float(r["time"]))
     error = RankFailedError(first["message"] if first["is_ours"] else f"rank {first['rank']}: {first['kind']}: {first['message']}")
     error.exit_code, error.report = first["exit_code"], first
     return error
@@ -158,5 +158,5 @@ def earliest_error(folder: Path) -> RankFailedError | None:
 
 def _is_echo(report: dict[str, Any]) -> bool:
     """A process that only noticed that a peer had gone."""
-    text = report["message"].lower()
+    text = report["message"].lower() if not report["is_ours"] else ""
     return any(w in text for w in ("connection closed by peer", "connection reset", "broken pipe", "nccl", "timed out"))
