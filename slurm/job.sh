@@ -97,7 +97,7 @@ sees_output_dir() { # on every node: reads what the first node wrote, and answer
   done
   echo "launcher: node ${SLURMD_NODENAME:-$(hostname)} does not see, or cannot write to, output_dir=$run_dir." \
     "All nodes need it on a shared file system: output_dir=/SHARED/…"
-  exit 1
+  exit 9
 }
 
 on_nodes() { # runs a shell function once on every node of the job
@@ -105,6 +105,25 @@ on_nodes() { # runs a shell function once on every node of the job
   functions=$(declare -f stop_reason request_stop "$1")
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" {{ srun_options | map("sh") | join(" ") }} \
     bash -c "$functions; $1"
+}
+
+check_nodes() { # every node answers, and proves that it sees the same output_dir
+  local code node
+  export proof_dir=$run_dir/slurm/nodes-$SLURM_JOB_ID-$starts-$1
+  mkdir -p "$proof_dir" && printf %s "$proof_dir" >"$proof_dir/token"
+  on_nodes sees_output_dir
+  code=$?
+  ((code == 9)) && exit 1
+  for ((node = 0; code == 0 && node < SLURM_JOB_NUM_NODES; node++)); do
+    [[ -s $proof_dir/node-$node ]] && continue
+    say "what node $node writes is not in output_dir=$run_dir. All nodes need it on a shared file system"
+    exit 1
+  done
+  rm -rf "$proof_dir"
+  if ((code)); then # dead, and Slurm has not noticed yet: it will, before the job starts again
+    say "a node of $SLURM_JOB_NODELIST does not answer"
+    requeue
+  fi
 }
 
 # ---------------------------------------------------------------- one start of the ranks, and how it ended
@@ -130,15 +149,19 @@ run_ranks() { # the verdict: finished, pruned, interrupted REASON, failed CODE, 
     wait "$ranks"
     code=$?
   done
-  verdict=$({{ (in_container + ["python", "-m", "launcher.slurm.outcome"]) | map("sh") | join(" ") }} \
+  verdict=$({{ (in_container + ["python3", "-m", "launcher.slurm.outcome"]) | map("sh") | join(" ") }} \
     "$run_dir" --attempt "$LAUNCHER_ATTEMPT" --began "$began" --code "$code")
   rm -rf "$LAUNCHER_ERROR_DIR"
+}
+
+job_info() { # scontrol's, and where the controller is away for a while, as soon as it is back
+  until scontrol -o show job "$job"; do sleep 10; done
 }
 
 requeue() { # the ranks have saved what they could and ended
   local info next
   trap - TERM USR1
-  info=$(scontrol -o show job "$job")
+  info=$(job_info)
   if [[ $info =~ " Restarts="([0-9]+) ]] && ((BASH_REMATCH[1] > starts)); then
     say "Slurm has requeued job $job"
     exit 75
@@ -173,14 +196,7 @@ say "job $job, start $((requeues + 1)), on $SLURM_JOB_NODELIST, output_dir $run_
 trap 'again=1; request_stop time_limit' USR1
 trap 'again=1; request_stop "$(stop_reason)"' TERM
 rm -f "$run_dir/STOP"
-export proof_dir=$run_dir/slurm/nodes-$SLURM_JOB_ID-$starts
-mkdir -p "$proof_dir" && printf %s "$proof_dir" >"$proof_dir/token"
-on_nodes sees_output_dir || exit 1
-for ((n = 0; n < SLURM_JOB_NUM_NODES; n++)); do
-  [[ -s $proof_dir/node-$n ]] || { say "node $n wrote to another output_dir=$run_dir: it must be on a shared file system"; exit 1; }
-done
-rm -rf "$proof_dir"
-
+check_nodes start
 for ((n = 0; ; n++)); do
   # A lock of this job's own is left by ranks that Slurm has ended, maybe on another host.
   grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$run_dir/.lock" && rm -f "$run_dir/.lock"
@@ -191,7 +207,8 @@ for ((n = 0; ; n++)); do
     interrupted*) say "stopped and saved: ${verdict#* }"; requeue ;;
     failed*) exit "${verdict#* }" ;;
   esac
-  [[ $(scontrol -o show job "$job") == *" JobState=RUNNING "* ]] || requeue
+  [[ $(job_info) == *" JobState=RUNNING "* ]] || requeue
+  check_nodes "$n"
   if ((n >= max_restarts)); then
     say "failed after launch.max_restarts=$max_restarts restarts"
     exit 1

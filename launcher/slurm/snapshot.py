@@ -27,7 +27,7 @@ class Snapshot:
     def write(self, target: Path) -> None:
         """Copies into `target`, unless it holds the same already; another snapshot there is replaced.
 
-        The copies are read-only. A `.gitignore` keeps them out of the next snapshot where output_dir lies in a checkout.
+        The copies are read-only. A `.gitignore` keeps them out of the next snapshot of a checkout around them.
         After a crash only a `.tmp` folder can remain beside it.
         """
         if files.read_json_or(target / _RECORD, {}).get("digest") == self.digest:

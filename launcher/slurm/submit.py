@@ -202,8 +202,8 @@ def _check_free(run_dir: Path) -> None:
     job_id = live_job(run_dir)
     if job_id is not None:
         raise RunLockedError(
-            f"output_dir={run_dir} belongs to job {job_id}, which is queued or running. Wait for it, `scancel {job_id}`, "
-            "or set another output_dir=…"
+            f"output_dir={run_dir} belongs to job {job_id}, which is queued or running. Wait for it, "
+            f"`scancel {job_id}`, or set another output_dir=…"
         )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -38,7 +39,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=1,sched_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-ReturnToService=2
+ReturnToService=1
 MinJobAge=600
 KillWait=20
 MailProg=/bin/true
@@ -100,6 +101,14 @@ class Cluster:
     def start_node(self, node: str) -> None:
         mount = f"mount -t tmpfs none {self.private_dir} && " if node == "n1" else ""
         self._daemon(node, ["unshare", "--mount", "bash", "-c", f"{mount}exec slurmd -D -N {node}"])
+
+    def crash_node(self, node: str) -> None:
+        """What is left of a node without power: nothing of its daemons answers. Its tasks are the caller's to kill."""
+        daemon = self._daemons.pop(node)
+        for text in self.run("pgrep", "--full", f"slurmstepd.*{node}", check=False).split():
+            os.kill(int(text), signal.SIGKILL)
+        daemon.kill()
+        daemon.wait()
 
     def _daemon(self, name: str, command: list[str]) -> None:
         with (self.root / f"{name}.out").open("ab") as out:

@@ -1,0 +1,190 @@
+"""What Slurm does to a job, on a real Slurm of two nodes. Promise 1: no step is lost or done twice, whatever happens.
+
+The ranks are a stand-in (stand_in.py); test_training.py does the same with real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.conftest import SubmitStandIn
+
+# --------------------------------------------------------------------------- the end of a job
+
+
+def test_job_is_completed_when_run_finishes(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in(num_steps=10)
+    run.wait_completed()
+    assert run.reasons() == [None]
+    assert not (run.root / "STOP").exists()
+    left = [p.name for p in (run.root / "slurm").iterdir() if p.is_dir()]
+    assert left == [], "nothing temporary is left"
+
+
+def test_job_is_failed_and_not_restarted_when_input_is_wrong(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in(env={"STAND_IN_REFUSES": "data.jsonl:3 is no JSON"})
+    run.cluster.wait_state(run.job_id, "FAILED")
+    assert run.cluster.job(run.job_id)["ExitCode"] == "2:0"
+    assert "data.jsonl:3 is no JSON" in run.log()
+    assert "restarting" not in run.log()
+    assert run.run_json()["state"] == "failed"
+
+
+def test_job_is_failed_when_every_restart_crashes(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in(env={"STAND_IN_CRASHES": "1"}, max_restarts=1)
+    run.cluster.wait_state(run.job_id, "FAILED")
+    assert run.log().count("restarting from the last checkpoint") == 1
+    assert (run.run_json()["state"], run.run_json()["reason"]) == ("failed", "crash")
+
+
+def test_job_is_not_requeued_when_user_writes_stop_file(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in()
+    run.wait_step(5)
+    (run.root / "STOP").touch()
+    run.cluster.wait_state(run.job_id, "FAILED")
+    assert run.cluster.job(run.job_id)["ExitCode"] == "75:0"
+    assert run.reasons() == ["stop_file"]
+    again = submit_stand_in()
+    again.wait_completed()
+
+
+def test_job_saves_and_is_not_requeued_when_cancelled(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in()
+    run.wait_step(5)
+    run.cluster.run("scancel", run.job_id)
+    run.cluster.wait_state(run.job_id, "CANCELLED")
+    assert run.reasons() == ["signal"]
+    assert "cancelled: not requeued" in run.log()
+
+
+# --------------------------------------------------------------------------- stopped from outside, and going on
+
+
+def test_job_continues_when_scancel_sends_term(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in()
+    run.wait_step(5)
+    run.cluster.run("scancel", "--signal=TERM", run.job_id)
+    run.wait_completed()
+    assert run.reasons() == ["signal", None]
+    assert run.cluster.job(run.job_id)["Restarts"] == "1"
+
+
+def test_job_continues_when_requeued_by_hand(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in()
+    run.wait_step(5)
+    run.cluster.run("scontrol", "requeue", run.job_id)
+    run.wait_completed()
+    assert run.reasons() == ["signal", None]
+    assert "Slurm has requeued" in run.log()
+
+
+def test_job_continues_when_preempted(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in(num_steps=80)
+    run.wait_step(5)
+    with run.cluster.occupied() as other:
+        run.cluster.wait_state(other, "RUNNING")
+        assert run.run_json()["state"] == "interrupted"
+    run.wait_completed()
+    assert run.reasons() == ["preempted", None]
+
+
+def test_job_continues_over_several_when_time_limit_is_near(submit_stand_in: SubmitStandIn) -> None:
+    """The ranks stop by themselves, STAND_IN_MARGIN_S before the end that the script tells them."""
+    run = submit_stand_in(num_steps=25, sbatch={"time": 1, "signal": "B:USR1@0"}, env={"STAND_IN_MARGIN_S": "57"})
+    run.wait_completed(90)
+    assert set(run.reasons()[:-1]) == {"time_limit"}
+    assert len(run.reasons()) >= 2
+
+
+def test_job_continues_when_only_the_backstop_signal_comes(submit_stand_in: SubmitStandIn) -> None:
+    """SIGUSR1 a minute before the end of a job of one minute: at its start."""
+    run = submit_stand_in(sbatch={"time": 1}, num_steps=30, step_s=0.5)
+    run.wait_step(1)
+    wait_for(lambda: run.reasons() == ["time_limit"], 60, lambda: run.log())
+    run.cluster.run("scancel", run.job_id)
+
+
+def test_job_goes_on_in_another_when_requeue_is_refused(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in(sbatch={"requeue": False})
+    run.wait_step(5)
+    run.cluster.run("scancel", "--signal=TERM", run.job_id)
+    run.cluster.wait_state(run.job_id, "FAILED")
+    assert run.cluster.job(run.job_id)["ExitCode"] == "75:0"
+    run.job_id = (run.root / "slurm" / "job_id").read_text().strip()
+    run.wait_completed()
+    assert [end["job"] for end in run.ends()][-1] == run.job_id
+    assert run.reasons() == ["signal", None]
+
+
+def test_job_ends_when_max_requeues_is_reached(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in(max_requeues=0)
+    run.wait_step(5)
+    run.cluster.run("scancel", "--signal=TERM", run.job_id)
+    run.cluster.wait_state(run.job_id, "FAILED")
+    assert "launch.max_requeues=0 is reached" in run.log()
+
+
+# --------------------------------------------------------------------------- faults
+
+
+def test_both_nodes_restart_inside_the_job_when_a_rank_is_killed(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in()
+    run.wait_step(12)
+    survivor = run.pid(0)
+    os.kill(run.pid(1), signal.SIGKILL)
+    run.wait_completed()
+    assert run.pid(0) != survivor
+    assert run.cluster.job(run.job_id)["Restarts"] == "0"
+    assert "restarting from the last checkpoint (1 of" in run.log()
+
+
+def test_job_continues_when_a_node_is_set_down(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in()
+    run.wait_step(12)
+    run.cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
+    wait_for(lambda: run.cluster.job(run.job_id).get("Restarts") == "1", 30, "Slurm to requeue the job")
+    run.cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME")
+    run.wait_completed()
+
+
+@pytest.mark.slow
+def test_job_continues_when_a_node_dies_unnoticed_by_slurm(submit_stand_in: SubmitStandIn) -> None:
+    """Restarts must not be used up on a node that is gone."""
+    run = submit_stand_in(max_restarts=0)
+    run.wait_step(12)
+    run.cluster.crash_node("n1")
+    os.kill(run.pid(1), signal.SIGKILL)
+    os.kill(run.pid(0), signal.SIGKILL)
+    try:
+        wait_for(lambda: run.cluster.job(run.job_id).get("Restarts") == "1", 120, lambda: f"a requeue\n{run.log()}")
+    finally:
+        run.cluster.start_node("n1")
+    assert "does not answer" in run.log()
+    run.wait_completed(120)
+
+
+def test_job_is_failed_when_a_node_does_not_see_output_dir(
+    use_cluster: Cluster, submit_stand_in: SubmitStandIn
+) -> None:
+    run = submit_stand_in(output_dir=str(use_cluster.private_dir / "run"))
+    run.cluster.wait_state(run.job_id, "FAILED", timeout_s=60)
+    assert f"node n1 does not see, or cannot write to, output_dir={run.root}" in run.log()
+
+
+# --------------------------------------------------------------------------- what the job runs
+
+
+def test_job_runs_the_code_of_its_submission_when_it_is_edited_later(submit_stand_in: SubmitStandIn) -> None:
+    module = Path("my_metric.py")
+    module.write_text("VALUE = 'submitted'\n", encoding="utf-8")
+    run = submit_stand_in(num_steps=2, env={"STAND_IN_IMPORTS": "my_metric"}, sbatch={"begin": "now+3"})
+    module.write_text("VALUE = 'edited'\n", encoding="utf-8")
+    run.wait_completed()
+    file, value = (run.root / "imported").read_text().split()
+    assert value == "submitted"
+    assert Path(file).is_relative_to(run.root / "code")

@@ -1,0 +1,135 @@
+"""The scripts as text: golden files, quoting, and what is refused before Slurm is asked. No Slurm is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.config import LaunchConfig, RunConfig, StrategyConfig
+from launcher.errors import ConfigError
+from launcher.paths import slurm_templates_dir
+from launcher.slurm import ArrayJob, render_arrays, render_run
+
+_GOLDEN = Path(__file__).parent.parent / "golden"
+_GPU = {"gpus_per_node": 8, "sbatch": {"partition": "gpu", "time": "12:00:00", "exclusive": True}}
+
+
+def render_golden(name: str) -> str:
+    if name == "single_node":
+        config = RunConfig(output_dir="/shared/run", run_name="sft", launch=LaunchConfig(**_GPU))
+        return render_run(config)
+    if name == "multi_node":
+        extra = {"setup": ["module load cuda"], "env": {"NCCL_DEBUG": "WARN"}, "container": "/images/torch.sqsh"}
+        launch = LaunchConfig(num_machines=2, **_GPU, **extra)
+        return render_run(
+            RunConfig(output_dir="/shared/run", run_name="sft", launch=launch, strategy=StrategyConfig(name="zero3"))
+        )
+    jobs = [Path("/shared/sweep") / f"seed={seed}" for seed in (1, 2, 3)]
+    array = [ArrayJob(run_dir, RunConfig(output_dir=str(run_dir), launch=LaunchConfig(**_GPU))) for run_dir in jobs]
+    (text,) = render_arrays(array, Path("/shared/sweep"), max_parallel=2)
+    return text
+
+
+@pytest.fixture(autouse=True)
+def fixed_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+
+
+@pytest.mark.parametrize("name", ["single_node", "multi_node", "array"])
+def test_script_is_the_golden_one_when_rendered(name: str, tmp_path: Path) -> None:
+    """After a change that is meant: UPDATE_GOLDEN=1 pytest tests/slurm/test_render.py, and read the difference."""
+    text = render_golden(name).replace(str(tmp_path), "/home/user")
+    if name == "array":
+        code = text.split("code_dir=/shared/sweep/code/")[1].split("\n")[0]
+        text = text.replace(code, "0123456789ab")
+    golden = _GOLDEN / f"{name}.sbatch"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+def test_every_template_has_a_golden_file() -> None:
+    assert {p.name for p in slurm_templates_dir().glob("*.sbatch")} == {p.name for p in _GOLDEN.glob("*.sbatch")}
+
+
+@pytest.mark.parametrize("name", ["single_node", "multi_node", "array"])
+def test_script_is_valid_bash_when_rendered(name: str) -> None:
+    checked = subprocess.run(["bash", "-n"], input=render_golden(name), capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_rendering_writes_nothing(tmp_path: Path) -> None:
+    render_run(RunConfig(output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def sbatch_options(config: RunConfig) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in render_run(config).splitlines() if line.startswith("#SBATCH")]
+
+
+def test_sbatch_options_pass_through_under_their_own_names() -> None:
+    sbatch = {"cpus-per-task": 4, "mail_type": ["END", "FAIL"], "comment": 'two "words"', "hold": True, "qos": None}
+    options = sbatch_options(RunConfig(launch=LaunchConfig(sbatch=sbatch)))
+    assert {"--cpus-per-task=4", "--mail-type=END,FAIL", '--comment="two \\"words\\""', "--hold"} <= set(options)
+    assert not any("qos" in option for option in options)
+
+
+def test_users_option_wins_over_ours() -> None:
+    options = sbatch_options(RunConfig(launch=LaunchConfig(sbatch={"job_name": "mine", "requeue": False})))
+    assert "--job-name=mine" in options and "--no-requeue" in options
+    assert sum("job-name" in option for option in options) == 1
+
+
+def test_job_is_not_requeueable_when_max_requeues_is_0() -> None:
+    assert "--no-requeue" in sbatch_options(RunConfig(launch=LaunchConfig(max_requeues=0)))
+
+
+def test_values_stay_values_when_they_look_like_shell(tmp_path: Path) -> None:
+    evil = tmp_path / "a b; touch $HOME 'x' `id`"
+    launch = LaunchConfig(env={"WORDS": "it's $PATH; `id`"}, num_machines=2)
+    text = render_run(RunConfig(output_dir=str(evil), run_name="a b", launch=launch))
+    lines = [line for line in text.splitlines() if line.startswith(("run_dir=", "export WORDS="))]
+    shown = subprocess.run(
+        ["bash", "-c", "\n".join(lines) + '\nprintf "%s\\n" "$run_dir" "$WORDS"'], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.splitlines() == [str(evil), "it's $PATH; `id`"]
+
+
+def test_percent_of_output_dir_is_no_pattern_of_sbatch() -> None:
+    options = sbatch_options(RunConfig(output_dir="/shared/90%a"))
+    assert "--output=/shared/90%%a/logs/slurm-%j.log" in options
+
+
+def test_processes_follow_from_gpus_when_not_set() -> None:
+    assert "--num_processes 16 " in render_run(RunConfig(launch=LaunchConfig(num_machines=2, gpus_per_node=8)))
+
+
+def test_every_contradiction_is_named_when_there_are_several() -> None:
+    launch = LaunchConfig(
+        num_machines=2, gpus_per_node=2, num_processes=8, sbatch={"nodes": 4, "ntasks-per-node": 8}, env={"A-B": "c"}
+    )
+    with pytest.raises(ConfigError) as caught:
+        render_run(RunConfig(launch=launch))
+    text = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 4
+    for words in ("launch.sbatch.nodes=4", "launch.num_machines", "launch.gpus_per_node=4", "launch.env.A-B"):
+        assert words in text
+
+
+def test_two_nodes_are_refused_when_the_strategy_is_for_one_process() -> None:
+    with pytest.raises(ConfigError, match=r"launch\.num_machines=1"):
+        render_run(RunConfig(launch=LaunchConfig(num_machines=2), strategy=StrategyConfig(name="single")))
+
+
+def test_jobs_that_ask_for_other_nodes_get_an_array_of_their_own(tmp_path: Path) -> None:
+    def job(name: str, **launch: int) -> ArrayJob:
+        return ArrayJob(tmp_path / name, RunConfig(run_name=name, launch=LaunchConfig(**launch)))
+
+    texts = render_arrays([job("a"), job("b", num_machines=2), job("c")], tmp_path)
+    assert [text.split("#SBATCH --array=")[1].split("\n")[0] for text in texts] == ["0-1", "0-0"]
+    assert f"  {tmp_path}/a\n  {tmp_path}/c\n" in texts[0]
