@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_pack_holds_every_row_once_and_whole() -> None:
 
 def test_pack_is_best_fit_decreasing() -> None:
     order, bounds = pack(np.array([3, 7, 5, 2, 3]), 10)
-    packs = [order[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    packs = [order[a:b].tolist() for a, b in itertools.pairwise(bounds)]
     assert packs == [[1, 0], [2, 4, 3]]
 
 
@@ -89,9 +90,7 @@ def test_labelled_tokens_are_those_with_a_label(make_rows: Callable[..., TokenRo
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_empty_slot_bears_no_loss(
-    make_rows: Callable[..., TokenRows], attn_implementation: str, packing: bool
-) -> None:
+def test_empty_slot_bears_no_loss(make_rows: Callable[..., TokenRows], attn_implementation: str, packing: bool) -> None:
     batch = collate(make_rows(packing=packing), np.array([], dtype=np.int64), 256)
     assert batch["input_ids"].shape[0] == 1
     assert (batch["labels"] == -100).all()
@@ -133,5 +132,3 @@ def test_packed_loss_is_that_of_the_rows(make_rows: Callable[..., TokenRows]) ->
         return model(**batch, use_cache=False).loss.item()
 
     assert loss(make_rows(packing=True)) == pytest.approx(loss(make_rows(packing=False)), rel=1e-5)
-
-

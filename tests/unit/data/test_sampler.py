@@ -66,7 +66,15 @@ def test_missing_slots_are_empty() -> None:
 
 @pytest.mark.parametrize(
     ("num_rows", "batch", "epochs", "steps"),
-    [(10, 4, 1.0, 3), (10, 5, 1.0, 2), (10, 11, 1.1, 1), (10, 7, 0.7, 1), (3, 1, 0.1, 1), (10, 4, 2.5, 7), (1, 8, 3, 1)],
+    [
+        (10, 4, 1.0, 3),
+        (10, 5, 1.0, 2),
+        (10, 11, 1.1, 1),
+        (10, 7, 0.7, 1),
+        (3, 1, 0.1, 1),
+        (10, 4, 2.5, 7),
+        (1, 8, 3, 1),
+    ],
 )
 def test_total_steps_is_the_exact_ceiling(num_rows: int, batch: int, epochs: float, steps: int) -> None:
     assert StepSampler(num_rows, batch, seed=0).total_steps(epochs) == steps
