@@ -57,8 +57,10 @@ class FileLayout:
     places: tuple[Place, ...]
 
 
-def plan_files(stem: str, specs: Iterable[TensorSpec], metadata: dict[str, str]) -> list[FileLayout]:
-    """Lays tensors out in order, in as many files below MAX_SHARD_BYTES as needed.
+def plan_files(
+    stem: str, specs: Iterable[TensorSpec], metadata: dict[str, str], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[FileLayout]:
+    """Lays tensors out in order, in as many files below `max_shard_bytes` as needed.
 
     Args:
         stem: path without ending: `model` gives model.safetensors, or model-00001-of-00003.safetensors and so on.
@@ -66,7 +68,7 @@ def plan_files(stem: str, specs: Iterable[TensorSpec], metadata: dict[str, str])
     shards: list[list[TensorSpec]] = [[]]
     used = 0
     for spec in specs:
-        if shards[-1] and used + spec.num_bytes > MAX_SHARD_BYTES:
+        if shards[-1] and used + spec.num_bytes > max_shard_bytes:
             shards.append([])
             used = 0
         shards[-1].append(spec)
