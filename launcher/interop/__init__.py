@@ -1,0 +1,1 @@
+"""Checkpoints of others: import from transformers' Trainer, export to it and for serving."""
