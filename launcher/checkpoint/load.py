@@ -165,7 +165,9 @@ def _load_optimizer_state(
 
 
 def _scalar(segment: Segment, value: float | int) -> Any:
-    if not type(segment.optimizer).__module__.startswith("torch."):
+    # torch's own optimizers, and classes derived from them, count in tensors; others (DeepSpeed's, bitsandbytes') in ints.
+    kinds = {c.__module__ for c in type(segment.optimizer).__mro__ if c is not torch.optim.Optimizer}
+    if not any(kind.startswith("torch.optim") for kind in kinds):
         return value
     group = segment.optimizer.param_groups[segment.group]
     device = segment.key.device if group.get("fused") or group.get("capturable") else "cpu"
