@@ -31,8 +31,9 @@ _MODEL, _MODEL_TYPE = "tiny_llama", "llama"
 """The default choice of the group `model`."""
 
 _SOURCES = ("data.train_files", "data.dataset_name", "data.sources", "data.generator")
+_GENERATOR_KEYS = ("data.generator", "data.generator._target_")
 
-SELECTING_KEYS = ("model.model_name_or_path", "model.config.model_type", *_SOURCES)
+SELECTING_KEYS = ("model.model_name_or_path", "model.config.model_type", *_SOURCES, *_GENERATOR_KEYS)
 """Settings that decide which defaults of the other settings are used."""
 
 
@@ -240,7 +241,7 @@ def _first_line(error: Exception) -> str:
 
 def _is_demo(keys: Sequence[str]) -> bool:
     """Whether the default experiment runs: no experiment, data or model of the user's own is named."""
-    return not any(key in ("experiment", "data", "model") or key.startswith(SELECTING_KEYS) for key in keys)
+    return not any(key in ("experiment", "data", "model", *SELECTING_KEYS) for key in keys)
 
 
 def _replaced_choices(checked: Checked, composed: DictConfig) -> list[str]:
@@ -256,7 +257,7 @@ def _replaced_choices(checked: Checked, composed: DictConfig) -> list[str]:
         elif _is_other_type(composed):
             replaced.append("model=scratch")
     sources = [key for key in _SOURCES if data.get(key.removeprefix("data."))]
-    if "data" not in keys and (len(sources) > 1 or any(key.startswith("data.generator") for key in keys)):
+    if "data" not in keys and (len(sources) > 1 or any(key in _GENERATOR_KEYS for key in keys)):
         replaced.append("data=files")
     return replaced
 

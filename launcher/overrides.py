@@ -6,12 +6,13 @@ Each override is looked at on its own first, so that one mistake does not hide t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -40,23 +41,25 @@ _OFF_CHOICES = ("off", "no", "none")
 class Groups:
     """The config groups on the search path and their choices."""
 
-    def __init__(self, loader: ConfigLoader) -> None:
+    def __init__(self, loader: ConfigLoaderImpl) -> None:
         self.loader = loader
-        self.names = [name for name in self._walk("") if not name.startswith("hydra/")]
 
-    def _walk(self, parent: str) -> list[str]:
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """All of them but Hydra's own; walks the folders, so only for a message."""
+        return [name for name in self._walk("") if name.partition("/")[0] != "hydra"]
+
+    def _walk(self, parent: str) -> Iterator[str]:
         prefix = f"{parent}/" if parent else ""
-        found = []
         for name in self.loader.get_group_options(parent, ObjectType.GROUP):
-            if prefix + name != "hydra":
-                found += [prefix + name, *self._walk(prefix + name)]
-        return found
+            yield prefix + name
+            yield from self._walk(prefix + name)
 
     def choices(self, group: str) -> list[str]:
         return sorted(self.loader.get_group_options(group, ObjectType.CONFIG))
 
     def is_group(self, name: str) -> bool:
-        return name in self.names or (name.startswith("hydra/") and bool(self.choices(name)))
+        return name != "hydra" and self.loader.repository.group_exists(name)
 
 
 @dataclass
@@ -154,7 +157,7 @@ def _problem(override: Override, groups: Groups, is_sweep: bool) -> tuple[str, s
     if key in keys or any(is_open(hint) and key.startswith(f"{name}.") for name, hint in keys.items()):
         return "", None
     parent = key.rpartition(".")[0]
-    if parent in keys and parent not in groups.names and "." in parent:
+    if "." in parent and parent in keys:
         return f"{key}: {parent} is one setting and has none below it", parent
     return _unknown(override, {**keys, **dict.fromkeys(groups.names)})
 

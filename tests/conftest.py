@@ -1,4 +1,4 @@
-"""What all tests share: an environment that nothing of the user's reaches into, and DeepSpeed's operators built once."""
+"""What all tests share: an environment without anything of the user's, and DeepSpeed's operators built once."""
 
 from __future__ import annotations
 
