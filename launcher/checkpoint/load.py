@@ -15,7 +15,7 @@ from launcher.checkpoint.segments import Extent, Segment, TrainedState, persiste
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM
 from launcher.errors import DamagedCheckpointError, ResumeError
 
-_TORCH = {
+TORCH_DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
     "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool, "I8": torch.int8, "I16": torch.int16,
 }  # fmt: skip
@@ -38,7 +38,7 @@ class TensorFiles:
     def read_into(self, name: str, start: int, target: Tensor) -> None:
         """Fills a flat tensor with elements [start, start + numel) of a stored one, converting its dtype."""
         place = self.places[name]
-        dtype = _TORCH[place.spec.dtype]
+        dtype = TORCH_DTYPES[place.spec.dtype]
         if target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous():
             self._read(place, start, target)
             return
@@ -145,10 +145,10 @@ def _load_optimizer_state(
         param = next(name for name in slots if slot in slots[name])
         place = states.places[f"{slot}.{param}"]
         if segment.is_whole and place.spec.shape != segment.key.shape:  # Adafactor's rows and columns
-            state[slot] = torch.zeros(place.spec.shape, dtype=_TORCH[place.spec.dtype], device=segment.key.device)
+            state[slot] = torch.zeros(place.spec.shape, dtype=TORCH_DTYPES[place.spec.dtype], device=segment.key.device)
             states.read_into(place.spec.name, 0, state[slot].view(-1))
             continue
-        tensor = torch.zeros_like(segment.key, dtype=_TORCH[place.spec.dtype])
+        tensor = torch.zeros_like(segment.key, dtype=TORCH_DTYPES[place.spec.dtype])
         for extent in segment.extents:
             stored = states.places.get(f"{slot}.{extent.param}")
             if stored is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from launcher.checkpoint.layout import FileLayout, Place, TensorSpec, plan_files, weight_index
 from launcher.checkpoint.segments import Segment, TrainedState, persistent_buffers
 
-_SAFETENSORS = {
+SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16",
 }  # fmt: skip
@@ -58,8 +58,8 @@ def plan_snapshot(
     """
     master_specs, state_specs = [], []
     buffers = list(persistent_buffers(module)) if weights_stem == "model" else []
-    weight_specs = [TensorSpec(stored_name(p.name), _SAFETENSORS[dtype], p.shape) for p in state.params]
-    weight_specs += [TensorSpec(n, _SAFETENSORS[t.dtype], tuple(t.shape)) for n, t in buffers]
+    weight_specs = [TensorSpec(stored_name(p.name), SAFETENSORS_NAMES[dtype], p.shape) for p in state.params]
+    weight_specs += [TensorSpec(n, SAFETENSORS_NAMES[t.dtype], tuple(t.shape)) for n, t in buffers]
     files = plan_files(weights_stem, weight_specs, {"format": "pt"})
     index = weight_index(files)
     if not only_model:
@@ -68,12 +68,12 @@ def plan_snapshot(
         by_group = {s.group: s for s in state.segments}
         for info in state.params:
             for name, tensor in sorted(by_group[info.group].elementwise().items()):
-                state_specs.append(TensorSpec(f"{name}.{info.name}", _SAFETENSORS[tensor.dtype], info.shape))
+                state_specs.append(TensorSpec(f"{name}.{info.name}", SAFETENSORS_NAMES[tensor.dtype], info.shape))
         odd = [
             (f"{name}.{s.extents[0].param}", t)
             for s in state.segments if s.extents for name, t in sorted(s.odd().items())
         ]  # fmt: skip
-        state_specs += [TensorSpec(name, _SAFETENSORS[t.dtype], tuple(t.shape)) for name, t in odd]
+        state_specs += [TensorSpec(name, SAFETENSORS_NAMES[t.dtype], tuple(t.shape)) for name, t in odd]
         files += plan_files(OPTIMIZER_STEM, [*master_specs, *state_specs], {"format": "pt"})
     plan = SnapshotPlan(files, index=index)
     places = {place.spec.name if f.path.startswith("state/") else f"weight {place.spec.name}": place
