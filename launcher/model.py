@@ -135,10 +135,13 @@ def weights_stem(config: RunConfig) -> str:
 
 
 def stored_name(config: RunConfig) -> Callable[[str], str]:
-    """From a parameter's name to the one in the model file (peft leaves its adapter's name out)."""
-    if not config.model.peft:
-        return lambda name: name
-    return lambda name: re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)
+    """From a parameter's name to the one in the model file."""
+    return adapter_key if config.model.peft else lambda name: name
+
+
+def adapter_key(name: str) -> str:
+    """A LoRA parameter's name in adapter_model.safetensors: peft leaves its adapter's name out."""
+    return re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)
 
 
 def static_files(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, bytes]:
