@@ -62,7 +62,7 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
     else:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         arguments["cpu"] = not has_cuda
-        if config.strategy.name == "single":
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # given a backend, Accelerate expects a process group
             handlers = []
         else:
             handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
