@@ -146,6 +146,6 @@ class BucketTarget:
             self._delete([f"{folder}/{MARKER}"])
             self._delete([p for p in paths if p.startswith(f"{folder}/") and not p.endswith(f"/{MARKER}")])
 
-    def maybe_squash(self, now: float) -> bool:
+    def maybe_squash(self, now: float, save_journal: Callable[[], None]) -> bool:
         """A bucket keeps no history."""
         return False

@@ -223,6 +223,7 @@ class UploaderProcess:
             return
         if time.monotonic() - self._started_at < RESTART_INTERVAL_S:
             return
+        self.stop()
         self._started_at = time.monotonic()
         with self._spool.log_path.open("ab") as log:
             self._process = subprocess.Popen(

@@ -264,7 +264,7 @@ class RepoTarget:
                     return ref.target_commit
         return None
 
-    def maybe_squash(self, now: float) -> bool:
+    def maybe_squash(self, now: float, save_journal: Callable[[], None]) -> bool:
         """Squashes the branch's history if `save_total_limit` asks for retention and an hour has passed.
 
         Without it every replaced file would go on using storage. The tags keep their commits.
@@ -274,7 +274,8 @@ class RepoTarget:
             return False
         if last is not None and now - last < settings.squash_interval_s:
             return False
-        self._journal["last_squash"] = now  # also where it fails: at most one try in an hour
+        self._journal["last_squash"] = now  # before it is done, and also where it fails: at most one try in an hour
+        save_journal()
         self._api.super_squash_history(self.name, branch=self._branch)
         reached("squashed")
         self._journal["commits_since_squash"] = 0

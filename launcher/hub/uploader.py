@@ -34,7 +34,7 @@ class Target(Protocol):
 
     def push(self, items: list[Item], save_journal: Callable[[], None]) -> Any: ...
 
-    def maybe_squash(self, now: float) -> bool: ...
+    def maybe_squash(self, now: float, save_journal: Callable[[], None]) -> bool: ...
 
 
 class Uploader:
@@ -145,22 +145,26 @@ class Uploader:
             self._journal["pushed"][item.name] = {**entry, "url": pushed.url}
         self._save()
         reached("recorded")
+        try:  # while the item is still pending, so that the end of the run waits for it
+            self._target.maybe_squash(time.time(), self._save)
+        except Exception as error:  # tidying up is not worth a retry; a later push tries again
+            self._spool.tell(f"Hub: the history was not squashed: {classify(error, self._target.name).message}")
+        self._tell_arrival(items, pushed, took_s)
+        self._save()
         for item in items:
             self._spool.discard(item.home)
         reached("removed")
+
+    def _tell_arrival(self, items: list[Item], pushed: Any, took_s: float) -> None:
         names = ", ".join(item.name for item in items)
         size = sum(item.total_bytes for item in items)
         where = f"{self._target.name}@{pushed.commit[:8]}" if pushed.commit else self._target.name
+        where = pushed.url or where
         self._spool.tell(f"Hub: {names} is at {where} ({size / 1e6:.1f} MB, {took_s:.0f} s)")
         for notice in self._journal["card"].get("notices", []):
             if notice not in self._journal.setdefault("told_notices", []):
                 self._journal["told_notices"].append(notice)
                 self._spool.tell(f"Hub: {notice}")
-        try:
-            self._target.maybe_squash(time.time())
-        except Exception as error:  # tidying up is not worth a retry; the next push tries again
-            self._spool.tell(f"Hub: the history was not squashed: {classify(error, self._target.name).message}")
-        self._save()
 
     def _only_newest(self, items: list[Item]) -> list[Item]:
         """While an upload could not be made, newer ones came: for some strategies it is then pointless."""

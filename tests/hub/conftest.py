@@ -27,6 +27,11 @@ def env(hub: HubServer, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
+def xet_env(hub: HubServer, tmp_path: Path) -> dict[str, str]:
+    return hub_environment(hub.url, tmp_path / "home", xet=True)
+
+
+@pytest.fixture
 def env_of(hub: HubServer, tmp_path: Path, transport: str) -> dict[str, str]:
     """Both transports, one after the other."""
     return hub_environment(hub.url, tmp_path / "home", xet=transport == "xet")

@@ -13,6 +13,7 @@ from launcher.hub.spool import Spool, checkpoint_item
 from tests.hub.helpers import (
     REPO,
     UploaderUnderTest,
+    hub_environment,
     make_checkpoint,
     make_config,
     prepare_spool,
@@ -59,12 +60,29 @@ def assert_arrived_once(hub: HubServer, tmp_path: Path) -> None:
     ],
 )
 def test_arrives_once_when_fault_passes(
-    hub: HubServer, env_of: dict[str, str], tmp_path: Path, faults: list[dict[str, Any]]
+    hub: HubServer, env: dict[str, str], tmp_path: Path, faults: list[dict[str, Any]]
 ) -> None:
     spool = spool_with_checkpoint(tmp_path, timeout_s=1.0)
     for fault in faults:
         hub.fail(**fault)
-    upload_all(spool, env_of)
+    upload_all(spool, env)
+    assert all(fault.hits for fault in hub.faults)
+    assert_arrived_once(hub, tmp_path)
+
+
+def test_arrives_once_over_xet_when_everything_fails_once(
+    hub: HubServer, xet_env: dict[str, str], tmp_path: Path
+) -> None:
+    spool = spool_with_checkpoint(tmp_path, timeout_s=1.0)
+    hub.fail("repos/create", status=503)
+    hub.fail("xet-write-token", status=500)
+    hub.fail("xet-write-token", reset=True)
+    hub.fail("preupload", reset=True)
+    hub.fail(COMMIT, status=502)
+    hub.fail(COMMIT, status=429, retry_after=1)
+    hub.fail(COMMIT, hang=4.0)
+    hub.fail(COMMIT, lose_reply=True)
+    upload_all(spool, xet_env)
     assert all(fault.hits for fault in hub.faults)
     assert_arrived_once(hub, tmp_path)
 
@@ -122,6 +140,7 @@ def test_conflict_is_resolved_when_server_says_412(hub: HubServer, env: dict[str
     assert_arrived_once(hub, tmp_path)
 
 
+@pytest.mark.parametrize("xet", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("fault", "token", "cure"),
     [
@@ -132,12 +151,13 @@ def test_conflict_is_resolved_when_server_says_412(hub: HubServer, env: dict[str
     ],
 )
 def test_permanent_fault_is_told_once_with_its_cure(
-    hub: HubServer, env_of: dict[str, str], tmp_path: Path, fault: dict[str, Any] | None, token: str, cure: str
+    hub: HubServer, tmp_path: Path, fault: dict[str, Any] | None, token: str, cure: str, xet: bool
 ) -> None:
     spool = spool_with_checkpoint(tmp_path)
     if fault is not None:
         hub.fail(COMMIT, times=None, **fault)
-    with UploaderUnderTest(spool, {**env_of, "HF_TOKEN": token}) as uploader:
+    env = hub_environment(hub.url, tmp_path / "home", xet=xet, token=token)
+    with UploaderUnderTest(spool, env) as uploader:
         wait_until(lambda: spool.read_status().get("state") == "blocked")
         time.sleep(0.7)
         assert [cure in text for text in told(spool)] == [True]

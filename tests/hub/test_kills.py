@@ -22,11 +22,12 @@ from tests.hub.helpers import (
 )
 from tests.hub.server import HubServer
 
-UPLOADER_STATES = [
-    ("claimed", 1), ("created", 1), ("uploaded", 1), ("committing", 1), ("committed", 1), ("tagged", 1),
-    ("recorded", 1), ("removed", 1), ("claimed", 2), ("uploaded", 2), ("committing", 2), ("committed", 2),
-    ("squashed", 1), ("recorded", 2),
+FEW = [("claimed", 1), ("uploaded", 1), ("committed", 1), ("recorded", 1)]
+MORE = [
+    ("created", 1), ("committing", 1), ("tagged", 1), ("removed", 1), ("claimed", 2), ("uploaded", 2),
+    ("committing", 2), ("committed", 2), ("tagged", 2), ("squashed", 1), ("recorded", 2), ("removed", 2),
 ]  # fmt: skip
+UPLOADER_STATES = [*FEW, *(pytest.param(*state, marks=pytest.mark.slow) for state in MORE)]
 
 
 @pytest.mark.parametrize(("state", "occurrence"), UPLOADER_STATES)
@@ -97,7 +98,9 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("state", ["before", "linked", "described", "queued"])
+@pytest.mark.parametrize(
+    "state", ["before", "described", *(pytest.param(s, marks=pytest.mark.slow) for s in ("linked", "queued"))]
+)
 def test_next_start_sends_it_when_trainer_is_killed(
     hub: HubServer, trainer_env: dict[str, str], tmp_path: Path, state: str
 ) -> None:

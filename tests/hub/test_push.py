@@ -17,12 +17,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_model_is_at_the_top_when_every_save(hub: HubServer, env_of: dict[str, str], tmp_path: Path) -> None:
+def test_model_is_at_the_top_when_every_save(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     spool = prepare_spool(run, make_config(run, hub_strategy="every_save"))
     checkpoint = make_checkpoint(run, 10)
     spool.add(checkpoint_item(10, checkpoint))
-    upload_all(spool, env_of)
+    upload_all(spool, env)
     assert set(hub.repos[REPO].files) == MODEL_FILES | {".gitattributes", "README.md", "loss_curve.png"}
     for name in MODEL_FILES:
         assert hub.read(REPO, name) == (checkpoint / name).read_bytes()
@@ -185,13 +185,13 @@ def test_tree_is_read_to_its_end_when_paged(
     assert hub.count("POST .*/commit/") == 1
 
 
-def test_bandwidth_is_capped(hub: HubServer, env_of: dict[str, str], tmp_path: Path) -> None:
+def test_bandwidth_is_capped(hub: HubServer, xet_env: dict[str, str], tmp_path: Path) -> None:
     import time
 
     run = tmp_path / "run"
     spool = prepare_spool(run, make_config(run, hub_strategy="every_save", max_bytes_per_s=200_000.0))
     spool.add(checkpoint_item(10, make_checkpoint(run, 10, num_bytes=500_000)))
     started = time.monotonic()
-    upload_all(spool, env_of)
+    upload_all(spool, xet_env)
     assert time.monotonic() - started > 2.3
     assert hub.uploaded_bytes > 500_000  # over HTTP, because Xet knows no cap
