@@ -6,6 +6,7 @@ and `logs/`. A job that is queued is not changed by anything that the user edits
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from launcher.slurm.snapshot import Snapshot, take_snapshot
 
 _NO_ANSWER = ("Unable to contact slurm controller", "Socket timed out", "Could not establish a configuration source",
               "Protocol authentication error", "Zero Bytes were transmitted")  # fmt: skip
+_NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionConfig", "BadConstraints")
+"""Slurm's reasons for which a job waits until its options or the partition change."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,33 @@ def _sbatch(script: Path) -> str:
             f"Slurm refused the job:\n{done.stderr.strip()}\nOptions are set as launch.sbatch.OPTION=VALUE "
             f"(launch.sbatch.partition=…, launch.sbatch.time=\"'12:00:00'\"). The script is {script}"
         )
-    return done.stdout.strip().split(";")[0]
+    job_id = done.stdout.strip().split(";")[0]
+    _check_can_start(job_id)
+    return job_id
+
+
+def _check_can_start(job_id: str) -> None:
+    """Withdraws a job that Slurm took but would never start, as it does where EnforcePartLimits is off."""
+    job = _slurm("scontrol", "-o", "show", "job", job_id).stdout
+    reason = _field("Reason", job)
+    if reason not in _NEVER and not re.fullmatch(r"(QOS|Assoc)Max\w*PerJob\w*", reason):
+        return
+    _slurm("scancel", job_id)
+    partition = _slurm("scontrol", "-o", "show", "partition", _field("Partition", job)).stdout
+    names = ("PartitionName", "MaxTime", "MaxNodes", "TotalNodes", "TotalCPUs", "MaxMemPerNode", "TRES")
+    limits = " ".join(f"{name}={_field(name, partition)}" for name in names)
+    asked = " ".join(f"{name}={_field(name, job)}" for name in ("TimeLimit", "NumNodes", "NumCPUs", "TRES"))
+    raise SlurmError(
+        f"Slurm would never start the job: {reason}\nasked for: {asked}\nit has: {limits}\nThe job was withdrawn. "
+        "Options are set as launch.sbatch.OPTION=VALUE, nodes as launch.num_machines. A run that needs longer than the "
+        "limit finishes over several jobs"
+    )
+
+
+def _field(name: str, text: str) -> str:
+    """The value of NAME=VALUE in scontrol's one-line output."""
+    found = re.search(rf"(?:^|\s){name}=(\S*)", text)
+    return found.group(1) if found else ""
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:

@@ -94,9 +94,8 @@ def test_values_stay_values_when_they_look_like_shell(tmp_path: Path) -> None:
     launch = LaunchConfig(env={"WORDS": "it's $PATH; `id`"}, num_machines=2)
     text = render_run(RunConfig(output_dir=str(evil), run_name="a b", launch=launch))
     lines = [line for line in text.splitlines() if line.startswith(("run_dir=", "export WORDS="))]
-    shown = subprocess.run(
-        ["bash", "-c", "\n".join(lines) + '\nprintf "%s\\n" "$run_dir" "$WORDS"'], capture_output=True, text=True, check=True
-    )
+    script = "\n".join(lines) + '\nprintf "%s\\n" "$run_dir" "$WORDS"'
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines() == [str(evil), "it's $PATH; `id`"]
 
 
