@@ -1,0 +1,128 @@
+"""Decisions without a server: rates, waiting times, layouts, addresses."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ResumeError
+from launcher.hub.curve import draw_curve
+from launcher.hub.faults import Backoff, classify, next_commit_delay_s, redact
+from launcher.hub.fetch import choose_folder, parse_uri
+from launcher.hub.layout import outdated_folders, stale_paths, wanted_files
+from launcher.hub.spool import checkpoint_item, model_item
+from tests.hub.helpers import make_checkpoint, write_model
+
+
+def test_commits_stay_below_the_limit_when_saves_never_stop() -> None:
+    now, times = 0.0, []
+    while now < 7200.0:
+        now += next_commit_delay_s(times, now, 100)
+        times.append(now)
+        now += 1.0  # a save every second
+    for start in times:
+        assert sum(start <= t < start + 3600.0 for t in times) <= 100
+    assert max(b - a for a, b in pairwise(times)) < 200.0  # spread, no stall of most of an hour
+
+
+def test_a_burst_is_not_delayed_when_the_hour_was_quiet() -> None:
+    assert next_commit_delay_s([0.0] * 200 + [5000.0] * 49, 5000.0, 100) == 0.0
+
+
+def test_waits_grow_and_differ() -> None:
+    waits = [Backoff(2.0, 300.0).next_s() for _ in range(20)]
+    assert len(set(waits)) > 10 and all(1.0 <= w <= 2.0 for w in waits)
+    backoff = Backoff(2.0, 300.0)
+    later = [backoff.next_s() for _ in range(200)][-1]
+    assert 150.0 <= later <= 300.0
+    assert Backoff(2.0, 300.0).next_s(retry_after_s=900.0) >= 900.0
+
+
+def test_unknown_errors_are_worth_retrying() -> None:
+    assert classify(ConnectionResetError("reset"), "a/b").kind == "transient"
+    assert classify(RuntimeError("something odd"), "a/b").kind == "transient"
+    assert classify(RuntimeError("HTTP status client error (403 Forbidden) for url"), "a/b").kind == "permanent"
+
+
+def test_tokens_are_removed_from_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret-without-a-shape")
+    text = redact("Bearer abc hf_abcdefghijklmnop secret-without-a-shape")
+    assert text == "*** *** ***"
+
+
+def test_top_is_of_one_model_when_uploads_share_a_commit(tmp_path: Path) -> None:
+    items = [checkpoint_item(s, make_checkpoint(tmp_path, s)) for s in (10, 20)]
+    write_model(tmp_path / "final", 3)
+    (tmp_path / "final" / "model.safetensors").rename(tmp_path / "final" / "model-00001-of-00001.safetensors")
+    wanted = wanted_files([*items, model_item(tmp_path / "final", None)], "all_checkpoints")
+    assert "model.safetensors" not in wanted and "model-00001-of-00001.safetensors" in wanted
+    assert {"checkpoint-10/manifest.json", "checkpoint-20/state/state.json"} <= set(wanted)
+    assert not any(p in wanted for p in ("manifest.json", "trainer_state.json", "state/state.json"))
+
+
+def test_own_files_of_a_run_are_not_published(tmp_path: Path) -> None:
+    write_model(tmp_path, 1)
+    for name in ("run.json", "metrics.jsonl", "config.yaml", ".lock", "evil.bin", "code.py", "report.html"):
+        (tmp_path / name).write_text("x")
+    names = {f.path for f in model_item(tmp_path, None).files}
+    assert names == {"model.safetensors", "config.json", "tokenizer_config.json"}
+
+
+def test_stale_files_are_those_of_the_old_model_only() -> None:
+    remote = ["model-00001-of-00002.safetensors", "notes.md", "last-checkpoint/old", "other/x", "adapter_config.json"]
+    stale = stale_paths(["model.safetensors", "last-checkpoint/new"], remote)
+    assert stale == ["model-00001-of-00002.safetensors", "last-checkpoint/old", "adapter_config.json"]
+    assert stale_paths(["README.md"], remote) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "gone"),
+    [(None, 1, []), (1, None, [1, 2, 3]), (1, 1, [2, 3]), (2, 1, [2, 3]), (3, 1, [2]), (9, 1, [])],
+)
+def test_retention_keeps_best_and_newest(limit: int | None, best: int | None, gone: list[int]) -> None:
+    remote = [f"checkpoint-{s}/manifest.json" for s in (1, 2, 3)]
+    found = outdated_folders(["checkpoint-4/manifest.json"], remote, limit, best)
+    assert found == [f"checkpoint-{s}" for s in gone]
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("hf://a/b", ("a/b", None, None)),
+        ("hf://a/b@main", ("a/b", "main", None)),
+        ("hf://a/b@step-500", ("a/b", "step-500", "checkpoint-500")),
+        ("hf://a/b@last-checkpoint", ("a/b", None, "last-checkpoint")),
+        ("hf://a/b/checkpoint-7@refs/pr/1", ("a/b", "refs/pr/1", "checkpoint-7")),
+    ],
+)
+def test_addresses_are_understood(uri: str, expected: tuple[str, str | None, str | None]) -> None:
+    source = parse_uri(uri)
+    assert (source.repo_id, source.revision, source.folder) == expected
+
+
+def test_bad_address_is_refused_with_examples() -> None:
+    with pytest.raises(ResumeError, match="hf://ORG/NAME@REVISION"):
+        parse_uri("hf://nonsense")
+
+
+def test_newest_folder_is_chosen() -> None:
+    paths = ["checkpoint-9/manifest.json", "checkpoint-10/manifest.json", "checkpoint-11/config.json"]
+    assert choose_folder(paths, None) == "checkpoint-10"
+    assert choose_folder(paths, "checkpoint-11") is None
+    assert choose_folder([*paths, "last-checkpoint/manifest.json"], None) == "last-checkpoint"
+
+
+def test_curve_is_a_png_and_the_same_every_time() -> None:
+    import io
+
+    from PIL import Image
+
+    points = [(s, 1.0 / s) for s in range(1, 50)]
+    data = draw_curve(points, [(10, 0.5)])
+    assert data == draw_curve(points, [(10, 0.5)])
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    assert image.size == (720, 360)
+    assert draw_curve([(1, 2.0)], []) and draw_curve([], [(5, 1e9), (6, 1e-9)])
