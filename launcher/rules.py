@@ -39,8 +39,9 @@ def contradictions(config: RunConfig, explicit: Collection[str] = ()) -> list[st
 
 def notices(config: RunConfig) -> list[str]:
     """What a user should know before the run starts although nothing is wrong."""
-    if config.checkpoint.load_best_model_at_end and (why := _why_no_best(config)):
-        return [f"{why}, so there is no best model: {config.output_dir} will hold the last one"]
+    given = [key for key in ("eval_files", "eval_split") if getattr(config.data, key)]
+    if given and config.eval.eval_strategy == "no":
+        return [f"data.{given[0]} is not used: eval.eval_strategy=no. To evaluate: eval.eval_strategy=steps"]
     return []
 
 
@@ -174,7 +175,7 @@ def _resume_problems(ck: CheckpointConfig) -> Iterator[str]:
     if path in ("auto", "never"):
         return
     if path.startswith("hf://"):
-        if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+(@[^\s@]+)?", path):
+        if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+(/[^@\s]+)?(@[^\s@]+)?", path):
             yield f"checkpoint.resume_from_checkpoint={path} must be hf://ORG/NAME or hf://ORG/NAME@REVISION"
     elif not Path(path).expanduser().is_dir():
         yield (

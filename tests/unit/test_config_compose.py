@@ -329,11 +329,16 @@ def test_rule_stays_silent_when_its_setting_is_wrong_in_itself() -> None:
     assert "Did you mean model.model_name_or_path" in problem("model=pretrained", "model.model_name_or_pth=org/name")
 
 
-def test_best_model_falls_back_to_the_last_when_nothing_is_evaluated(rows: str) -> None:
-    config = compose([f"data.train_files={rows}"])
-    assert config.checkpoint.load_best_model_at_end
-    assert "will hold the last one" in notices(config)[0]
-    assert notices(compose([])) == []
+def test_recommended_checkpoints_need_no_evaluation(rows: str) -> None:
+    """Its load_best_model_at_end means the best one if there is one; only who sets it himself is held to it."""
+    config = compose([f"data.train_files={rows}", "checkpoint=recommended"])
+    assert config.checkpoint.load_best_model_at_end and config.eval.eval_strategy == "no"
+    assert notices(config) == []
+
+
+def test_evaluation_data_that_nothing_uses_are_noticed(rows: str) -> None:
+    (notice,) = notices(compose([f"data.train_files={rows}", f"data.eval_files={rows}"]))
+    assert "data.eval_files is not used" in notice
 
 
 @pytest.mark.parametrize(
