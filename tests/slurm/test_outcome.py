@@ -1,0 +1,106 @@
+"""What the batch script is told about a start of the ranks, and what run.json says afterwards. No Slurm is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.paths import RunPaths
+from launcher.slurm.outcome import judge
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "errors").mkdir()
+    return RunPaths(tmp_path)
+
+
+def verdict(paths: RunPaths, code: int = 1) -> str:
+    return judge(paths, attempt="7-0-0", began=time.time() - 60, code=code, error_dir=paths.root / "errors")[0]
+
+
+def write_run(paths: RunPaths, **fields: Any) -> None:
+    paths.run_state.write_text(json.dumps({"attempt": "7-0-0", "reason": None, "step": 3} | fields), encoding="utf-8")
+
+
+def write_error(paths: RunPaths, *, rank: int = 0, seconds: float = 0.0, **fields: Any) -> None:
+    report = {"rank": rank, "time": seconds, "exit_code": 1, "kind": "RuntimeError", "is_ours": False}
+    (paths.root / "errors" / f"error-rank-{rank}.json").write_text(
+        json.dumps(report | {"message": "boom"} | fields), encoding="utf-8"
+    )
+
+
+def run_json(paths: RunPaths) -> dict[str, Any]:
+    return dict(json.loads(paths.run_state.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "expected"),
+    [
+        ("finished", None, "finished"),
+        ("pruned", None, "pruned"),
+        ("interrupted", "preempted", "interrupted preempted"),
+        ("interrupted", "stop_file", "interrupted stop_file"),
+    ],
+)
+def test_run_json_is_the_authority_whatever_srun_says(paths: RunPaths, state: str, reason: str, expected: str) -> None:
+    write_run(paths, state=state, reason=reason)
+    assert verdict(paths, code=0) == verdict(paths, code=1) == expected
+
+
+def test_earlier_starts_ending_is_not_taken_for_this_ones(paths: RunPaths) -> None:
+    write_run(paths, state="interrupted", reason="preempted", attempt="7-0-9")
+    assert verdict(paths) == "crashed"
+
+
+def test_finished_run_stays_finished_when_started_again(paths: RunPaths) -> None:
+    write_run(paths, state="finished", attempt="older")
+    assert verdict(paths, code=0) == "finished"
+    assert run_json(paths)["attempt"] == "older"
+
+
+def test_kill_is_a_crash_in_run_json(paths: RunPaths) -> None:
+    write_run(paths, state="running")
+    assert verdict(paths, code=137) == "crashed"
+    assert (run_json(paths)["state"], run_json(paths)["reason"], run_json(paths)["step"]) == ("failed", "crash", 3)
+
+
+def test_crash_before_training_began_is_in_run_json_too(paths: RunPaths) -> None:
+    write_error(paths)
+    assert verdict(paths) == "crashed"
+    assert run_json(paths)["state"] == "failed" and "boom" in run_json(paths)["error"]
+
+
+def test_error_of_the_users_is_not_restarted(paths: RunPaths) -> None:
+    write_error(paths, is_ours=True, exit_code=2, message="data.jsonl:3 is no JSON")
+    assert verdict(paths) == "failed 2"
+    assert (run_json(paths)["reason"], run_json(paths)["exit_code"]) == (None, 2)
+
+
+def test_hang_is_named_when_stacks_were_written(paths: RunPaths) -> None:
+    write_run(paths, state="running")
+    paths.stacks(1).write_text("Thread 0x1", encoding="utf-8")
+    assert verdict(paths) == "crashed"
+    assert run_json(paths)["reason"] == "hang"
+
+
+def test_stacks_of_an_earlier_start_are_no_hang(paths: RunPaths) -> None:
+    write_run(paths, state="running")
+    paths.stacks(1).write_text("Thread 0x1", encoding="utf-8")
+    os.utime(paths.stacks(1), (time.time() - 3600,) * 2)
+    assert verdict(paths) == "crashed"
+    assert run_json(paths)["reason"] == "crash"
+
+
+def test_killed_while_stopping_counts_as_stopped(paths: RunPaths) -> None:
+    write_run(paths, state="running")
+    paths.stop_file.write_text("preempted", encoding="utf-8")
+    assert verdict(paths) == "interrupted preempted"
+    assert (run_json(paths)["state"], run_json(paths)["reason"]) == ("interrupted", "preempted")
+    assert not paths.stop_file.exists()

@@ -1,0 +1,203 @@
+"""What `launcher submit` leaves on disk, what it refuses, and arrays; on the real Slurm where Slurm has a say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher import cli
+from launcher.config import LaunchConfig, RunConfig
+from launcher.errors import RunLockedError, SlurmError, SlurmUnavailableError
+from launcher.slurm import ArrayJob, live_job, submit_array, submit_run
+from launcher.slurm.snapshot import take_snapshot
+from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.conftest import StandInRun, SubmitStandIn, stand_in_launch
+
+# --------------------------------------------------------------------------- what Slurm refuses
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "answer"),
+    [
+        ({"time": "lots"}, "Invalid --time specification"),
+        ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
+        ({"partion": "low"}, "unrecognized option '--partion=low'"),
+        ({"time": "2:00:00"}, "asked for: TimeLimit=02:00:00"),
+        ({"cpus-per-task": 400}, "Slurm would never start the job: PartitionConfig"),
+        ({"mem": "1T"}, "Memory specification can not be satisfied"),
+    ],
+)
+def test_slurms_own_answer_is_shown_when_it_refuses(
+    use_cluster: Cluster, sbatch: dict[str, object], answer: str
+) -> None:
+    with pytest.raises(SlurmError, match=re.escape(answer)):
+        submit_run(RunConfig(output_dir="run", launch=LaunchConfig(sbatch=sbatch)))
+    assert live_job(Path("run")) is None
+
+
+def test_what_is_missing_is_said_when_there_is_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SlurmUnavailableError, match="sbatch was not found"):
+        submit_run(RunConfig(output_dir="run"))
+
+
+def test_submission_is_refused_while_a_job_of_that_folder_is_queued(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in(sbatch={"hold": True})
+    with pytest.raises(RunLockedError, match=f"scancel {run.job_id}"):
+        submit_stand_in()
+    run.cluster.run("scancel", run.job_id)
+    wait_for(lambda: live_job(run.root) is None, 10, "the job to leave the queue")
+
+
+# --------------------------------------------------------------------------- files
+
+
+def test_folder_holds_script_config_and_code_when_submitted(submit_stand_in: SubmitStandIn) -> None:
+    run = submit_stand_in(sbatch={"hold": True})
+    run.cluster.run("scancel", run.job_id)
+    config = yaml.safe_load((run.root / "slurm" / "config.yaml").read_text())
+    assert (config["output_dir"], config["launch"]["num_processes"]) == (str(run.root), 2)
+    assert (run.root / "slurm" / "job.sbatch").read_text().startswith("#!/bin/bash")
+    assert (run.root / "slurm" / "job_id").read_text() == f"{run.job_id}\n"
+    train = run.root / "code" / "launcher" / "train.py"
+    assert train.is_file() and not train.stat().st_mode & stat.S_IWUSR
+    assert (run.root / "code" / "launcher" / "accelerate.yaml").is_file()
+
+
+def test_snapshot_holds_what_git_does_not_ignore_when_in_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("metric.py", "pkg/deep.py", "ignored/x.py", "outputs/old/code/y.py", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("", encoding="utf-8")
+    (tmp_path / ".gitignore").write_text("ignored/\n", encoding="utf-8")
+    (tmp_path / "outputs/old/code/.gitignore").write_text("*\n", encoding="utf-8")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    mine = {name for name in take_snapshot().sources if not name.startswith("launcher/")}
+    assert mine == {"metric.py", "pkg/deep.py"}
+
+
+def test_snapshot_walks_packages_only_when_not_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("metric.py", "pkg/__init__.py", "pkg/inner/deep.py", "data/huge.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("", encoding="utf-8")
+    mine = {name for name in take_snapshot().sources if not name.startswith("launcher/")}
+    assert mine == {"metric.py", "pkg/__init__.py", "pkg/inner/deep.py"}
+
+
+def test_snapshot_is_replaced_as_a_whole_when_code_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("old.py").write_text("", encoding="utf-8")
+    take_snapshot().write(tmp_path / "code")
+    Path("old.py").rename("new.py")
+    take_snapshot().write(tmp_path / "code")
+    assert {p.name for p in (tmp_path / "code").glob("*.py")} == {"new.py"}
+    assert [p.name for p in tmp_path.glob(".code.tmp*")] == []
+
+
+# --------------------------------------------------------------------------- arrays
+
+
+def test_array_runs_every_job_when_one_is_stopped_and_requeued(use_cluster: Cluster, tmp_path: Path) -> None:
+    """The stopped task is requeued under its own id; the others are not touched; no more than two run at once."""
+    sweep = tmp_path / "sweep"
+    launch = stand_in_launch(tmp_path / "bin", num_steps=20, num_machines=1)
+    jobs = [ArrayJob(sweep / f"seed={n}", RunConfig(run_name=f"s{n}", launch=launch)) for n in range(3)]
+    (submission,) = submit_array(jobs, sweep, max_parallel=2)
+    runs = [StandInRun(use_cluster, job.run_dir, f"{submission.job_id}_{n}", 20) for n, job in enumerate(jobs)]
+    assert [live_job(run.root) for run in runs] == [run.job_id for run in runs]
+    runs[0].wait_step(5)
+    assert use_cluster.state(runs[2].job_id) == "PENDING"
+    use_cluster.run("scancel", "--signal=TERM", runs[0].job_id)
+    for run in runs:
+        run.wait_completed()
+    assert [run.reasons() for run in runs] == [["signal", None], [None], [None]]
+    assert [use_cluster.job(run.job_id)["Restarts"] for run in runs] == ["1", "0", "0"]
+    log = Path(submission.log.replace("%a", "0"))
+    assert "stopped and saved: signal" in log.read_text()
+
+
+def test_array_task_goes_on_in_another_job_when_requeue_is_refused(use_cluster: Cluster, tmp_path: Path) -> None:
+    launch = stand_in_launch(tmp_path / "bin", num_steps=20, num_machines=1, sbatch={"requeue": False})
+    jobs = [ArrayJob(tmp_path / f"seed={n}", RunConfig(launch=launch)) for n in range(2)]
+    (submission,) = submit_array(jobs, tmp_path)
+    stopped = StandInRun(use_cluster, jobs[1].run_dir, f"{submission.job_id}_1", 20)
+    stopped.wait_step(5)
+    use_cluster.run("scancel", "--signal=TERM", stopped.job_id)
+    use_cluster.wait_state(stopped.job_id, "FAILED")
+    stopped.job_id = (stopped.root / "slurm" / "job_id").read_text().strip()
+    assert stopped.job_id.endswith("_1") and not stopped.job_id.startswith(f"{submission.job_id}_")
+    stopped.wait_completed()
+    StandInRun(use_cluster, jobs[0].run_dir, f"{submission.job_id}_0", 20).wait_completed()
+
+
+def test_queued_array_keeps_its_script_and_code_when_more_jobs_are_added(use_cluster: Cluster, tmp_path: Path) -> None:
+    launch = LaunchConfig(sbatch={"hold": True})
+
+    def submit(name: str) -> Path:
+        (submission,) = submit_array([ArrayJob(tmp_path / name, RunConfig(launch=launch))], tmp_path)
+        use_cluster.run("scancel", submission.job_id)
+        return submission.script
+
+    first = submit("a")
+    before = first.read_text()
+    Path("added.py").write_text("", encoding="utf-8")
+    second = submit("b")
+    assert first != second and first.read_text() == before
+    code_dirs = [re.search(r"code_dir=(.*)", script.read_text())[1] for script in (first, second)]  # type: ignore[index]
+    assert code_dirs[0] != code_dirs[1] and all(Path(code).is_dir() for code in code_dirs)
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def test_command_prints_job_and_log_when_submitted(use_cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["submit", "output_dir=run", "launch.sbatch.hold=true", "launch.num_machines=2"])
+    out = capsys.readouterr().out
+    assert code == 0
+    job_id = re.search(r"submitted job (\d+)", out)[1]  # type: ignore[index]
+    assert use_cluster.job(job_id)["NumNodes"] in ("2", "2-2")
+    assert f"log: {Path('run').resolve()}/logs/slurm-{job_id}.log" in out
+    use_cluster.run("scancel", job_id)
+
+
+def test_command_exits_2_with_slurms_answer_when_refused(
+    use_cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["submit", "output_dir=run", "launch.sbatch.partition=nowhere"]) == 2
+    assert "invalid partition specified: nowhere" in capsys.readouterr().err
+
+
+def test_dry_run_prints_only_the_script_and_needs_no_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys; from launcher import cli; code = cli.main(sys.argv[1:]);"
+        "heavy = [m for m in ('torch', 'accelerate', 'transformers') if m in sys.modules];"
+        "print(heavy, file=sys.stderr); sys.exit(code)"
+    )
+    env = {**os.environ, "SLURM_CONF": "/nonexistent"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, "submit", "--dry-run", "output_dir=run", "launch.gpus_per_node=2"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert done.stdout.startswith("#!/bin/bash\n") and "#SBATCH --gpus-per-node=2" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_of_the_job_is_the_composed_one(use_cluster: Cluster) -> None:
+    assert cli.main(["submit", "output_dir=run", "launch.sbatch.hold=true", "train.max_steps=7"]) == 0
+    use_cluster.run("scancel", Path("run/slurm/job_id").read_text().strip())
+    config = yaml.safe_load(Path("run/slurm/config.yaml").read_text())
+    assert config["train"]["max_steps"] == 7 and config["launch"]["name"] == "slurm"
+    assert json.loads(Path("run/code/snapshot.json").read_text())["digest"] == take_snapshot().digest
