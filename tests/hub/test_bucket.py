@@ -1,0 +1,72 @@
+"""A bucket as the target: compared by hash, complete when its marker is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.hub.spool import checkpoint_item, model_item
+from tests.hub.helpers import UploaderUnderTest, make_checkpoint, make_config, prepare_spool, upload_all, write_model
+from tests.hub.server import HubServer
+
+BUCKET = "org/store"
+
+
+def read(hub: HubServer, path: str) -> bytes:
+    xet_hash, size, _ = hub.buckets[BUCKET].files[path]
+    return hub.store.read_xet(xet_hash, size)
+
+
+def test_checkpoints_arrive_whole_and_old_ones_go(hub: HubServer, xet_env: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = make_config(run, hub_strategy="all_checkpoints", bucket=BUCKET, save_total_limit=2)
+    spool = prepare_spool(run, config)
+    for step in (10, 20, 30):
+        spool.add(checkpoint_item(step, make_checkpoint(run, step)))
+    write_model(run, 30)
+    spool.add(model_item(run, None))
+    upload_all(spool, xet_env)
+    paths = set(hub.buckets[BUCKET].files)
+    assert {p.split("/")[0] for p in paths} == {"checkpoint-20", "checkpoint-30", "model", "latest.json"}
+    for path in (run / "checkpoint-30").rglob("*"):
+        if path.is_file():
+            assert read(hub, path.relative_to(run).as_posix()) == path.read_bytes()
+    assert json.loads(read(hub, "latest.json")) == {"folder": "model"}
+    marker = json.loads(read(hub, "checkpoint-30/complete.json"))["files"]
+    assert set(marker) == {p.split("/", 1)[1] for p in paths if p.startswith("checkpoint-30/")} - {"complete.json"}
+
+
+def test_content_is_compared_by_hash_when_size_is_equal(
+    hub: HubServer, xet_env: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run, hub_strategy="end", bucket=BUCKET))
+    for seed in (1, 2, 2):
+        write_model(run, seed)  # the same names and sizes, other bytes
+        spool.add(model_item(run, None))
+        batches = hub.count("POST .*/batch")
+        upload_all(spool, xet_env)
+        assert read(hub, "model/model.safetensors") == (run / "model.safetensors").read_bytes()
+    assert hub.count("POST .*/batch") == batches + 1  # the third time only latest.json is written
+
+
+@pytest.mark.parametrize("state", ["uploaded", "unmarked"])
+def test_folder_is_not_complete_when_uploader_is_killed(
+    hub: HubServer, xet_env: dict[str, str], tmp_path: Path, state: str
+) -> None:
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run, hub_strategy="end", bucket=BUCKET))
+    write_model(run, 1)
+    spool.add(model_item(run, None))
+    if state == "unmarked":
+        upload_all(spool, xet_env)
+        write_model(run, 2)
+        spool.add(model_item(run, None))
+    with UploaderUnderTest(spool, xet_env, crash_at=(state, 1)) as uploader:
+        uploader.process.wait(timeout=30)
+    assert "model/complete.json" not in hub.buckets[BUCKET].files
+    upload_all(spool, xet_env)
+    assert "model/complete.json" in hub.buckets[BUCKET].files
+    assert read(hub, "model/model.safetensors") == (run / "model.safetensors").read_bytes()

@@ -1,0 +1,152 @@
+"""`launcher push` as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import prefetch, push
+from launcher.errors import UserError
+from launcher.hub.spool import checkpoint_item
+from tests.hub.helpers import (
+    REPO,
+    UploaderUnderTest,
+    make_checkpoint,
+    make_config,
+    prepare_spool,
+    wait_until,
+    write_model,
+)
+from tests.hub.server import HubServer
+
+_MAIN = """
+import sys
+from launcher.cli import push
+from launcher.errors import LauncherError
+try:
+    code = push.main(sys.argv[1:])
+except LauncherError as error:
+    print(error, file=sys.stderr)
+    code = error.exit_code
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+def launcher_push(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    command = [sys.executable, "-c", _MAIN, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**inherited, **env}, timeout=60)
+
+
+def test_pending_uploads_are_sent(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run, hub_strategy="all_checkpoints"))
+    for step in (10, 20):
+        spool.add(checkpoint_item(step, make_checkpoint(run, step)))
+    done = launcher_push(env, str(run))
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-10 is at org/model" in done.stdout and "checkpoint-20 is at org/model" in done.stdout
+    assert set(hub.repos[REPO].tags) == {"step-10", "step-20"}
+    assert spool.pending() == []
+
+
+def test_checkpoint_is_pushed_by_hand(hub: HubServer, env_of: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = make_config(run)
+    config.hub.push_to_hub = False
+    checkpoint = make_checkpoint(run, 10)
+    arguments = [str(checkpoint), "--repo-id", "me/other", "--private", "--revision", "dev"]
+    done = launcher_push(env_of, *arguments)
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["me/other"]
+    assert repo.private
+    assert {"model.safetensors", "last-checkpoint/manifest.json", "README.md"} <= set(repo.resolve("dev").files)
+    assert checkpoint.is_dir() and not (run / ".hub").exists()
+    again = launcher_push(env_of, *arguments)
+    assert again.returncode == 0
+    assert hub.count("POST .*/commit/") == 1
+
+
+def test_final_model_is_pushed_when_nothing_is_pending(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_config(run)
+    write_model(run, 7)
+    done = launcher_push(env, str(run))
+    assert done.returncode == 0, done.stderr
+    assert hub.read(REPO, "model.safetensors") == (run / "model.safetensors").read_bytes()
+
+
+def test_pull_request_is_opened_once_when_the_reply_is_lost(
+    hub: HubServer, env: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    make_config(run)
+    write_model(run, 7)
+    hub.fail("POST .*/commit/", lose_reply=True)
+    done = launcher_push(env, str(run), "--create-pr")
+    assert done.returncode == 0, done.stderr
+    assert list(hub.repos[REPO].pull_requests) == ["refs/pr/1"]
+    assert "model.safetensors" not in hub.repos[REPO].files
+
+
+def test_wrong_token_fails_with_the_cure(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_config(run)
+    write_model(run, 7)
+    hub.tokens.clear()
+    done = launcher_push(env, str(run))
+    assert done.returncode == 1
+    assert "hf auth login" in done.stderr
+    assert env["HF_TOKEN"] not in done.stderr + done.stdout
+
+
+def test_running_uploader_is_left_alone_and_followed(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run, hub_strategy="every_save"))
+    spool.add(checkpoint_item(10, make_checkpoint(run, 10)))
+    fault = hub.fail("POST .*/commit/", status=503, times=None)
+    with UploaderUnderTest(spool, env):
+        wait_until(lambda: fault.hits)
+        done = launcher_push(env, str(run))
+        assert done.returncode == 0 and "the run itself is sending this now" in done.stdout
+        hub.heal()
+        done = launcher_push(env, str(run), "--follow")
+    assert done.returncode == 0
+    assert "model.safetensors" in hub.repos[REPO].files
+
+
+def test_dry_run_lists_files_and_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    make_config(run)
+    checkpoint = make_checkpoint(run, 10)
+    assert push.main([str(checkpoint), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    size = (checkpoint / "model.safetensors").stat().st_size
+    assert f"{size:>15,}  model.safetensors" in lines
+    assert f"{size:>15,}  last-checkpoint/model.safetensors" in lines
+    assert REPO in lines[-1]
+
+
+def test_input_is_refused_when_there_is_nothing_to_push(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder"):
+        push.main([str(tmp_path / "absent")])
+    with pytest.raises(UserError, match="no model of ours"):
+        push.main([str(tmp_path)])
+    write_model(tmp_path, 1)
+    with pytest.raises(UserError, match="--repo-id ORG/NAME"):
+        push.main([str(tmp_path), "--dry-run"])
+
+
+@pytest.mark.parametrize("verb", [push, prefetch])
+def test_help_holds_an_example(verb: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        verb.main(["--help"])  # type: ignore[attr-defined]
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"launcher {verb.__name__.rpartition('.')[2]} " in text  # type: ignore[attr-defined]
+    assert "example" in text
