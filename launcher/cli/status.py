@@ -15,7 +15,7 @@ from typing import Any
 from launcher.config import CheckpointConfig
 from launcher.errors import EXIT_DONE, EXIT_USER
 from launcher.paths import RunPaths, checkpoint_step
-from launcher.sweep.jobs import SweepTable, SweepPaths, is_sweep
+from launcher.sweep.jobs import SweepPaths, SweepTable, is_sweep
 from launcher.sweep.runs import RUNNING, Metric, RunStatus, is_run, read_run
 from launcher.sweep.table import count_states, ranked, short, show_table, steps
 
@@ -168,7 +168,7 @@ def _show_folder(root: Path, *, as_json: bool) -> None:
                 "dir": str(root),
                 "runs": [{"kind": "run", **asdict(status)} for status in runs],
                 "sweeps": [sweep_data(path, table, statuses) for path, table, statuses in sweeps],
-            }  # fmt: skip
+            }
         )
         return
     if not runs and not sweeps:

@@ -177,7 +177,7 @@ class LocalController:
             source.ended(running.job, status)
 
     def _pass_on_stop(self) -> None:
-        """First request: SIGTERM, every job saves. Second: SIGINT, at which a run that stops ends at once, then SIGKILL."""
+        """First request: SIGTERM, and every job saves. Second: SIGINT, which ends a run at once; then SIGKILL."""
         wanted = min(self._stop.count, 2)
         if self._num_signals_sent < wanted:
             self._num_signals_sent = wanted

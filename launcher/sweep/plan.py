@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from launcher.compose import compose_hydra, parse_overrides, to_plain
+from launcher.compose import SELECTING_KEYS, compose_hydra, parse_overrides, to_plain
 from launcher.config import RunConfig, parse_config
 from launcher.errors import ConfigError
 from launcher.overrides import parse_override
@@ -22,9 +22,7 @@ from launcher.sweep.runs import Metric
 LAUNCHERS = ("local", "slurm")
 SWEEPERS = ("basic", "optuna")
 _OWN_KEYS = ("hydra/launcher", "hydra/sweeper", "hydra.sweeper.", "hydra.launcher.", "sweep.", "output_dir")
-_REPLACING = ("model.model_name_or_path", "model.config", "data.train_files", "data.dataset_name", "data.sources",
-              "data.generator")  # fmt: skip
-"""Settings in whose presence other defaults step aside."""
+_MAX_CHECKED_JOBS = 200
 _MAX_COMPOSITIONS = 32
 """Combinations of group choices that are composed in advance; each takes about 0.1 s."""
 
@@ -56,10 +54,14 @@ class SweepPlan:
         arguments = list(overrides)
         if self.config_dir is not None:
             arguments = ["--config-dir", self.config_dir, *arguments]
-        if not any(override.startswith("run_name=") for override in own):
-            arguments.append(f"run_name={quoted(job_run_name(self.config.run_name, name))}")
-        arguments.append(f"output_dir={quoted(str(output_dir))}")
+        texts = self.own_texts(name, values)
+        arguments += [f"{key}={text}" for key, text in texts.items()]
         return Job(name, output_dir, values, overrides, tuple(arguments))
+
+    def own_texts(self, name: str, values: Mapping[str, str]) -> dict[str, str]:
+        """What every job has of its own: its folder and, where it is not swept, its run_name."""
+        own = {} if "run_name" in values else {"run_name": quoted(job_run_name(self.config.run_name, name))}
+        return {**own, "output_dir": quoted(str(self.paths.root / name))}
 
     def grid(self, table: SweepTable) -> list[Job]:
         """Every combination of the swept values, the last key fastest; each job once."""
@@ -113,7 +115,8 @@ def make_plan(arguments: Sequence[str], config_dir: str | None) -> SweepPlan:
     return SweepPlan(
         paths=SweepPaths(root), config=config, config_dir=config_dir, launcher=launcher,
         launcher_config=_plain(composed.hydra.launcher), sweeper=sweeper, sweeper_config=sweeper_config,
-        fixed=tuple(fixed.values()), swept=tuple(swept.values()), configs=configs, metric=Metric.of(config.checkpoint, config.eval.eval_strategy),
+        fixed=tuple(fixed.values()), swept=tuple(swept.values()), configs=configs,
+        metric=Metric.of(config.checkpoint, config.eval.eval_strategy),
         num_processes=None if None in counts else max(n for n in counts if n is not None),
     )  # fmt: skip
 
@@ -161,7 +164,7 @@ def _refuse_sweeps_of(overrides: Iterable[Override]) -> None:
 
 
 class JobConfigs:
-    """The settings of any job. Group choices are composed, once per combination; plain values are put into the result."""
+    """The settings of any job: group choices are composed, once each, and plain values put into the result."""
 
     def __init__(self, fixed: Sequence[str], named: Sequence[str], config_dir: str | None) -> None:
         self._fixed, self._named, self._config_dir = fixed, named, config_dir
@@ -216,7 +219,7 @@ class JobConfigs:
 
     def _is_plain(self, key: str, text: str) -> bool:
         """Whether an override only replaces a value that is there: no group choice, no `+`, no interpolation."""
-        if "${" in text or not key[:1].isalpha() or "@" in key or "/" in key or key.startswith(_REPLACING):
+        if "${" in text or not key[:1].isalpha() or "@" in key or "/" in key or key.startswith(SELECTING_KEYS):
             return False
         self.base()
         node: Any = self._plain[()]
@@ -228,12 +231,14 @@ class JobConfigs:
 
 
 def check_values(configs: JobConfigs, swept: Sequence[Override]) -> list[RunConfig]:
-    """Checks the settings of every job and returns them; interpolations to swept values are not followed.
+    """Checks the settings of the jobs and returns them; interpolations to swept values are not followed.
+
+    Of more than 200 jobs those are checked that together hold every value; the others check themselves as they start.
 
     Raises:
         ConfigError: with every problem; one that not all jobs share names its job.
     """
-    jobs = list(combinations(_enumerable(swept)))
+    jobs = _worth_checking(list(combinations(_enumerable(swept))))
     problems: dict[str, list[str]] = {}
     checked = []
     for values in jobs:
@@ -247,6 +252,18 @@ def check_values(configs: JobConfigs, swept: Sequence[Override]) -> list[RunConf
     if problems:
         raise ConfigError([_with_jobs(problem, names, len(jobs)) for problem, names in problems.items()])
     return checked
+
+
+def _worth_checking(jobs: list[dict[str, str]]) -> list[dict[str, str]]:
+    if len(jobs) <= _MAX_CHECKED_JOBS:
+        return jobs
+    seen: set[tuple[str, str]] = set()
+    chosen = []
+    for values in jobs:
+        if not seen.issuperset(values.items()):
+            seen.update(values.items())
+            chosen.append(values)
+    return chosen
 
 
 def _enumerable(swept: Sequence[Override]) -> list[Override]:

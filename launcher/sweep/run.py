@@ -33,7 +33,7 @@ def refuse_inside_agent() -> None:
         )
 
 
-def run_sweep(arguments: Sequence[str], config_dir: str | None) -> int:
+def run_sweep(arguments: Sequence[str], config_dir: str | None, *, is_dry_run: bool) -> int:
     """Runs a sweep to its end, or to a stop.
 
     Raises:
@@ -42,13 +42,26 @@ def run_sweep(arguments: Sequence[str], config_dir: str | None) -> int:
     refuse_inside_agent()
     plan = make_plan(arguments, config_dir)
     if plan.launcher == "slurm":
-        from launcher.sweep.array import run_array
+        return _run_on_slurm(plan, is_dry_run=is_dry_run)
+    if is_dry_run:
+        raise UserError("--dry-run prints Slurm scripts: it needs hydra/launcher=slurm")
+    return _run_locally(plan)
 
-        return run_array(plan, say)
-    return run_locally(plan)
+
+def _run_on_slurm(plan: SweepPlan, *, is_dry_run: bool) -> int:
+    from launcher.sweep import array
+
+    array.check_array(plan)
+    if is_dry_run:
+        print("\n".join(array.render(plan, plan.grid(SweepTable(plan.paths)))))
+        return EXIT_DONE
+    with sweep_lock(plan.paths), StopRequests().installed() as stop:
+        planned = _write_grid(plan, SweepTable(plan.paths))
+        code = array.run_array(plan, planned, stop, say)
+        return _show_end(plan, planned, stop) if code is None else code
 
 
-def run_locally(plan: SweepPlan) -> int:
+def _run_locally(plan: SweepPlan) -> int:
     if plan.config.launch.num_machines > 1:
         raise ConfigError(
             [
@@ -64,27 +77,37 @@ def run_locally(plan: SweepPlan) -> int:
         wait_for_old_jobs([plan.paths.root / name for name in table.jobs], stop, say)
         source, planned = _source(plan, table, len(slots))
         LocalController(slots, plan.metric, stop, say).run(source)
-        statuses = {name: read_job(job.output_dir, plan.metric) for name, job in planned.items()}
-        show_table(plan.paths.root, statuses, plan.metric)
-        return exit_code(plan, statuses, stop.count)
+        return _show_end(plan, planned, stop)
+
+
+def _show_end(plan: SweepPlan, planned: Mapping[str, Job], stop: StopRequests) -> int:
+    statuses = {name: read_job(job.output_dir, plan.metric) for name, job in planned.items()}
+    show_table(plan.paths.root, statuses, plan.metric)
+    return exit_code(plan, statuses, stop.count)
+
+
+def _write_grid(plan: SweepPlan, table: SweepTable) -> dict[str, Job]:
+    """The jobs, in sweep.json before any of them starts."""
+    planned = {job.name: job for job in plan.grid(table)}
+    table.add(planned.values())
+    table.write(plan.metric, **_info(plan))
+    return planned
+
+
+def _info(plan: SweepPlan) -> dict[str, str]:
+    return {"launcher": plan.launcher, "sweeper": plan.sweeper, "run_name": plan.config.run_name}
 
 
 def _source(plan: SweepPlan, table: SweepTable, num_slots: int) -> tuple[Source, dict[str, Job]]:
-    """Where the jobs come from, and the jobs; Optuna's appear as they are proposed.
-
-    All that are known are in sweep.json before any of them starts.
-    """
-    info = {"launcher": plan.launcher, "sweeper": plan.sweeper, "run_name": plan.config.run_name}
+    """Where the jobs come from, and the jobs; Optuna's appear as they are proposed."""
     if plan.sweeper == "optuna":
         from launcher.sweep.search import Search
 
         search = Search(plan, table, retry_failed=plan.config.sweep.retry_failed)
-        table.write(plan.metric, **info)
+        table.write(plan.metric, **_info(plan))
         say(f"{plan.sweeper_config['n_trials']} trials on {num_slots} slots, compared by {plan.metric.key}")
         return search, search.jobs
-    planned = {job.name: job for job in plan.grid(table)}
-    table.add(planned.values())
-    table.write(plan.metric, **info)
+    planned = _write_grid(plan, table)
     return Listed(_pending(plan, planned, num_slots)), planned
 
 

@@ -7,10 +7,11 @@ still RUNNING in the study is continued under its own number, and values that we
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
@@ -21,7 +22,7 @@ from launcher.errors import ConfigError
 from launcher.paths import RunPaths
 from launcher.sweep.jobs import Job, SweepTable, needs_run, read_job
 from launcher.sweep.plan import SweepPlan
-from launcher.sweep.runs import FAILED, FINISHED, PENDING, PRUNED, MetricsTail, RunStatus
+from launcher.sweep.runs import FAILED, FINISHED, PRUNED, MetricsTail, RunStatus
 
 Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
 _JOB, _SWEEP = "launcher:job", "launcher:sweep"
@@ -45,6 +46,13 @@ class Axis:
                 zip(override.sweep_iterator(Transformer.encode), override.sweep_string_iterator(), strict=True)
             )
             self.distribution = CategoricalDistribution(list(self._texts))
+
+    @property
+    def num_values(self) -> float:
+        d = self.distribution
+        if isinstance(d, CategoricalDistribution):
+            return len(d.choices)
+        return math.inf if d.step is None else round((d.high - d.low) / d.step) + 1
 
     def suggest(self, trial: Trial) -> Any:
         """The trial's value; the one it has already, where it was asked before."""
@@ -84,8 +92,9 @@ def open_study(plan: SweepPlan) -> optuna.Study:
     from hydra.utils import instantiate
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the user chose it
     conf = plan.sweeper_config
-    wanted = "maximize" if plan.metric.is_greater_better else "minimize"
+    wanted: Literal["maximize", "minimize"] = "maximize" if plan.metric.is_greater_better else "minimize"
     direction = conf["direction"] or wanted
     if direction != wanted:
         is_greater = "true" if direction == "maximize" else "false"
@@ -98,7 +107,7 @@ def open_study(plan: SweepPlan) -> optuna.Study:
     plan.paths.root.mkdir(parents=True, exist_ok=True)
     try:
         study = optuna.create_study(
-            storage=_storage(conf["storage"], plan.paths.study), direction=direction, load_if_exists=True,
+            storage=_storage(conf["storage"], plan.paths.study), direction=wanted, load_if_exists=True,
             study_name=conf["study_name"] or str(plan.paths.root.resolve()), pruner=instantiate(conf["pruner"]),
         )  # fmt: skip
         sampler = dict(conf["sampler"])
@@ -176,9 +185,9 @@ class Search:
             self._report(trial, lines)
             value = status.best_metric
             if status.state == FINISHED and value is not None and math.isfinite(value):
-                self._study.tell(trial, value)
+                self._tell(trial, TrialState.COMPLETE, value)
             else:
-                self._study.tell(trial, state=TrialState.PRUNED if status.state == PRUNED else TrialState.FAIL)
+                self._tell(trial, TrialState.PRUNED if status.state == PRUNED else TrialState.FAIL)
 
     # ------------------------------------------------------------------ trials
 
@@ -188,6 +197,8 @@ class Search:
         if self._to_retry:
             self._study.enqueue_trial(self._to_retry.popleft())
             return self._ask()
+        if self._is_exhausted():
+            return None
         counted = [t for t in self._study.get_trials(deepcopy=False) if t.state in _COUNTED]
         return self._ask() if len(counted) < int(self._plan.sweeper_config["n_trials"]) else None
 
@@ -195,6 +206,21 @@ class Search:
         trial = self._study.ask()
         trial.set_user_attr(_SWEEP, self._sweep)
         return trial
+
+    def _is_exhausted(self) -> bool:
+        """Whether the sampler that tries every combination has done so; it would begin again."""
+        if not isinstance(self._study.sampler, optuna.samplers.BruteForceSampler):
+            return False
+        tried = {repr(sorted(t.params.items())) for t in self._study.get_trials(deepcopy=False)}
+        return len(tried) >= math.prod(axis.num_values for axis in self._axes)
+
+    def _tell(self, trial: Trial, state: TrialState, value: float | None = None) -> None:
+        try:
+            self._study.tell(trial, value, state)
+        except RuntimeError as error:
+            # BruteForceSampler ends the study with Study.stop, which ask/tell has no loop for; the trial is written.
+            if "Study.stop" not in str(error):
+                raise
 
     def _values(self, trial: Trial) -> dict[str, str]:
         """The override texts of a trial; asks the sampler for those it does not have yet."""

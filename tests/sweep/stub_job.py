@@ -1,9 +1,9 @@
-"""Stands in for one training run: `stub_job.py OVERRIDE…` keeps the promises that the sweep relies on, in milliseconds.
+"""Stands in for one training run: `stub_job.py OVERRIDE…` keeps the promises that the sweep relies on.
 
-run.json, metrics.jsonl, the STOP file, SIGTERM and resuming are those of a real run; a step mixes the step's number into
-a digest that a checkpoint carries, so that a lost, repeated or skipped step shows in the result.
-Environment: STUB_STEPS, STUB_STEP_S, STUB_DEVICES (a folder: who uses a device locks a file there), STUB_FAIL (a text in
-the arguments of jobs that fail), STUB_IGNORE_STOP.
+run.json, metrics.jsonl, the STOP file, SIGTERM and resuming are those of a real run. A step mixes its number into a
+digest that a checkpoint carries, so that a lost, repeated or skipped step shows in the result.
+Environment: STUB_STEPS, STUB_STEP_S, STUB_DEVICES (a folder: who uses a device locks a file there), STUB_FAIL (a text
+in the arguments of jobs that fail), STUB_IGNORE_STOP.
 """
 
 import fcntl

@@ -108,7 +108,7 @@ def test_jobs_are_killed_when_asked_twice(sweep: SweepRunner) -> None:
 
 
 def test_second_controller_is_refused_and_a_dead_ones_lock_is_taken_over(sweep: SweepRunner) -> None:
-    process = sweep.start("seed=1,2", STUB_STEPS="400", STUB_STEP_S="0.05")
+    process = sweep.start("seed=1,2", STUB_STEPS="100", STUB_STEP_S="0.1")
     wait_until(lambda: list(sweep.root.glob("*/run.json")))
     code, output = sweep.run("seed=1,2")
     assert code == 2
@@ -116,7 +116,7 @@ def test_second_controller_is_refused_and_a_dead_ones_lock_is_taken_over(sweep: 
     process.kill()
     process.wait()
     assert (sweep.root / ".lock").exists()
-    code, output = sweep.run("seed=1,2", STUB_STEPS="400", STUB_STEP_S="0.001")
+    code, output = sweep.run("seed=1,2", STUB_STEPS="100", STUB_STEP_S="0.001")
     assert code == 0, output
 
 
