@@ -117,8 +117,7 @@ class Formatter:
         is_rewritten = _is_rewritten(text, completion_turns)
         if not only:
             return Rendered(text, add_special_tokens=False, is_rewritten=is_rewritten)
-        if not text.startswith(self._chat(where, row, prompt_turns)):
-            raise self._rewriting_error(where)
+        self._chat_start(where, row, prompt_turns, text)
         asked = self._chat(where, row, prompt_turns, add_generation_prompt=True)
         return Rendered(text, add_special_tokens=False, prompt=asked, is_rewritten=is_rewritten)
 
@@ -143,13 +142,20 @@ class Formatter:
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            before = self._chat(where, row, turns[:i]) if i else ""
-            until = self._chat(where, row, turns[: i + 1])
-            if not text.startswith(before) or not text.startswith(until):
-                raise self._rewriting_error(where)
+            self._chat_start(where, row, turns[:i], text)
+            until = self._chat_start(where, row, turns[: i + 1], text)
             asked = self._chat(where, row, turns[:i], add_generation_prompt=True) if i else ""
             spans.append((_common_length(asked, text), len(until)))
         return spans
+
+    def _chat_start(self, where: str, row: dict[str, Any], turns: list[dict[str, Any]], text: str) -> str:
+        """The first turns as text, which must be how the text of the whole conversation begins."""
+        start = self._chat(where, row, turns) if turns else ""
+        if not text.startswith(start):  # Phi-3's template, for one, closes whatever it renders with an EOS
+            start = start.removesuffix(self.tokenizer.eos_token or "")
+        if not text.startswith(start):
+            raise self._rewriting_error(where)
+        return start
 
     def _chat(self, where: str, row: dict[str, Any], turns: list[dict[str, Any]], **kwargs: Any) -> str:
         tools, kwargs = _tools(row), _template_kwargs(row) | kwargs

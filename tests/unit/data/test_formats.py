@@ -74,6 +74,19 @@ def test_messages_when_prompt_for_the_answer_is_not_in_the_conversation(tokenize
     assert pieces(tokenizer, encode(tokenizer, chat("hi", "yo")))[1] == (LOSS, "yo<|end|>\n")
 
 
+def test_turns_when_template_closes_every_rendering_with_eos(tokenizer: Any) -> None:
+    """As Phi-3's: what is rendered of the first turns has one EOS that the whole conversation lacks."""
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace("<|assistant|>{% endif", "<|assistant|>{% else %}<|end|>{% endif")
+    assert pieces(tokenizer, encode(tokenizer, chat("hi", "yo", "ok?", "no"))) == [
+        (NONE, "<|user|>hi<|end|>\n<|assistant|>"),
+        (LOSS, "yo<|end|>\n"),
+        (NONE, "<|user|>ok?<|end|>\n<|assistant|>"),
+        (LOSS, "no<|end|>\n<|end|>"),
+    ]
+    row = {"prompt": as_chat("user", "hi"), "completion": as_chat("assistant", "yo")}
+    assert pieces(tokenizer, encode(tokenizer, row))[1] == (LOSS, "yo<|end|>\n<|end|>")
+
+
 def test_messages_when_tokenizer_has_no_offsets(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.chat_template = PLAIN_TEMPLATE
     fast = encode(tokenizer, chat("hi", "yo", "ok?", "né"))
