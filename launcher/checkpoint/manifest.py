@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def hash_file(path: Path) -> FileEntry:
     """
     whole, chunks, size = hashlib.sha256(), [], 0
     with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(CHUNK_BYTES))
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, os.fstat(file.fileno()).st_size))))  # zeroing costs time
         while filled := _fill(file, buffer):
             chunk = buffer[:filled]
             whole.update(chunk)
