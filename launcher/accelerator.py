@@ -32,14 +32,17 @@ class LauncherAccelerator(Accelerator):
         folder: Path = self._training_state.save()
         return str(folder)
 
-    def load_state(self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def load_state(
+        self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Collective. `input_dir` is a `checkpoint-N` folder."""
         self._training_state.load(Path(str(input_dir)))
 
 
 def use_single_process_env() -> None:
     """DeepSpeed wants a process group even for one process, which `accelerate launch` does not describe."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):  # fmt: skip
+    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in values.items():
         os.environ.setdefault(name, value)
 
 
@@ -47,7 +50,9 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
     """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo)."""
     has_cuda = torch.cuda.is_available()
     handlers: list[Any] = [
-        InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=timedelta(seconds=config.launch.hang_timeout_s))
+        InitProcessGroupKwargs(
+            backend="nccl" if has_cuda else "gloo", timeout=timedelta(seconds=config.launch.hang_timeout_s)
+        )
     ]
     logs = str(RunPaths(Path(config.output_dir).expanduser().resolve()).logs_dir)
     arguments: dict[str, Any] = {
@@ -96,7 +101,8 @@ def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: _merged(base[k], over[k]) if isinstance(base.get(k), dict) and isinstance(over.get(k), dict) else over.get(k, base.get(k))
-        for k in {**base, **over}
-    }  # fmt: skip
+    merged = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            merged[key] = _merged(base[key], over[key])
+    return merged

@@ -1,4 +1,4 @@
-"""`launcher train` on one node: builds the `accelerate launch` command, watches it, restarts it, gives the exit code."""
+"""`launcher train` on one node: builds the `accelerate launch` command, watches it, restarts it, gives the code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.config import RunConfig, run_length
 from launcher.devices import visible_gpus
 from launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankFailedError, RunLockedError, UserError
 from launcher.paths import RunPaths
-from launcher.process import die_with_parent
+from launcher.process import RESTARTED, die_with_parent, host
 from launcher.rank_setup import earliest_error
 
 _ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
@@ -102,15 +102,16 @@ def run(config: RunConfig, arguments: Sequence[str], env: Mapping[str, str] | No
         raise UserError(f"output_dir={config.output_dir} cannot be written: {error}") from error
     paths.stop_file.unlink(missing_ok=True)  # of an earlier run
     for attempt in range(config.launch.max_restarts + 1):
-        supervised = _Attempt(config, paths, arguments, {**config.launch.env, **(env or {})})
-        code, error = supervised.run()
+        restarted = {RESTARTED: "1"} if attempt else {}
+        supervised = _Attempt(config, paths, arguments, {**config.launch.env, **(env or {}), **restarted})
+        code, failure = supervised.run()
         if code in (EXIT_DONE, EXIT_STOPPED):
             return code
-        assert error is not None
-        can_restart = supervised.training_began and not error.report["is_ours"]
+        assert failure is not None
+        can_restart = supervised.training_began and not failure.report["is_ours"]
         if attempt == config.launch.max_restarts or not can_restart:
-            raise error
-        print(f"launcher: {error}\nlauncher: restarting from the last checkpoint "
+            raise failure
+        print(f"launcher: {failure}\nlauncher: restarting from the last checkpoint "
               f"({attempt + 1} of {config.launch.max_restarts})", file=sys.stderr, flush=True)  # fmt: skip
         time.sleep(1.0)
     raise AssertionError("unreachable")
@@ -121,7 +122,7 @@ def _check_free(paths: RunPaths) -> None:
     deadline = time.monotonic() + lock.DYING_S
     while (other := lock.holder(paths.lock)) is not None:
         pid = other.get("pid")
-        parent_gone = other.get("host") == lock.host() and pid and not _has_live_agent(int(pid))
+        parent_gone = other.get("host") == host() and pid and not _has_live_agent(int(pid))
         if not parent_gone or time.monotonic() > deadline:
             raise RunLockedError(lock.describe(paths.root, other))
         time.sleep(0.2)
@@ -140,7 +141,7 @@ def is_finished(config: RunConfig, paths: RunPaths) -> bool:
     state = files.read_json_or(paths.run_state, {})
     if not isinstance(state, dict) or state.get("state") != "finished":
         return False
-    if config.checkpoint.resume_from_checkpoint != "auto" or state.get("pending_pushes"):
+    if config.checkpoint.resume_from_checkpoint != "auto" or (config.hub.push_to_hub and state["hub"].get("pending")):
         return False
     if config.train.max_steps >= 0:
         return bool(state.get("step", 0) >= config.train.max_steps)
@@ -176,7 +177,9 @@ class _Attempt:
                     self._command, env=env, start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     preexec_fn=lambda: die_with_parent(expected_parent=parent),
                 )  # fmt: skip
-                previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+                previous = {
+                    n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+                }
                 try:
                     code = self._process.wait()
                 finally:

@@ -23,7 +23,7 @@ from launcher.hub import build_hub, fetch_checkpoint
 from launcher.lock import RunLock
 from launcher.loop import Run
 from launcher.metrics import MetricsFile, NoProgress, Progress, RunFile, Trackers
-from launcher.model import build_model, saved_dtype, static_files
+from launcher.model import build_model, static_files
 from launcher.optim import Schedule, build_optimizer
 from launcher.paths import RunPaths
 from launcher.preemption import StopRequests
@@ -115,7 +115,9 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     tokenizer = build_tokenizer(config)
     data = build_data(config, tokenizer, is_builder=processes.is_local_main, wait=processes.barrier)
     sampler = StepSampler(len(data.train), config.train.train_batch_size, config.seed)
-    total_steps = config.train.max_steps if config.train.max_steps >= 0 else sampler.total_steps(config.train.num_train_epochs)
+    total_steps = (
+        config.train.max_steps if config.train.max_steps >= 0 else sampler.total_steps(config.train.num_train_epochs)
+    )
     settings = result_settings(config, data.fingerprint, processes)
     if point is not None:
         notices = notices + resume.compare_settings(
@@ -132,6 +134,7 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     model, optimizer = accelerator.prepare(model, optimizer)
     state = TrainingState(config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps)
     state.settings = settings
+    state.origin = point.state.get("origin") if point is not None else None
     accelerator.attach(state)
     state.checkpointer = checkpointer = Checkpointer(
         paths, processes, lambda: state.plan(config.checkpoint.save_only_model), statics,
@@ -153,7 +156,9 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     )  # fmt: skip
     if processes.is_main:
         run.metrics.trim(run.step)
-        run.run_file.update(step=run.step, epoch=state.progress.epoch, total_steps=total_steps, length=run_length(config))
+        run.run_file.update(
+            step=run.step, epoch=state.progress.epoch, total_steps=total_steps, length=run_length(config)
+        )
     for notice in [*notices, *data.notices, *filter(None, [run.trackers.notice])]:
         run.progress.say(notice)
     return run
@@ -180,4 +185,3 @@ def _yaml(config: RunConfig) -> bytes:
     import yaml
 
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode()
-

@@ -72,7 +72,7 @@ def chosen_checkpoint(run: Run) -> Path:
 
 
 def write_model_only(run: Run) -> Path:
-    """With `save_strategy=no`: the weights of the last step, by the same writers, into a temporary folder. Collective."""
+    """With `save_strategy=no`: the last weights, by the same writers, into a temporary folder. Collective."""
     run.checkpointer.use_plan(run.state.plan(only_model=True))
     target = run.paths.root / ".tmp-checkpoint-final"
     run.checkpointer.save(run.step, {}, target=target)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from launcher.checkpoint import rng
-from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult, raise_failed
+from launcher.checkpoint.engine import Checkpointer, SaveResult, raise_failed
 from launcher.checkpoint.retention import expired_steps, our_steps
 from launcher.config import RunConfig
 from launcher.data import Data, StepSampler, collate, split_step
-from launcher.evaluation import evaluate
 from launcher.errors import NonFiniteError
+from launcher.evaluation import evaluate
 from launcher.hub import Hub, NoHub
 from launcher.metrics import MetricsFile, NoProgress, Progress, RunFile, Trackers
 from launcher.model import summed_loss
@@ -211,8 +211,8 @@ def check_finite(run: Run, agreed: Agreement, is_applied: bool) -> None:
         return
     if run.config.train.on_nonfinite == "stop":
         raise NonFiniteError(
-            f"step {run.step}: loss sum {agreed.loss_sum}, gradient norm {run.window.grad_norm}. The weights of the step "
-            "before are unharmed and the last checkpoint is whole. A lower optim.learning_rate or train.max_grad_norm "
+            f"step {run.step}: loss sum {agreed.loss_sum}, gradient norm {run.window.grad_norm}. The weights of the "
+            "step before are unharmed and the last checkpoint is whole. A lower optim.learning_rate or train.max_grad_norm "
             "may help; to leave such steps out: train.on_nonfinite=skip"
         )
     agreed.loss_sum = 0.0
@@ -308,8 +308,8 @@ def has_room(run: Run, tell: bool = False) -> bool:
     needed, free = run.checkpointer.missing_bytes()
     if free < needed and tell:
         run.progress.say(
-            f"WARNING step {run.step}: no checkpoint saved: it needs {needed:,} bytes and {run.paths.root} has {free:,} "
-            "free. Training goes on and saves as soon as there is room; the earlier checkpoints are whole"
+            f"WARNING step {run.step}: no checkpoint saved: it needs {needed:,} bytes and {run.paths.root} has "
+            f"{free:,} free. Training goes on and saves as soon as there is room; the earlier checkpoints are whole"
         )
     return free >= needed
 

@@ -22,7 +22,10 @@ class MetricsFile:
         self._path = path
 
     def append(self, line: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:  # a full disk must not end a run
+        with (
+            contextlib.suppress(OSError),
+            self._path.open("a", encoding="utf-8") as file,
+        ):  # a full disk must not end a run
             file.write(json.dumps(line) + "\n")
 
     def trim(self, step: int) -> None:

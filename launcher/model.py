@@ -1,4 +1,4 @@
-"""The model: from a pretrained folder, from scratch, or empty for a resume; LoRA; the files that go beside its weights."""
+"""The model: pretrained, from scratch, or empty for a resume; LoRA; the files that go beside its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.errors import ConfigError, UserError
 
 
 def trained_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype to build the module in: DeepSpeed keeps its own fp32 masters, elsewhere the parameters are the masters."""
+    """The dtype to build in: DeepSpeed keeps fp32 masters of its own, elsewhere the parameters are the masters."""
     return saved_dtype(config) if config.strategy.zero_stage else torch.float32
 
 
@@ -60,11 +60,12 @@ def build_model(config: RunConfig, tokenizer: Any, *, is_resume: bool) -> nn.Mod
     except (OSError, ValueError, ImportError, KeyError) as error:
         name = settings.model_name_or_path or "model.config"
         raise UserError(f"the model {name} cannot be built: {error}") from error
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0] and not _is_partitioned(model):
+    vocab_size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocab_size:
         raise ConfigError(
             [
-                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only "
-                f"{model.get_input_embeddings().weight.shape[0]}. Set model.tokenizer_name_or_path or model.config.vocab_size"
+                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {vocab_size}. "
+                "Set model.tokenizer_name_or_path or model.config.vocab_size"
             ]
         )
     model.config.use_cache = False
@@ -76,10 +77,6 @@ def build_model(config: RunConfig, tokenizer: Any, *, is_resume: bool) -> nn.Mod
             model.enable_input_require_grads()
     module: nn.Module = model
     return module
-
-
-def _is_partitioned(model: Any) -> bool:
-    return hasattr(model.get_input_embeddings().weight, "ds_id")
 
 
 def _no_init() -> Any:
@@ -115,7 +112,9 @@ def _build_config(config: RunConfig, tokenizer: Any) -> Any:
             fields.setdefault(name, getattr(tokenizer, name))
         return AutoConfig.for_model(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        where = f"model.model_name_or_path={settings.model_name_or_path}" if settings.model_name_or_path else "model.config"
+        where = (
+            f"model.model_name_or_path={settings.model_name_or_path}" if settings.model_name_or_path else "model.config"
+        )
         raise UserError(f"{where}: {error}") from error
 
 

@@ -28,7 +28,9 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError([f"optim.name={optim.name} cannot be imported ({error}). Example: torch.optim.AdamW"]) from error
+        raise ConfigError(
+            [f"optim.name={optim.name} cannot be imported ({error}). Example: torch.optim.AdamW"]
+        ) from error
     norms = {n for n, m in model.named_modules() if "norm" in type(m).__name__.lower()}
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -36,7 +38,9 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
         {"params": [p for n, p in trained if not _decays(n, p, norms)], "weight_decay": 0.0},
     ]
     try:
-        optimizer: torch.optim.Optimizer = cls([g for g in groups if g["params"]], lr=optim.learning_rate, **optim.kwargs)
+        optimizer: torch.optim.Optimizer = cls(
+            [g for g in groups if g["params"]], lr=optim.learning_rate, **optim.kwargs
+        )
     except (TypeError, ValueError) as error:
         raise ConfigError([f"optim.name={optim.name} refuses its arguments: {error}. See optim.kwargs"]) from error
     return optimizer
@@ -64,7 +68,9 @@ class Schedule:
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                [f"scheduler.lr_scheduler_type={settings.lr_scheduler_type}: {error}. See scheduler.lr_scheduler_kwargs"]
+                [
+                    f"scheduler.lr_scheduler_type={settings.lr_scheduler_type}: {error}. See scheduler.lr_scheduler_kwargs"
+                ]
             ) from error
         self._optimizer = optimizer
 

@@ -1,4 +1,4 @@
-"""Requests to stop: signals, the STOP file, the job's end. They only note a reason; the loop acts at a step boundary."""
+"""Requests to stop: signals, the STOP file, the job's end. Only noted here; the loop acts at a step boundary."""
 
 from __future__ import annotations
 

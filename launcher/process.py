@@ -7,6 +7,9 @@ import os
 import signal
 import socket
 
+RESTARTED = "LAUNCHER_RESTARTED"
+"""Environment variable of a start that continues an earlier start of the same command (after a crash, a requeue)."""
+
 _PR_SET_PDEATHSIG = 1
 
 

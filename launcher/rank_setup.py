@@ -125,7 +125,9 @@ def fail(error: BaseException) -> NoReturn:
     _write_report(report)
     if _run is not None and _run.is_main:
         _run.progress.close()
-        _run.run_file.update(state="failed", reason=None if is_ours else "crash", exit_code=code, error=report["message"])
+        _run.run_file.update(
+            state="failed", reason=None if is_ours else "crash", exit_code=code, error=report["message"]
+        )
     if not os.environ.get("LAUNCHER_SUPERVISED"):
         text = report["message"] if is_ours else report["traceback"]
         if rank() == 0 or not is_ours:
@@ -151,7 +153,9 @@ def earliest_error(folder: Path) -> RankFailedError | None:
     if not reports:
         return None
     first = min(reports, key=lambda r: float(r["time"]))
-    error = RankFailedError(first["message"] if first["is_ours"] else f"rank {first['rank']}: {first['kind']}: {first['message']}")
+    error = RankFailedError(
+        first["message"] if first["is_ours"] else f"rank {first['rank']}: {first['kind']}: {first['message']}"
+    )
     error.exit_code, error.report = first["exit_code"], first
     return error
 

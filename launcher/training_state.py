@@ -51,6 +51,7 @@ class TrainingState:
         self._scaler = scaler
         self.progress = ProgressState()
         self.settings: dict[str, Any] = {}
+        self.origin: str | None = None  # the explicit path that this run started from
         self.trained: TrainedState = collect(model, optimizer, rank=processes.rank, world_size=processes.world_size)
         self.checkpointer: Checkpointer | None = None
 
@@ -94,18 +95,23 @@ class TrainingState:
             "scaler": self._scaler_state(),
             "optimizer": self._optimizer_state(),
             "settings": self.settings,
+            "origin": self.origin,
         }
 
     def _optimizer_state(self) -> dict[str, Any]:
         groups = []
         for i, group in enumerate(self.trained.optimizer.param_groups):
             by_scalars: dict[str, list[str]] = {}
-            own = {e.param: s.scalars() for s in self.trained.segments if s.group == i and s.is_whole for e in s.extents}
+            own = {
+                e.param: s.scalars() for s in self.trained.segments if s.group == i and s.is_whole for e in s.extents
+            }
             shared: dict[str, Any] = next((s.scalars() for s in self.trained.segments if s.group == i), {})
             for info in self.trained.params:
                 if info.group == i:
                     by_scalars.setdefault(json.dumps(own.get(info.name, shared)), []).append(info.name)
-            settings = {k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, list, tuple)) and k != "params"}
+            settings = {
+                k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, list, tuple)) and k != "params"
+            }
             groups += [
                 {"group": i, "params": names, "scalars": json.loads(s), "settings": settings}
                 for s, names in by_scalars.items()

@@ -131,7 +131,10 @@ class Checkpointer:
         except (OSError, MemoryError) as error:
             self._own_error = f"no snapshot could be taken: {error}"
         if main and plan.index is not None:
-            texts = {**texts, f"{plan.files[0].path.partition('-00001-of-')[0]}.safetensors.index.json": plan.index.decode()}
+            texts = {
+                **texts,
+                f"{plan.files[0].path.partition('-00001-of-')[0]}.safetensors.index.json": plan.index.decode(),
+            }
         sizes = {f.path: f.num_bytes for f in plan.files}
         heads = {f.path: base64.b64encode(f.header).decode() for f in plan.files} if main else {}
         self._unsent = {
@@ -139,7 +142,8 @@ class Checkpointer:
             "texts": texts, "statics": main,
         }  # fmt: skip
         commit = {
-            "cmd": "commit", "step": step, "dir": str(folder), "target": str(target or self._paths.checkpoint_dir(step)),
+            "cmd": "commit", "step": step, "dir": str(folder), 
+            "target": str(target or self._paths.checkpoint_dir(step)),
             "world_size": self._processes.world_size, "zero_stage": self._zero_stage, "files": list(sizes),
         }  # fmt: skip
         self.phase = Phase.WRITING
@@ -153,7 +157,7 @@ class Checkpointer:
         if not self._cuda:
             snapshot.take(plan, self._buffer.tensor)
             return
-        self._stream = self._stream or torch.cuda.Stream()
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             snapshot.take(plan, self._buffer.tensor)

@@ -74,7 +74,11 @@ def plan_files(
         shards[-1].append(spec)
         used += spec.num_bytes
     count = len(shards)
-    names = [f"{stem}.safetensors"] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = (
+        [f"{stem}.safetensors"]
+        if count == 1
+        else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
     return [_layout(name, shard, metadata) for name, shard in zip(names, shards, strict=True)]
 
 

@@ -103,9 +103,7 @@ def load_trained_state(
         states.close()
 
 
-def _check_params(
-    state: TrainedState, weights: TensorFiles, stored_name: Callable[[str], str], folder: Path
-) -> None:
+def _check_params(state: TrainedState, weights: TensorFiles, stored_name: Callable[[str], str], folder: Path) -> None:
     for info in state.params:
         place = weights.places.get(stored_name(info.name))
         if place is None or place.spec.shape != info.shape:
@@ -155,17 +153,19 @@ def _load_optimizer_state(
                 continue
             if stored.spec.numel < extent.start + extent.numel:
                 raise ResumeError(
-                    f"the optimizer state {slot} of {extent.param} has shape {list(stored.spec.shape)}: it has no value "
-                    "per element and cannot be spread over processes. Continue with the strategy it was saved under"
+                    f"the optimizer state {slot} of {extent.param} has shape {list(stored.spec.shape)}: it has no "
+                    "value per element and cannot be spread over processes. Continue with the strategy it was saved under"
                 )
-            states.read_into(stored.spec.name, extent.start, tensor.view(-1)[extent.offset : extent.offset + extent.numel])
+            states.read_into(
+                stored.spec.name, extent.start, tensor.view(-1)[extent.offset : extent.offset + extent.numel]
+            )
         state[slot] = tensor
     for name, value in scalars.items():
         state[name] = _scalar(segment, value)
 
 
 def _scalar(segment: Segment, value: float | int) -> Any:
-    # torch's own optimizers, and classes derived from them, count in tensors; others (DeepSpeed's, bitsandbytes') in ints.
+    # torch's own optimizers, and classes derived from them, count in tensors; others (DeepSpeed's) in ints.
     kinds = {c.__module__ for c in type(segment.optimizer).__mro__ if c is not torch.optim.Optimizer}
     if not any(kind.startswith("torch.optim") for kind in kinds):
         return value

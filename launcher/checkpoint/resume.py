@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher import files
 from launcher.checkpoint import manifest
 from launcher.errors import DamagedCheckpointError, ResumeError, ResumeMismatchError
 from launcher.paths import CheckpointPaths, RunPaths
-from launcher.processes import Processes
+from launcher.process import RESTARTED
+
+if TYPE_CHECKING:
+    from launcher.processes import Processes
 
 ROUNDING_KEYS = ("strategy", "num_processes", "per_device_train_batch_size")
 
@@ -29,34 +33,65 @@ def find(choice: str, paths: RunPaths, processes: Processes) -> tuple[ResumePoin
     """The checkpoint that `checkpoint.resume_from_checkpoint` (auto, never or a folder) means, every byte verified.
 
     Collective: the processes share the reading. Damaged checkpoints found on the way are renamed to
-    `checkpoint-N.damaged`.
+    `checkpoint-N.damaged`. `never` and a path are obeyed once: a run that was restarted (RESTARTED in the environment),
+    or whose own checkpoints already descend from that path, goes on from its newest one. Checkpoints of ours that the
+    new start would contradict are renamed to `checkpoint-N.superseded`.
 
     Returns:
         The point (None: start at step 0) and notices.
 
     Raises:
-        ResumeError, DamagedCheckpointError: as the contract says for an explicit path, or where only damaged ones are left.
+        ResumeError, DamagedCheckpointError: for an explicit path that cannot be used, or where only damaged ones are left.
     """
+    if choice == "auto" or os.environ.get(RESTARTED):
+        return _newest(paths, processes)
     if choice == "never":
-        return None, []
-    if choice != "auto":
-        return _explicit(Path(choice).expanduser(), processes), []
+        return None, processes.on_main(lambda: _supersede(paths, above_step=-1))
+    folder = Path(choice).expanduser().resolve()
+    if processes.on_main(lambda: origin_of_newest(paths) == str(folder)):
+        return _newest(paths, processes)
+    point = _explicit(folder, paths, processes)
+    point.state["origin"] = str(folder)
+    keep = point.step if point.folder.parent == paths.root else -1
+    point.notices += processes.on_main(lambda: _supersede(paths, above_step=keep))
+    return point, point.notices
+
+
+def origin_of_newest(paths: RunPaths) -> str | None:
+    """The explicit path from which this run's newest checkpoint descends."""
+    for _, folder in reversed(list(paths.checkpoint_dirs())):
+        if (folder / manifest.NAME).is_file():
+            origin = files.read_json_or(CheckpointPaths(folder).run_state, {}).get("origin")
+            return str(origin) if origin else None
+    return None
+
+
+def _supersede(paths: RunPaths, above_step: int) -> list[str]:
+    """Renames our checkpoints beyond a step: kept, but no longer taken for this run's."""
+    moved = [_move_aside(f, "superseded").name for s, f in paths.checkpoint_dirs()
+             if s > above_step and (f / manifest.NAME).is_file()]  # fmt: skip
+    return [f"kept under another name, since the run starts before them: {', '.join(moved)}"] if moved else []
+
+
+def _newest(paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:
     notices: list[str] = []
     damaged: list[str] = []
-    candidates = processes.broadcast(_candidates(paths, notices) if processes.is_main else None)
-    for folder in map(Path, candidates):
+    candidates = processes.on_main(lambda: (_candidates(paths, notices), notices))
+    found, notices = candidates
+    for folder in map(Path, found):
         problems = _problems(folder, processes)
         if not problems:
             point = _open(folder, processes)
-            point.notices = notices
-            return point, notices
-        aside = processes.broadcast(str(_move_aside(folder)) if processes.is_main else None)
+            point.notices = notices + point.notices
+            return point, point.notices
+        aside = processes.broadcast(str(_move_aside(folder, "damaged")) if processes.is_main else None)
         damaged.append(Path(aside).name)
         notices.append(f"{folder.name} is damaged ({problems[0]}); moved to {Path(aside).name}")
     left_over = processes.broadcast(sorted(p.name for p in paths.root.glob("checkpoint-*.damaged*")))
     if damaged or left_over:
         raise DamagedCheckpointError(
-            f"no whole checkpoint is left in {paths.root}, only damaged ones ({', '.join(sorted({*damaged, *left_over}))}). "
+            f"no whole checkpoint is left in {paths.root}, only damaged ones "
+            f"({', '.join(sorted({*damaged, *left_over}))}). "
             + " ".join(notices)
             + " To start again from step 0: checkpoint.resume_from_checkpoint=never"
         )
@@ -89,16 +124,16 @@ def _problems(folder: Path, processes: Processes) -> list[str]:
     return [p for share in processes.gather(mine) for p in share]
 
 
-def _move_aside(folder: Path) -> Path:
-    target, count = folder.with_name(f"{folder.name}.damaged"), 1
+def _move_aside(folder: Path, why: str) -> Path:
+    target, count = folder.with_name(f"{folder.name}.{why}"), 1
     while target.exists():
         count += 1
-        target = folder.with_name(f"{folder.name}.damaged-{count}")
+        target = folder.with_name(f"{folder.name}.{why}-{count}")
     files.rename(folder, target)
     return target
 
 
-def _explicit(folder: Path, processes: Processes) -> ResumePoint:
+def _explicit(folder: Path, paths: RunPaths, processes: Processes) -> ResumePoint:
     if not (folder / manifest.NAME).is_file():
         raise ResumeError(
             f"checkpoint.resume_from_checkpoint={folder} has no manifest.json: it is not a checkpoint of this tool. "
@@ -123,7 +158,9 @@ def _open(folder: Path, processes: Processes) -> ResumePoint:
     point = ResumePoint(folder, int(state["step"]), state)
     if processes.is_main:
         unknown = manifest.unknown_files(folder, manifest.read(folder))
-        point.notices += [f"{folder.name}: ignored, not part of the checkpoint: {', '.join(unknown)}"] if unknown else []
+        point.notices += (
+            [f"{folder.name}: ignored, not part of the checkpoint: {', '.join(unknown)}"] if unknown else []
+        )
     return point
 
 

@@ -121,7 +121,15 @@ class Writer:
                     return [self.discard(command)]
         except (OSError, ValueError) as error:
             number = error.errno if isinstance(error, OSError) else None
-            return [{"event": "failed", "cmd": command["cmd"], "step": command["step"], "error": str(error), "errno": number}]
+            return [
+                {
+                    "event": "failed",
+                    "cmd": command["cmd"],
+                    "step": command["step"],
+                    "error": str(error),
+                    "errno": number,
+                }
+            ]
 
 
 def _write_ranges(path: Path, size: int, ranges: list[tuple[memoryview, int]]) -> None:

@@ -40,7 +40,8 @@ class SnapshotBuffer:
         self._map = mmap.mmap(self.fd, size)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         if pin:
-            torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0)
+            cuda: Any = torch.cuda
+            cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0)
         return True
 
     def view(self) -> memoryview:
@@ -74,7 +75,10 @@ class WriterClient:
         self.stop()
         command = [sys.executable, "-m", "launcher.checkpoint.writer", str(self._buffer.fd), str(self._buffer.size)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[self._buffer.fd] if self._buffer.size else []
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[self._buffer.fd] if self._buffer.size else [],
         )
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
@@ -114,7 +118,9 @@ class WriterClient:
     def _death(self) -> str:
         assert self._process is not None
         code = self._process.wait()
-        return f"the writer process was killed by signal {-code}" if code < 0 else f"the writer process ended with {code}"
+        return (
+            f"the writer process was killed by signal {-code}" if code < 0 else f"the writer process ended with {code}"
+        )
 
     def stop(self) -> None:
         """Lets the process finish what it was told and end."""

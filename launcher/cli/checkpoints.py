@@ -34,11 +34,19 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
         }  # fmt: skip
         rows.append(
             {
-                "checkpoint": folder.name, "step": step, "epoch": trainer.get("epoch"), "metrics": metrics,
-                "bytes": found.total_bytes, "world_size": found.world_size, "zero_stage": found.zero_stage,
-                "is_best": False, "is_latest": False, "on_hub": folder.name in pushed, "state": "whole",
+                "checkpoint": folder.name,
+                "step": step,
+                "epoch": trainer.get("epoch"),
+                "metrics": metrics,
+                "bytes": found.total_bytes,
+                "world_size": found.world_size,
+                "zero_stage": found.zero_stage,
+                "is_best": False,
+                "is_latest": False,
+                "on_hub": folder.name in pushed,
+                "state": "whole",
                 "best_step": trainer.get("best_global_step"),
-            }  # fmt: skip
+            }
         )
     whole = [row for row in rows if row["state"] == "whole"]
     if whole:

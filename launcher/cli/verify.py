@@ -27,7 +27,8 @@ def check(folder: Path) -> list[str]:
 def main(argv: list[str]) -> int:
     """0: whole. 1: something is damaged. 2: there is nothing to verify."""
     parser = argparse.ArgumentParser(
-        prog="launcher verify", description="Re-read every byte of a checkpoint, or of all of a run, against its manifest.",
+        prog="launcher verify",
+        description="Re-read every byte of a checkpoint, or of all of a run, against its manifest.",
         epilog="example: launcher verify outputs/arithmetic/checkpoint-500",
     )  # fmt: skip
     parser.add_argument("path", type=Path, help="a run's output_dir or one checkpoint")
