@@ -212,8 +212,8 @@ def check_finite(run: Run, agreed: Agreement, is_applied: bool) -> None:
     if run.config.train.on_nonfinite == "stop":
         raise NonFiniteError(
             f"step {run.step}: loss sum {agreed.loss_sum}, gradient norm {run.window.grad_norm}. The weights of the "
-            "step before are unharmed and the last checkpoint is whole. A lower optim.learning_rate or train.max_grad_norm "
-            "may help; to leave such steps out: train.on_nonfinite=skip"
+            "step before are unharmed and the last checkpoint is whole. A lower optim.learning_rate or "
+            "train.max_grad_norm may help; to leave such steps out: train.on_nonfinite=skip"
         )
     agreed.loss_sum = 0.0
     run.window.num_skipped += 1

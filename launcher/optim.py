@@ -67,11 +67,8 @@ class Schedule:
                 scheduler_specific_kwargs=dict(settings.lr_scheduler_kwargs),
             )
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                [
-                    f"scheduler.lr_scheduler_type={settings.lr_scheduler_type}: {error}. See scheduler.lr_scheduler_kwargs"
-                ]
-            ) from error
+            name = f"scheduler.lr_scheduler_type={settings.lr_scheduler_type}"
+            raise ConfigError([f"{name}: {error}. See scheduler.lr_scheduler_kwargs"]) from error
         self._optimizer = optimizer
 
     @property

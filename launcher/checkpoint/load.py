@@ -154,7 +154,7 @@ def _load_optimizer_state(
             if stored.spec.numel < extent.start + extent.numel:
                 raise ResumeError(
                     f"the optimizer state {slot} of {extent.param} has shape {list(stored.spec.shape)}: it has no "
-                    "value per element and cannot be spread over processes. Continue with the strategy it was saved under"
+                    "value per element and cannot be spread over processes. Continue with the strategy of its save"
                 )
             states.read_into(
                 stored.spec.name, extent.start, tensor.view(-1)[extent.offset : extent.offset + extent.numel]

@@ -41,7 +41,7 @@ def find(choice: str, paths: RunPaths, processes: Processes) -> tuple[ResumePoin
         The point (None: start at step 0) and notices.
 
     Raises:
-        ResumeError, DamagedCheckpointError: for an explicit path that cannot be used, or where only damaged ones are left.
+        ResumeError, DamagedCheckpointError: an explicit path cannot be used, or only damaged ones are left.
     """
     if choice == "auto" or os.environ.get(RESTARTED):
         return _newest(paths, processes)
