@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from launcher.checkpoint.manifest import NAME
 from launcher.checkpoint.writer import DELETED_PREFIX
 from launcher.files import remove_tree
 from launcher.paths import RunPaths
+
+_HALF_REPLACED = re.compile(r"^\.(.+\.tmp(-\d+)?|lock-.+)$")
+"""The temporary names of `files.replace_file`, `finish.publish` and the lock."""
 
 
 def our_steps(paths: RunPaths) -> list[int]:
@@ -32,7 +36,9 @@ def expired_steps(steps: Iterable[int], limit: int | None, best_step: int | None
 
 
 def sweep_leftovers(paths: RunPaths) -> None:
-    """Removes what a crash left behind: half saves and half deletions. Only while holding the run's lock."""
-    for path in paths.root.iterdir():
+    """Removes what a crash left behind: half saves, half deletions, half replaced files. Only while holding the lock."""
+    for path in list(paths.root.iterdir()):
         if path.name.startswith((".tmp-checkpoint-", DELETED_PREFIX)) and path.is_dir():
             remove_tree(path)
+        elif _HALF_REPLACED.match(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
