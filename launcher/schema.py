@@ -74,7 +74,7 @@ class Parser:
             key = prefix.rstrip(".")
             self._refuse(key, f"{key} is a group of settings (got {data!r}). Set {prefix}KEY=VALUE")
             return cls()
-        hints = _hints(cls)
+        hints = _hints(typing.cast(type, cls))
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         values: dict[str, Any] = {}
         for name, value in data.items():
