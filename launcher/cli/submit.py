@@ -69,8 +69,9 @@ def _compose_for_slurm(arguments: Arguments) -> RunConfig:
 
 
 def _sweep(arguments: Arguments, *, is_dry_run: bool) -> int:
-    if is_dry_run:
-        raise UserError("--dry-run prints the script of one run: leave -m out, or give each key one value")
+    if arguments.config_file is not None:
+        raise UserError("--config-file is one run: a sweep (-m) takes overrides")
     from launcher import sweep
 
-    return sweep.main((*arguments.overrides, "hydra/launcher=slurm"), arguments.config_dir)
+    overrides = (*arguments.overrides, "hydra/launcher=slurm")
+    return sweep.main(overrides, arguments.config_dir, is_dry_run=is_dry_run)

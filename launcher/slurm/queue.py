@@ -1,12 +1,34 @@
-"""What Slurm's queue says about many jobs at once: one question for all, since a cluster minds a thousand."""
+"""Questions to Slurm. About many jobs at once: one for all, since a cluster minds a thousand."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from launcher.errors import SlurmUnavailableError
 from launcher.paths import RunPaths
-from launcher.slurm.submit import _slurm
+
+_NO_ANSWER = ("Unable to contact slurm controller", "Socket timed out", "Could not establish a configuration source",
+              "Protocol authentication error", "Zero Bytes were transmitted")  # fmt: skip
+
+
+def ask_slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs one of Slurm's commands; its refusals are the caller's to read.
+
+    Raises:
+        SlurmUnavailableError: it is not installed here, or the controller does not answer.
+    """
+    if shutil.which(command[0]) is None:
+        raise SlurmUnavailableError(
+            f"{command[0]} was not found: no Slurm on this machine. Submit from a login node of the cluster; "
+            "--dry-run needs no Slurm"
+        )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and any(text in done.stderr for text in _NO_ANSWER):
+        raise SlurmUnavailableError(f"Slurm does not answer:\n{done.stderr.strip()}")
+    return done
 
 
 def submitted_id(run_dir: Path) -> str | None:
@@ -27,7 +49,7 @@ def live_jobs(run_dirs: Iterable[Path]) -> dict[Path, str]:
     if not ids:
         return {}
     bases = ",".join(sorted({job_id.partition("_")[0] for job_id in ids.values()}))
-    answer = _slurm("squeue", "--noheader", "--array", "--format=%i", f"--jobs={bases}")
+    answer = ask_slurm("squeue", "--noheader", "--array", "--format=%i", f"--jobs={bases}")
     queued = set(answer.stdout.split()) if answer.returncode == 0 else set()  # it refuses a single id it has forgotten
     return {run_dir: job_id for run_dir, job_id in ids.items() if job_id in queued}
 
@@ -40,4 +62,4 @@ def cancel(job_ids: Iterable[str], *, only_pending: bool) -> None:
     """
     ids = sorted(job_ids)
     for first in range(0, len(ids), 100):  # an argument list has its limits
-        _slurm("scancel", *(["--state=PENDING"] if only_pending else []), *ids[first : first + 100])
+        ask_slurm("scancel", *(["--state=PENDING"] if only_pending else []), *ids[first : first + 100])

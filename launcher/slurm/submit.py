@@ -7,8 +7,6 @@ and `logs/`. A job that is queued is not changed by anything that the user edits
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +15,12 @@ import yaml
 
 from launcher import files, lock
 from launcher.config import LaunchConfig, RunConfig, to_dict
-from launcher.errors import RunLockedError, SlurmError, SlurmUnavailableError
+from launcher.errors import RunLockedError, SlurmError
 from launcher.paths import RunPaths
+from launcher.slurm.queue import ask_slurm, live_jobs
 from launcher.slurm.render import launch_lines, render, sbatch_lines, with_slurm_defaults
 from launcher.slurm.snapshot import Snapshot, take_snapshot
 
-_NO_ANSWER = ("Unable to contact slurm controller", "Socket timed out", "Could not establish a configuration source",
-              "Protocol authentication error", "Zero Bytes were transmitted")  # fmt: skip
 _NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionConfig", "BadConstraints")
 """Slurm's reasons for which a job waits until its options or the partition change."""
 
@@ -119,13 +116,13 @@ def render_arrays(jobs: Sequence[ArrayJob], sweep_dir: Path, max_parallel: int |
 def submit_array(
     jobs: Sequence[ArrayJob], sweep_dir: Path, max_parallel: int | None = None
 ) -> list[Submission]:  # fmt: skip
-    """Submits jobs as one array. Task N writes `slurm/job_id` = ARRAY_N in its folder, see `live_job`.
+    """Submits jobs as one array. Task N writes `slurm/job_id` = ARRAY_N in its folder, see `live_jobs`.
 
     Jobs that ask Slurm or Accelerate for different things (a sweep over nodes or GPUs) cannot share an array: each kind
     gets its own.
 
     Args:
-        jobs: their folders and whole configs; those that are queued or running must not be among them (`live_job`).
+        jobs: their folders and whole configs; those that are queued or running must not be among them (`live_jobs`).
         sweep_dir: where script and code are kept; all nodes see it.
         max_parallel: tasks that run at once, of each array; None: as many as Slurm lets.
 
@@ -202,7 +199,7 @@ def _check_free(run_dir: Path) -> None:
     other = lock.holder(RunPaths(run_dir).lock)
     if other is not None:
         raise RunLockedError(lock.describe(run_dir, other))
-    job_id = live_job(run_dir)
+    job_id = live_jobs([run_dir]).get(run_dir)
     if job_id is not None:
         raise RunLockedError(
             f"output_dir={run_dir} belongs to job {job_id}, which is queued or running. Wait for it, "
@@ -210,23 +207,9 @@ def _check_free(run_dir: Path) -> None:
         )
 
 
-def live_job(run_dir: Path) -> str | None:
-    """The job that was submitted for this folder, while it is queued or running.
-
-    Raises:
-        SlurmUnavailableError: Slurm does not answer.
-    """
-    try:
-        job_id = (RunPaths(run_dir).slurm_dir / "job_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    done = _slurm("squeue", "--noheader", "--format=%i", f"--jobs={job_id}")
-    return job_id if done.returncode == 0 and done.stdout.strip() else None
-
-
 def _sbatch(script: Path) -> str:
     """The id of the accepted job."""
-    done = _slurm("sbatch", "--parsable", str(script))
+    done = ask_slurm("sbatch", "--parsable", str(script))
     if done.returncode != 0:
         raise SlurmError(
             f"Slurm refused the job:\n{done.stderr.strip()}\nOptions are set as launch.sbatch.OPTION=VALUE "
@@ -239,12 +222,12 @@ def _sbatch(script: Path) -> str:
 
 def _check_can_start(job_id: str) -> None:
     """Withdraws a job that Slurm took but would never start, as it does where EnforcePartLimits is off."""
-    job = _slurm("scontrol", "-o", "show", "job", job_id).stdout
+    job = ask_slurm("scontrol", "-o", "show", "job", job_id).stdout
     reason = _field("Reason", job)
     if reason not in _NEVER and not re.fullmatch(r"(QOS|Assoc)Max\w*PerJob\w*", reason):
         return
-    _slurm("scancel", job_id)
-    partition = _slurm("scontrol", "-o", "show", "partition", _field("Partition", job)).stdout
+    ask_slurm("scancel", job_id)
+    partition = ask_slurm("scontrol", "-o", "show", "partition", _field("Partition", job)).stdout
     names = ("PartitionName", "MaxTime", "MaxNodes", "TotalNodes", "TotalCPUs", "MaxMemPerNode", "TRES")
     limits = " ".join(f"{name}={_field(name, partition)}" for name in names)
     asked = " ".join(f"{name}={_field(name, job)}" for name in ("TimeLimit", "NumNodes", "NumCPUs", "TRES"))
@@ -259,15 +242,3 @@ def _field(name: str, text: str) -> str:
     """The value of NAME=VALUE in scontrol's one-line output."""
     found = re.search(rf"(?:^|\s){name}=(\S*)", text)
     return found.group(1) if found else ""
-
-
-def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
-    if shutil.which(command[0]) is None:
-        raise SlurmUnavailableError(
-            f"{command[0]} was not found: no Slurm on this machine. Submit from a login node of the cluster; "
-            "--dry-run needs no Slurm"
-        )
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 and any(text in done.stderr for text in _NO_ANSWER):
-        raise SlurmUnavailableError(f"Slurm does not answer:\n{done.stderr.strip()}")
-    return done

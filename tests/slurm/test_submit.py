@@ -16,7 +16,7 @@ import yaml
 from launcher import cli
 from launcher.config import LaunchConfig, RunConfig
 from launcher.errors import RunLockedError, SlurmError, SlurmUnavailableError
-from launcher.slurm import ArrayJob, live_job, submit_array, submit_run
+from launcher.slurm import ArrayJob, live_jobs, submit_array, submit_run
 from launcher.slurm.snapshot import take_snapshot
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import StandInRun, SubmitStandIn, stand_in_launch
@@ -40,7 +40,7 @@ def test_slurms_own_answer_is_shown_when_it_refuses(
 ) -> None:
     with pytest.raises(SlurmError, match=re.escape(answer)):
         submit_run(RunConfig(output_dir="run", launch=LaunchConfig(sbatch=sbatch)))
-    assert live_job(Path("run")) is None
+    assert live_jobs([Path("run")]) == {}
 
 
 def test_what_is_missing_is_said_when_there_is_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_submission_is_refused_while_a_job_of_that_folder_is_queued(submit_stand
     with pytest.raises(RunLockedError, match=f"scancel {run.job_id}"):
         submit_stand_in()
     run.cluster.run("scancel", run.job_id)
-    wait_for(lambda: live_job(run.root) is None, 10, "the job to leave the queue")
+    wait_for(lambda: not live_jobs([run.root]), 10, "the job to leave the queue")
 
 
 # --------------------------------------------------------------------------- files
@@ -116,7 +116,7 @@ def test_array_runs_every_job_when_one_is_stopped_and_requeued(use_cluster: Clus
     jobs = [ArrayJob(sweep / f"seed={n}", RunConfig(run_name=f"s{n}", launch=launch)) for n in range(3)]
     (submission,) = submit_array(jobs, sweep, max_parallel=2)
     runs = [StandInRun(use_cluster, job.run_dir, f"{submission.job_id}_{n}", 20) for n, job in enumerate(jobs)]
-    assert [live_job(run.root) for run in runs] == [run.job_id for run in runs]
+    assert live_jobs(run.root for run in runs) == {run.root: run.job_id for run in runs}
     runs[0].wait_step(5)
     assert use_cluster.state(runs[2].job_id) == "PENDING"
     use_cluster.run("scancel", "--signal=TERM", runs[0].job_id)
