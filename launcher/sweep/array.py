@@ -119,4 +119,5 @@ def _pass_on_stop(jobs: dict[Path, Job], num_stops: int, say: Callable[[str], No
     cancel(live.values(), only_pending=True)
     for folder in live:
         if read_job(folder, None).state not in (FINISHED, PRUNED):
-            RunPaths(folder).stop_file.write_text("signal", encoding="utf-8")
+            # With any other reason the job's script would requeue it.
+            RunPaths(folder).stop_file.write_text("stop_file", encoding="utf-8")
