@@ -2,7 +2,7 @@
 # than what it was made from.
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
