@@ -1,0 +1,52 @@
+"""Foreign pickles: read with `weights_only` and an allow list, or refused by name. Nothing in them is ever executed."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.errors import DamagedCheckpointError, ResumeError
+
+
+class Fragment:
+    """Stands in for DeepSpeed's `fragment_address`: elements [start, start + numel) of a process's flat partition."""
+
+    start: int
+    numel: int
+
+
+class LossScaler:
+    """Stands in for DeepSpeed's loss scalers; only plain numbers are taken from it."""
+
+
+# What a pickle may name, beside tensors and plain containers. Stand-ins of our own, so that DeepSpeed is not imported
+# and none of its code runs.
+_ALLOWED: list[Any] = [
+    (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+]
+
+
+def load_pickle(path: Path) -> Any:
+    """The content of a torch.save file; its tensors stay on disk (memory-mapped) until they are read.
+
+    Raises:
+        ResumeError: it names something outside the allow list. DamagedCheckpointError: it cannot be read.
+    """
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or "it is no plain data"
+        raise ResumeError(
+            f"{path} is refused, nothing in it was executed: {reason} Only tensors, plain values and DeepSpeed's records "
+            "of its partitions are read. Save it again with transformers' Trainer, without objects of your own in it"
+        ) from error
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
