@@ -259,7 +259,13 @@ def _replaced_choices(checked: Checked, composed: DictConfig) -> list[str]:
     sources = [key for key in _SOURCES if data.get(key.removeprefix("data."))]
     if "data" not in keys and (len(sources) > 1 or any(key in _GENERATOR_KEYS for key in keys)):
         replaced.append("data=files")
+    if any(key in _SOURCES for key in keys):  # a source of an experiment gives way to the one that is typed
+        replaced += [f"++{key}=null" for key in sources if key not in keys and not _is_own_generator(key, keys)]
     return replaced
+
+
+def _is_own_generator(key: str, keys: Sequence[str]) -> bool:
+    return key == "data.generator" and "data.generator._target_" in keys
 
 
 def _is_other_type(composed: DictConfig) -> bool:

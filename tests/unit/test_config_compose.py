@@ -86,6 +86,13 @@ def test_experiment_gives_way_to_data_of_an_override(rows: str) -> None:
     assert config.strategy.name == "zero2"
 
 
+def test_source_of_an_experiment_gives_way_to_the_one_that_is_typed(rows: str) -> None:
+    config = compose(["experiment=openr1_distill", f"data.train_files={rows}", "model.model_name_or_path=org/small"])
+    assert config.data.train_files == [rows] and config.data.dataset_name is None
+    assert config.model.model_name_or_path == "org/small" and config.optim.learning_rate == 5e-6
+    assert "set together" in problem(f"data.train_files={rows}", "data.dataset_name=org/data")
+
+
 def test_arithmetic_data_stay_when_only_a_model_is_named() -> None:
     config = compose(["model.model_name_or_path=org/name"])
     assert config.model.config == {}
