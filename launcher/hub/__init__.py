@@ -106,6 +106,18 @@ def pushed_checkpoints(paths: RunPaths) -> dict[int, str]:
     return {entry["step"]: entry["commit"] for entry in pushed if entry["step"] is not None}
 
 
+def send_left_over(config: RunConfig, paths: RunPaths) -> list[str]:
+    """For a run that is finished: sends what is still pending, waiting at most hub.max_wait_s. Never raises.
+
+    Returns: lines for the user; none where nothing was pending, and then nothing is started or written.
+    """
+    hub = build_hub(config, paths)
+    if isinstance(hub, NoHub) or not pending_uploads(paths):
+        return []
+    hub.start()
+    return hub.finish(None)
+
+
 def pending_uploads(paths: RunPaths) -> list[str]:
     """Names of what still has to be sent; `launcher push RUN` sends it."""
     from launcher.hub.spool import Spool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -146,7 +147,7 @@ class SpoolHub:
 
     @property
     def _command(self) -> str:
-        return f"launcher push {self._paths.root}"
+        return f"launcher push {shlex.quote(str(self._paths.root))}"
 
     def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
         wait_s = self._max_wait_s if max_wait_s is None else max_wait_s

@@ -19,6 +19,7 @@ def client_environment(settings: UploadSettings) -> dict[str, str]:
     env = {
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_VERBOSITY": "error",  # its warnings quote signed URLs; what matters is told by us
         "HF_XET_CLIENT_READ_TIMEOUT": os.environ.get("HF_XET_CLIENT_READ_TIMEOUT", seconds),
         "HF_XET_CLIENT_RETRY_MAX_DURATION": os.environ.get("HF_XET_CLIENT_RETRY_MAX_DURATION", seconds),
     }
@@ -29,6 +30,6 @@ def client_environment(settings: UploadSettings) -> dict[str, str]:
 
 def uploader_environment(settings: UploadSettings) -> dict[str, str]:
     """The trainer's own, without what could make the client write a token into a log."""
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_DEBUG", "HF_HUB_VERBOSITY")}
+    env = {k: v for k, v in os.environ.items() if k != "HF_DEBUG"}
     env["PYTHONPATH"] = os.pathsep.join([str(_PACKAGE_PARENT), *filter(None, [env.get("PYTHONPATH")])])
     return {**env, **client_environment(settings), "PYTHONUNBUFFERED": "1"}

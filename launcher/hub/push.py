@@ -78,12 +78,13 @@ def _settings(run_dir: Path, strategy: str, overrides: dict[str, Any]) -> Upload
         strategy=strategy,
         run_name=run_name,
         repo_id=repo_id,
+        bucket=None if "repo_id" in overrides else known.get("bucket") or hub.get("bucket"),
         private=hub.get("hub_private_repo"),
         revision=hub.get("hub_revision"),
         max_bytes_per_s=hub.get("max_bytes_per_s"),
     )
     settings = replace(settings, **overrides)
-    if settings.repo_id is None:
+    if settings.repo_id is None and settings.bucket is None:
         raise UserError("there is no repository to push to: give it one with --repo-id ORG/NAME")
     return settings
 

@@ -358,7 +358,7 @@ class Spool:
 
     def tell(self, text: str) -> None:
         """Adds a line for the run's progress display."""
-        with self.events_path.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), self.events_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), "text": text}) + "\n")
 
     @contextlib.contextmanager

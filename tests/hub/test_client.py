@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.hub import NoHub, build_hub, pending_uploads, pushed_checkpoints
+from launcher.hub import NoHub, build_hub, pending_uploads, pushed_checkpoints, send_left_over
 from launcher.hub.client import SpoolHub
 from launcher.paths import RunPaths
 from tests.hub.helpers import REPO, make_checkpoint, make_config, wait_until, write_model
@@ -221,3 +221,16 @@ def test_importing_the_package_imports_no_client() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_left_over_is_sent_when_the_run_is_finished(
+    hub: HubServer, trainer_env: dict[str, str], tmp_path: Path
+) -> None:
+    run, config = tmp_path / "run", make_config(tmp_path / "run", hub_strategy="end")
+    write_model(run, 1)
+    sync = make_hub(run, hub_strategy="end")
+    sync.start()
+    assert any("not sent yet: model" in line for line in sync.finish(run, max_wait_s=0.0))
+    assert any("model is at" in line for line in send_left_over(config, RunPaths(run)))
+    assert send_left_over(config, RunPaths(run)) == []
+    assert hub.count("POST .*/commit/") == 1

@@ -215,3 +215,11 @@ def test_push_succeeds_when_the_card_is_refused(hub: HubServer, env: dict[str, s
     assert "README.md" not in hub.repos[REPO].files
     assert_arrived_once(hub, tmp_path)
     assert any("model card was refused" in text for text in told(spool))
+
+
+def test_offline_mode_is_told_with_its_cure(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    spool = spool_with_checkpoint(tmp_path)
+    with UploaderUnderTest(spool, {**env, "HF_HUB_OFFLINE": "1"}):
+        wait_until(lambda: spool.read_status().get("state") == "blocked")
+    assert "HF_HUB_OFFLINE" in told(spool)[0]
+    assert not hub.requests
