@@ -54,7 +54,7 @@ def judge(paths: RunPaths, *, attempt: str, began: float, code: int, error_dir: 
         reason = "crash"
         text = str(error or f"a process was killed from outside (out of memory?); srun ended with {code}")
     _complete(paths, run, state="failed", reason=reason, exit_code=EXIT_FAILED, error=text)
-    return "crashed", text
+    return "crashed", f"{error.report.get('traceback', '')}{text}" if error is not None else text
 
 
 def _asked(paths: RunPaths) -> str | None:

@@ -94,8 +94,8 @@ def test_weights_are_identical_when_preempted(undisturbed: str, use_cluster: Clu
 
 
 def test_weights_are_identical_when_time_limit_is_hit(undisturbed: str, use_cluster: Cluster, tmp_path: Path) -> None:
-    """The end of the job is moved close once it trains, so that the ranks stop for it by themselves."""
-    moved = "launch.setup=['squeue() { date -d \"+${SLURM_RESTART_COUNT:-0} hours 90 seconds\" +%FT%T; }']"
+    """The first start is told that its end is near, so that the ranks stop for it by themselves."""
+    moved = "launch.setup=['squeue() { date -d \"+$((SLURM_RESTART_COUNT * 3600 + 90)) seconds\" +%FT%T; }']"
     run = TrainingRun(use_cluster, tmp_path / "run", moved, "launch.sbatch.signal='B:USR1@0'")
     assert run.wait_completed() == undisturbed
     assert use_cluster.job(run.job_id)["Restarts"] == "1"
