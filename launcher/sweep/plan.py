@@ -106,19 +106,23 @@ def make_plan(arguments: Sequence[str], config_dir: str | None) -> SweepPlan:
     fixed |= {key: text for key, text in more_fixed.items() if key not in taken}
     swept |= {key: override for key, override in more_swept.items() if key not in taken}
 
+    if sweeper == "basic":
+        _refuse_intervals(swept.values())
     if more_fixed or more_swept:
         configs = JobConfigs([*fixed.values(), *own], [o.key_or_group for o in swept.values()], config_dir)
     root = Path(str(to_plain(configs.base())["output_dir"])).expanduser()
     checked = check_values(configs, list(swept.values()))
     config = checked[0]
     counts = [c.launch.num_processes or (1 if c.strategy.name == "single" else None) for c in checked]
-    return SweepPlan(
+    plan = SweepPlan(
         paths=SweepPaths(root), config=config, config_dir=config_dir, launcher=launcher,
         launcher_config=_plain(composed.hydra.launcher), sweeper=sweeper, sweeper_config=sweeper_config,
         fixed=tuple(fixed.values()), swept=tuple(swept.values()), configs=configs,
         metric=Metric.of(config.checkpoint, config.eval.eval_strategy),
         num_processes=None if None in counts else max(n for n in counts if n is not None),
     )  # fmt: skip
+    _refuse_shared_repository(plan)
+    return plan
 
 
 def _plain(node: Any) -> dict[str, Any]:
@@ -158,6 +162,32 @@ def _refuse_sweeps_of(overrides: Iterable[Override]) -> None:
             problems.append(f"{key} is not used: the jobs' folders are in output_dir. Set output_dir=FOLDER")
     if problems:
         raise ConfigError(problems)
+
+
+def _refuse_intervals(swept: Iterable[Override]) -> None:
+    problems = [
+        f"{override.input_line}: an interval has no values of its own to try. Set hydra/sweeper=optuna, or list them"
+        for override in swept
+        if override.is_interval_sweep()
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _refuse_shared_repository(plan: SweepPlan) -> None:
+    """Jobs that push to one repository would overwrite each other; the first two show whether they do."""
+    targets = []
+    for values in itertools.islice(combinations(_enumerable(plan.swept)), 2):
+        config = plan.configs.of({**values, **plan.own_texts(job_name(values), values)}, is_exact=True)
+        hub = config.hub
+        targets.append((hub.hub_model_id or hub.bucket, hub.hub_revision) if hub.push_to_hub else None)
+    if len(targets) == 2 and targets[0] == targets[1] and targets[0] is not None and targets[0][0] is not None:
+        raise ConfigError(
+            [
+                f"hub.hub_model_id={targets[0][0]} is one repository for all jobs: they would overwrite each other. "
+                "Set hub.hub_model_id='ORG/${run_name}', which every job has its own of, or leave it out"
+            ]
+        )
 
 
 # --------------------------------------------------------------------------- the settings of the jobs
