@@ -214,44 +214,34 @@ class Formatter:
             group = [i for i, item in enumerate(rendered) if item.add_special_tokens is add_special_tokens]
             if not group:
                 continue
-            ids, offsets = self._tokenise([rendered[i].text for i in group], add_special_tokens)
+            batch = self._tokenise([rendered[i].text for i in group], add_special_tokens)
             prompts = [i for i in group if rendered[i].prompt is not None]
-            prompt_ids, _ = self._tokenise([rendered[i].prompt or "" for i in prompts], add_special_tokens)
+            prompt_ids = self._tokenise([rendered[i].prompt or "" for i in prompts], add_special_tokens)["input_ids"]
             prompt_ids_of = dict(zip(prompts, prompt_ids, strict=True))
-            for i, row_ids, row_offsets in zip(group, ids, offsets, strict=True):
-                mask = self._mask(rendered[i], row_ids, row_offsets, prompt_ids_of.get(i))
-                encoded[i] = self._finish(rendered[i], row_ids, mask)
+            for place, i in enumerate(group):
+                mask = self._mask(rendered[i], batch, place, prompt_ids_of.get(i))
+                encoded[i] = self._finish(rendered[i], batch["input_ids"][place], mask)
         return [encoded[i] for i in range(len(rendered))]
 
-    def _tokenise(self, texts: list[str], add_special_tokens: bool) -> tuple[list[list[int]], list[Any]]:
+    def _tokenise(self, texts: list[str], add_special_tokens: bool) -> Any:
+        """A BatchEncoding."""
         if not texts:
-            return [], []
-        is_fast = self.tokenizer.is_fast
-        batch = self.tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=is_fast,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return batch["input_ids"], batch["offset_mapping"] if is_fast else [None] * len(texts)
+            return {"input_ids": []}
+        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
 
-    def _mask(self, item: Rendered, ids: list[int], offsets: Any, prompt_ids: list[int] | None) -> np.ndarray:
+    def _mask(self, item: Rendered, batch: Any, place: int, prompt_ids: list[int] | None) -> np.ndarray:
+        """Which tokens of the row at `place` of a batch bear loss: those that hold any character that does."""
+        ids = batch["input_ids"][place]
+        mask = np.full(len(ids), item.spans is None)
         if prompt_ids is not None:
-            mask = np.ones(len(ids), dtype=bool)
             mask[: _common_length(prompt_ids, ids)] = False
-            return mask
-        if item.spans is None:
-            return np.ones(len(ids), dtype=bool)
-        mask = np.zeros(len(ids), dtype=bool)
-        if offsets is None:  # a slow tokenizer has no offsets: compare with the tokens of each beginning
-            for start, end in item.spans:
-                (before, until), _ = self._tokenise([item.text[:start], item.text[:end]], item.add_special_tokens)
+        for start, end in item.spans or []:
+            if self.tokenizer.is_fast:
+                mask[_token_span(batch, place, start, end, len(item.text))] = True
+            else:  # a slow tokenizer knows no characters: compare with the tokens of each beginning
+                pieces = [item.text[:start], item.text[:end]]
+                before, until = self._tokenise(pieces, item.add_special_tokens)["input_ids"]
                 mask[_common_length(before, ids) : _common_length(until, ids)] = True
-            return mask
-        starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-        for start, end in item.spans:
-            mask |= (starts < end) & (ends > start)
         return mask
 
     def _finish(self, item: Rendered, ids: list[int], mask: np.ndarray) -> Encoded:
@@ -332,6 +322,27 @@ def _is_rewritten(text: str, turns: list[dict[str, Any]]) -> bool:
     """Whether some assistant's words are missing from the text: Qwen's and R1's templates drop `<think>` parts."""
     words = (turn.get("content") for turn in turns if turn["role"] == "assistant")
     return any(isinstance(content, str) and content.strip() not in text for content in words)
+
+
+def _token_span(batch: Any, place: int, start: int, end: int, length: int) -> slice:
+    """The tokens that hold any of the characters [start, end) of a text of `length` characters.
+
+    Asks for single characters, which is far cheaper than all offsets of a long row. A character may have several
+    tokens, of which the first is named, or none, where a tokenizer drops white space.
+    """
+
+    def first_token(begin: int, stop: int) -> int | None:
+        found = (batch.char_to_token(place, character) for character in range(begin, stop))
+        return next((token for token in found if token is not None), None)
+
+    first = first_token(start, end)
+    if first is None:
+        return slice(0, 0)
+    after = first_token(end, length)
+    if after is None:
+        after = len(batch["input_ids"][place])
+    last = next(token for c in reversed(range(start, end)) if (token := batch.char_to_token(place, c)) is not None)
+    return slice(first, max(after, last + 1))
 
 
 def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
