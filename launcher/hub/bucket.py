@@ -20,10 +20,10 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from launcher.checkpoint import manifest
+from launcher.hub.layout import BUCKET_MARKER as MARKER
 from launcher.hub.layout import HashCache, LocalFile, best_step, outdated_folders
 from launcher.hub.spool import Item, UploadSettings, reached
 
-MARKER = "complete.json"
 LATEST = "latest.json"
 MAX_FILES_PER_CALL = 100
 

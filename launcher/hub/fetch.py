@@ -17,6 +17,8 @@ from launcher.errors import DamagedCheckpointError, ResumeError
 from launcher.paths import RunPaths
 
 _URI = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>.+))?$")
+_BUCKET_PREFIX = "hf://buckets/"
+_BUCKET_URI = re.compile(r"^hf://buckets/([\w.-]+/[\w.-]+)(?:/(checkpoint-\d+))?/?$")
 _FOLDER = re.compile(r"^(last-checkpoint|checkpoint-\d+)$")
 _STEP_TAG = re.compile(r"^step-(\d+)$")
 
@@ -76,6 +78,8 @@ def fetch(uri: str, paths: RunPaths) -> Path:
 
     from launcher.hub.remote import connect, readable_errors
 
+    if uri.startswith(_BUCKET_PREFIX):
+        return _fetch_from_bucket(uri, paths)
     source = parse_uri(uri)
     api = connect(timeout_s=60.0)
     with readable_errors(uri):
@@ -111,6 +115,39 @@ def fetch(uri: str, paths: RunPaths) -> Path:
     return _move_into_place(checkpoint, target, download_dir)
 
 
+def _fetch_from_bucket(uri: str, paths: RunPaths) -> Path:
+    """From a bucket only folders that hold their marker: the others are being written, or were left by a kill."""
+    from launcher.hub.layout import BUCKET_MARKER
+    from launcher.hub.remote import connect, readable_errors
+
+    match = _BUCKET_URI.match(uri)
+    if not match:
+        raise ResumeError(f"checkpoint.resume_from_checkpoint={uri} must be hf://buckets/ORG/NAME[/checkpoint-N]")
+    bucket, wanted_folder = match[1], match[2]
+    api = connect(timeout_s=60.0)
+    with readable_errors(uri):
+        listed = {e.path for e in api.list_bucket_tree(bucket, recursive=True) if e.type == "file"}
+        complete = [p for p in listed if f"{p.split('/')[0]}/{BUCKET_MARKER}" in listed]
+        folder = choose_folder(complete, wanted_folder)
+        if folder is None:
+            raise NothingThereError(f"checkpoint.resume_from_checkpoint={uri}: there is no complete checkpoint of ours")
+        download_dir = paths.hub_dir / "fetch" / f"bucket-{bucket.replace('/', '--')}"
+        checkpoint = download_dir / folder
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        api.download_bucket_files(bucket, [(f"{folder}/{manifest.NAME}", checkpoint / manifest.NAME)])
+        wanted = manifest.read(checkpoint)
+        missing = [e for e in wanted.files if not _is_right(checkpoint / e.path, e)]
+        api.download_bucket_files(bucket, [(f"{folder}/{e.path}", checkpoint / e.path) for e in missing])
+    for entry in missing:
+        if not _is_right(checkpoint / entry.path, entry):
+            raise DamagedCheckpointError(f"{folder}/{entry.path} of {uri} is not what its manifest says")
+    return _move_into_place(checkpoint, paths.checkpoint_dir(wanted.step), download_dir)
+
+
+def _is_right(path: Path, entry: manifest.FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.bytes and _sha256(path) == entry.sha256
+
+
 def _download(api: Any, repo_id: str, commit: str, path: str, download_dir: Path) -> None:
     api.hf_hub_download(repo_id, path, revision=commit, local_dir=download_dir)
 
@@ -121,7 +158,7 @@ def _fetch_file(
     """Downloads one file and compares it with the manifest; a file that is there and right is kept."""
     local = download_dir / folder / entry.path
     for attempt in range(2):
-        if local.is_file() and local.stat().st_size == entry.bytes and _sha256(local) == entry.sha256:
+        if _is_right(local, entry):
             return
         if attempt == 0:
             local.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.checkpoint import manifest
 from launcher.hub.spool import Item
 
+BUCKET_MARKER = "complete.json"
 _CHECKPOINT_FILE = re.compile(r"^checkpoint-(\d+)/")
 _WEIGHTS = re.compile(
     r"^(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors$|^model\.safetensors\.index\.json$|^adapter_config\.json$"

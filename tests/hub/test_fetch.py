@@ -119,3 +119,17 @@ def test_wrong_token_is_not_taken_for_nothing(hub: HubServer, env: dict[str, str
     answer = fetch(f"hf://{REPO}", tmp_path / "fresh", {**env, "HF_TOKEN": "hf_" + "x" * 34}, maybe=True)
     assert answer["error"] == "ResumeError" and "hf auth login" in answer["text"]
     assert "hf_xxx" not in answer["text"]
+
+
+def test_checkpoint_comes_back_from_a_bucket(hub: HubServer, xet_env: dict[str, str], tmp_path: Path) -> None:
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    spool = prepare_spool(run, make_config(run, hub_strategy="all_checkpoints", bucket="org/store"))
+    for step in (10, 20):
+        spool.add(checkpoint_item(step, make_checkpoint(run, step)))
+    upload_all(spool, xet_env)
+    del hub.buckets["org/store"].files["checkpoint-20/complete.json"]  # as a killed upload leaves it
+    answer = fetch("hf://buckets/org/store", fresh, xet_env)
+    assert answer == {"path": str(fresh / "checkpoint-10")}
+    assert_same(fresh / "checkpoint-10", run / "checkpoint-10")
+    answer = fetch("hf://buckets/org/store/checkpoint-20", fresh, xet_env)
+    assert answer["error"] == "NothingThereError"
