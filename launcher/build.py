@@ -20,6 +20,7 @@ from launcher.config import RunConfig, run_length, to_dict
 from launcher.data import StepSampler, build_data, build_tokenizer
 from launcher.errors import ConfigError, UserError
 from launcher.hub import build_hub, fetch_checkpoint
+from launcher.interop.importing import import_checkpoint, import_notices
 from launcher.lock import RunLock
 from launcher.loop import Run
 from launcher.metrics import MetricsFile, NoProgress, Progress, RunFile, Trackers
@@ -73,7 +74,7 @@ def find_resume_point(config: RunConfig, paths: RunPaths, processes: Processes) 
 
         processes.on_main(fetch)
         choice = "auto"
-    return resume.find(choice, paths, processes)
+    return resume.find(choice, paths, processes, lambda folder: import_checkpoint(folder, config, paths))
 
 
 def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -> dict[str, Any]:
@@ -120,9 +121,10 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     )
     settings = result_settings(config, data.fingerprint, processes)
     if point is not None:
-        notices = notices + resume.compare_settings(
-            point.state["settings"], json.loads(json.dumps(settings)), accept=config.checkpoint.accept_changes
-        )
+        saved, now = point.state["settings"], json.loads(json.dumps(settings))
+        if "imported" in point.state:  # another tool records only some of them
+            now = {key: now[key] for key in saved}
+        notices = notices + resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
         if point.state["total_steps"] != total_steps:
             notices.append(
                 f"{point.state['total_steps']} steps became {total_steps}: the learning-rate schedule is recomputed"
@@ -142,6 +144,10 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     )  # fmt: skip
     if point is not None:
         accelerator.load_state(str(point.folder))
+        notices += import_notices(
+            point.state, learning_rate=schedule.learning_rate, total_steps=total_steps,
+            epoch=sampler.epoch_after(point.step), accept=config.checkpoint.accept_changes,
+        )  # fmt: skip
         notices = [f"continuing from {point.folder} at step {point.step} of {total_steps}", *notices]
     run = Run(
         config=config, paths=paths, processes=processes, accelerator=accelerator, model=model, optimizer=optimizer,

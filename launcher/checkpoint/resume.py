@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +30,18 @@ class ResumePoint:
     notices: list[str] = field(default_factory=list)
 
 
-def find(choice: str, paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:
+def find(
+    choice: str, paths: RunPaths, processes: Processes, importer: Callable[[Path], Path]
+) -> tuple[ResumePoint | None, list[str]]:
     """The checkpoint that `checkpoint.resume_from_checkpoint` (auto, never or a folder) means, every byte verified.
 
     Collective: the processes share the reading. Damaged checkpoints found on the way are renamed to
-    `checkpoint-N.damaged`. `never` and a path are obeyed once: a run that was restarted (RESTARTED in the environment),
-    or whose own checkpoints already descend from that path, goes on from its newest one. Checkpoints of ours that the
-    new start would contradict are renamed to `checkpoint-N.superseded`.
+    `checkpoint-N.damaged`. `never` and a path are obeyed once: a run that was restarted (RESTARTED in the environment)
+    after `never`, or whose own checkpoints already descend from that path, goes on from its newest one. Checkpoints of
+    ours that the new start would contradict are renamed to `checkpoint-N.superseded`.
+
+    Args:
+        importer: makes a checkpoint of ours from a folder of another tool that is named explicitly; main process.
 
     Returns:
         The point (None: start at step 0) and notices.
@@ -43,14 +49,14 @@ def find(choice: str, paths: RunPaths, processes: Processes) -> tuple[ResumePoin
     Raises:
         ResumeError, DamagedCheckpointError: an explicit path cannot be used, or only damaged ones are left.
     """
-    if choice == "auto" or os.environ.get(RESTARTED):
+    if choice == "auto" or (choice == "never" and os.environ.get(RESTARTED)):
         return _newest(paths, processes)
     if choice == "never":
         return None, processes.on_main(lambda: _supersede(paths, above_step=-1))
     folder = Path(choice).expanduser().resolve()
     if processes.on_main(lambda: origin_of_newest(paths) == str(folder)):
         return _newest(paths, processes)
-    point = _explicit(folder, paths, processes)
+    point = _explicit(folder, processes, importer)
     point.state["origin"] = str(folder)
     keep = point.step if point.folder.parent == paths.root else -1
     point.notices += processes.on_main(lambda: _supersede(paths, above_step=keep))
@@ -133,12 +139,10 @@ def _move_aside(folder: Path, why: str) -> Path:
     return target
 
 
-def _explicit(folder: Path, paths: RunPaths, processes: Processes) -> ResumePoint:
+def _explicit(folder: Path, processes: Processes, importer: Callable[[Path], Path]) -> ResumePoint:
     if not (folder / manifest.NAME).is_file():
-        raise ResumeError(
-            f"checkpoint.resume_from_checkpoint={folder} has no manifest.json: it is not a checkpoint of this tool. "
-            "Valid: auto, never, a checkpoint-N folder of ours or of transformers' Trainer"
-        )
+        foreign = folder
+        folder = processes.on_main(lambda: importer(foreign))
     mine = manifest.verify(folder, processes.rank, processes.world_size)
     problems = [p for share in processes.gather(mine) for p in share]
     if problems:

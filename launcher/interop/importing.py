@@ -35,11 +35,6 @@ _IMPLEMENTATION = ("lr", "initial_lr", "weight_decay", "foreach", "fused", "capt
 """Settings of an optimizer's groups that are compared elsewhere, or change no more than the rounding."""
 
 
-def is_trainer_checkpoint(folder: Path) -> bool:
-    """Whether transformers' Trainer wrote it: its state, and no manifest of ours."""
-    return (folder / "trainer_state.json").is_file() and not (folder / manifest.NAME).is_file()
-
-
 def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
     """Converts a checkpoint of the Trainer into one of ours inside output_dir. Main process.
 
@@ -50,6 +45,11 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
         ResumeError: it cannot be resumed, or holds a pickle that is refused. ResumeMismatchError: its optimizer is
         another one. DamagedCheckpointError: files are missing or broken. CheckpointWriteError: no room.
     """
+    if not (source / "trainer_state.json").is_file():
+        raise ResumeError(
+            f"checkpoint.resume_from_checkpoint={source} has neither our manifest.json nor a Trainer's trainer_state.json. "
+            "Valid: auto, never, hf://ORG/NAME, a checkpoint-N folder of ours or of transformers' Trainer"
+        )
     state = _trainer_state(source)
     step = int(state["global_step"])
     target = paths.checkpoint_dir(step)
@@ -151,6 +151,7 @@ def _run_state(
         "scaler": foreign.loss_scaler if bool(foreign.zero_stage) == is_ours_zero and config.mixed_precision == "fp16" else None,
         "optimizer": {"name": config.optim.name, "groups": foreign.groups},
         "settings": _known_settings(source, foreign, config, optimizer),
+        "origin": str(source),
         "imported": {"from": str(source), "epoch": state.get("epoch"), "learning_rate": rate},
     }  # fmt: skip
 
@@ -196,7 +197,7 @@ def _slots(cls: Any, config: RunConfig) -> set[str]:
     return {k for k, v in optimizer.state[param].items() if isinstance(v, torch.Tensor) and v.dim() > 0}
 
 
-def notices(state: dict[str, Any], *, learning_rate: float, total_steps: int, epoch: float, accept: bool) -> list[str]:
+def import_notices(state: dict[str, Any], *, learning_rate: float, total_steps: int, epoch: float, accept: bool) -> list[str]:
     """What the user should know after going on from an import; empty for checkpoints of our own.
 
     Args:
