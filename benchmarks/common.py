@@ -76,8 +76,8 @@ def start_ranks(module: str, num_processes: int, spec: dict[str, Any]) -> dict[s
     agent = ["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else []
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launcher" / "accelerate.yaml"),
-        "--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--num_cpu_threads_per_process", "1", *agent, "-m", f"benchmarks.{module}",
+        "--num_processes", str(num_processes), "--num_machines", "1", "--num_cpu_threads_per_process", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", *agent, "-m", f"benchmarks.{module}",
     ]  # fmt: skip
     threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     started = time.time()
@@ -118,7 +118,9 @@ class Spread:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in [head, *rows]]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in [head, *rows]
+    ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
 
@@ -126,7 +128,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def machine(folder: Path) -> dict[str, Any]:
     """What the figures depend on."""
     cpu = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

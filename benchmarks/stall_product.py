@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,11 @@ class Bench:
         self.run = build_product(spec["settings"])
         self.loop, self.idle = loop, Phase.IDLE
         self.num_usual: int = spec["num_usual"]
+        self.max_during: int = spec["max_during"]
         self.plain_dir = Path(spec["work_dir"]) / "plain"
         self.found: dict[str, Any] = {
-            "ours": [], "ours_call": [], "plain": [], "plain_call": [], "copy": [], "usual": [], "during_write": [], "write": [],
+            "ours": [], "ours_call": [], "plain": [], "plain_call": [], "copy": [], "usual": [], "during_write": [],
+            "write": [],
         }  # fmt: skip
 
     def step(self) -> None:
@@ -55,12 +58,15 @@ class Bench:
         self.step()
         self.found["ours"].append(lost(time.perf_counter() - started, usual))
         self.found["ours_call"].append(call)
-        during = []
-        while self.run.checkpointer.phase is not self.idle and len(during) < 100:
+        during: list[float] = []
+        while self.run.checkpointer.phase is not self.idle and len(during) < self.max_during:
             during.append(timed(self.step))
-        during = during[:-1] or during  # the last one saw the end of the write
-        self.found["during_write"] += [[value, lost(value, usual) / (value - lost(value, usual))] for value in during]
-        self.found["write"].append(time.perf_counter() - started)
+        if self.run.checkpointer.phase is self.idle:
+            self.found["write"].append(time.perf_counter() - started)
+            during = during[:-1]  # the write ended somewhere inside it
+        self.loop.wait_for_save(self.run)
+        median = statistics.median(usual)
+        self.found["during_write"] += [[value, value / median - 1] for value in during]
 
     def plain(self) -> None:
         """Accelerate's own `save_state`, on the very same engine."""
@@ -112,7 +118,9 @@ class Bench:
         from accelerate import Accelerator
 
         if self.run.processes.world_size > 1:
-            found["memory_plain"] = self.memory(lambda: Accelerator.save_state(self.run.accelerator, str(self.plain_dir)))
+            found["memory_plain"] = self.memory(
+                lambda: Accelerator.save_state(self.run.accelerator, str(self.plain_dir))
+            )
             self.clean()
         plan = self.run.checkpointer.plan
         found["own_bytes"], found["total_bytes"] = plan.buffer_bytes, plan.total_bytes
@@ -125,7 +133,7 @@ class Bench:
         self.step()
         self.found.setdefault("idle_write", []).append(timed(self._save_and_wait))
         self.clean()
-        data = memoryview(torch.randint(255, (self.found["own_bytes"],), dtype=torch.uint8).numpy())
+        data = torch.randint(255, (self.found["own_bytes"],), dtype=torch.uint8).numpy().data
         path = folder / f"raw-{self.run.processes.rank}"
         self.run.processes.barrier()
         took = timed(lambda: _write_raw(path, data))

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import NUM_TOKENS
+from benchmarks import bare
 from benchmarks.rank import finish, lost, read_spec
 from launcher import rank_setup
 
@@ -35,7 +35,7 @@ def use_gloo() -> None:
         backend, kind = prepare(self, *args, **kwargs)
         return ("gloo" if backend is None and "LOCAL_RANK" in os.environ else backend), kind
 
-    PartialState._prepare_backend = prepared  # type: ignore[method-assign]
+    PartialState._prepare_backend = prepared
 
 
 def main() -> None:
@@ -44,7 +44,6 @@ def main() -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     use_gloo()
-    import torch
     import torch.distributed as dist
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -52,7 +51,7 @@ def main() -> None:
     cycle = num_usual + 2  # the usual steps, the one that saves, the one after it
     found: dict[str, list[float]] = {"trainer": [], "trainer_call": [], "usual": []}
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         """Times from the end of a step to the end of the next; every `cycle`-th step saves."""
 
         def __init__(self) -> None:
@@ -79,14 +78,12 @@ def main() -> None:
             control.should_save = place == cycle - 1 and state.global_step > _WARM_UP_STEPS
             self.last = time.perf_counter()
 
-    class TimedTrainer(Trainer):  # type: ignore[misc]
+    class TimedTrainer(Trainer):
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             started = time.perf_counter()
             super()._save_checkpoint(*args, **kwargs)
             found["trainer_call"].append(time.perf_counter() - started)
 
-    row = torch.arange(NUM_TOKENS)
-    rows = [{"input_ids": (row + i) % 256, "labels": (row + i) % 256, "attention_mask": torch.ones_like(row)} for i in range(512)]
     arguments = TrainingArguments(
         output_dir=str(Path(spec["work_dir"]) / "trainer"), per_device_train_batch_size=1,
         max_steps=_WARM_UP_STEPS + (spec["num_repetitions"] + 1) * cycle, save_strategy="no", logging_strategy="no",
@@ -94,7 +91,7 @@ def main() -> None:
         optim="adamw_torch",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**spec["model"]))
-    TimedTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
+    TimedTrainer(model=model, args=arguments, train_dataset=bare.rows(), callbacks=[Clock()]).train()
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     finish(spec, found)
 
