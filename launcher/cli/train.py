@@ -95,7 +95,7 @@ def _check_machines(config: RunConfig) -> None:
         keys = " and ".join(f"launch.{key}" for key in missing)
         raise ConfigError(
             [
-                f"launch.num_machines={config.launch.num_machines} without {keys}: `launcher train` runs on one machine. "
+                f"launch.num_machines={config.launch.num_machines} without {keys}: launcher train runs on one machine. "
                 "Set them alike on every machine, each with its own launch.machine_rank, or use launcher submit"
             ]
         )
