@@ -128,7 +128,7 @@ class Checkpointer:
                 self._writer.stop()
             self._writer.start()
             self._snapshot(plan)
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, WriterDied) as error:
             self._own_error = f"no snapshot could be taken: {error}"
         if main and plan.index is not None:
             texts = {
@@ -142,7 +142,7 @@ class Checkpointer:
             "texts": texts, "statics": main,
         }  # fmt: skip
         commit = {
-            "cmd": "commit", "step": step, "dir": str(folder), 
+            "cmd": "commit", "step": step, "dir": str(folder),
             "target": str(target or self._paths.checkpoint_dir(step)),
             "world_size": self._processes.world_size, "zero_stage": self._zero_stage, "files": list(sizes),
         }  # fmt: skip
@@ -182,7 +182,7 @@ class Checkpointer:
     # ------------------------------------------------------------------ progress of the save in flight
 
     def status(self, timeout_s: float = 0.0) -> tuple[int, int]:
-        """(1 while this process's part of the phase is undone, 1 if it failed), to be summed over all processes."""
+        """(1 while this process still works on its part of the phase, 1 if it failed), to be summed over all processes."""
         if self.phase is Phase.IDLE and not self._num_outstanding:
             return 0, 0
         if self.phase is Phase.WRITING and self._unsent is not None and timeout_s:
@@ -195,7 +195,8 @@ class Checkpointer:
                 self._own_error = str(error)
         for answer in answers:
             self._take(answer)
-        return int(not self._own_work_done), int(self._own_error is not None)
+        has_failed = self._own_error is not None
+        return int(not self._own_work_done and not has_failed), int(has_failed)
 
     def _take(self, answer: dict[str, Any]) -> None:
         event, flight = answer["event"], self._flight
@@ -220,15 +221,14 @@ class Checkpointer:
         if flight is None:
             return None
         main = self._processes.is_main
+        if num_undone:  # also after a failure elsewhere: a writer that still works would put files back
+            return None
         if num_failed:
             errors = [e for e in self._processes.gather(self._own_error) if e]
             if main:
-                self._writer.start()  # where it was the writer that died
                 self._outstanding({"cmd": "discard", "step": flight.step, "dir": flight.commit["dir"]})
             self._end()
             return SaveResult(flight.step, flight.stall_s, error=errors[0] if errors else "unknown")
-        if num_undone:
-            return None
         if self.phase is Phase.WRITING:
             self.phase = Phase.COMMITTING
             if main:
@@ -244,9 +244,13 @@ class Checkpointer:
         self._own_error, self._own_work_done = None, True
 
     def _outstanding(self, command: dict[str, Any]) -> None:
+        """Something to do behind everything else, whose failure fails no save: the next start cleans up as well."""
         self._num_outstanding += 1
-        self._try_send(command)
-        self._own_error = None
+        try:
+            self._writer.start()  # where it died
+            self._writer.send(command)
+        except (OSError, WriterDied):
+            self._num_outstanding = 0
 
     def wait(self, on_wait: Callable[[], None] = lambda: None) -> SaveResult | None:
         """Waits until no save is in flight; gives its result if one was. Collective."""

@@ -34,10 +34,10 @@ class SnapshotBuffer:
         if size <= self.size:
             return False
         self.close()
-        self.fd, self.size = os.memfd_create("launcher-snapshot"), size
+        self.fd = os.memfd_create("launcher-snapshot")
         os.set_inheritable(self.fd, True)
         os.posix_fallocate(self.fd, 0, size)  # now, not page by page inside the first save
-        self._map = mmap.mmap(self.fd, size)
+        self._map, self.size = mmap.mmap(self.fd, size), size
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         if pin:
             cuda: Any = torch.cuda

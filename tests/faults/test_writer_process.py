@@ -1,0 +1,235 @@
+"""The writer process is killed, cannot start, or meets an error, under the real `Checkpointer`: promises 1, 3 and 4."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.checkpoint import manifest
+from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult
+from launcher.checkpoint.layout import TensorSpec, plan_files
+from launcher.checkpoint.snapshot import Copy, SnapshotPlan
+from launcher.paths import RunPaths
+
+_NUMEL = 300_000
+
+
+class FakeProcesses:
+    """One of `world_size` processes; the test itself sums over them."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.members: list[Checkpointer] = []
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        return [m._own_error for m in self.members] if self.is_main else [value]
+
+
+class Group:
+    """All processes of a fake run, in one."""
+
+    def __init__(self, root: Path, world_size: int, *, is_async: bool = True) -> None:
+        self.paths = RunPaths(root)
+        self.tensor = torch.arange(_NUMEL, dtype=torch.float32)
+        processes = [FakeProcesses(rank, world_size) for rank in range(world_size)]
+        self.members = processes[0].members = [
+            Checkpointer(
+                self.paths, processes[rank], lambda rank=rank: self._plan(rank, world_size),  # type: ignore[arg-type,misc]
+                {"config.json": b"{}"} if rank == 0 else {}, zero_stage=0, is_async=is_async, device=torch.device("cpu"),
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+
+    def _plan(self, rank: int, world_size: int) -> SnapshotPlan:
+        files = plan_files("model", [TensorSpec("w", "F32", (_NUMEL,))], {"format": "pt"})
+        low, high = rank * _NUMEL // world_size, (rank + 1) * _NUMEL // world_size
+        place = files[0].places[0]
+        size = (high - low) * 4
+        return SnapshotPlan(
+            files, [Copy(lambda: self.tensor[low:high], 0, torch.float32)],
+            [(place.path, place.offset + low * 4, 0, size)], size,
+        )  # fmt: skip
+
+    def save(self, step: int) -> None:
+        for member in self.members:
+            texts = {"state/state.json": "{}", "trainer_state.json": "{}"} if member is self.members[0] else {}
+            member.save(step, texts)
+
+    def tick(self) -> SaveResult | None:
+        """What the loop's all-reduce does at the end of each step."""
+        undone, failed = map(sum, zip(*(m.status() for m in self.members), strict=True))
+        return [m.advance(undone, failed) for m in self.members][0]
+
+    def finish(self, seconds: float = 60.0) -> SaveResult:
+        deadline = time.monotonic() + seconds
+        while (result := self.tick()) is None:
+            assert time.monotonic() < deadline, "the save never ended"
+            time.sleep(0.005)
+        return result
+
+    def close(self) -> None:
+        for member in self.members:
+            if member.writer_pid not in (None, os.getpid()):
+                os.kill(member.writer_pid, signal.SIGCONT)
+            member.close()
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Group]:
+    made = Group(tmp_path, 2)
+    yield made
+    made.close()
+
+
+def _whole(paths: RunPaths) -> list[int]:
+    return [step for step, folder in paths.checkpoint_dirs() if manifest.verify(folder) == []]
+
+
+def _only(paths: RunPaths) -> list[str]:
+    return sorted(p.name for p in paths.root.iterdir())
+
+
+def _wait_discarded(group: Group) -> None:
+    deadline = time.monotonic() + 30
+    while any(p.name.startswith(".tmp") for p in group.paths.root.iterdir()):
+        assert time.monotonic() < deadline, _only(group.paths)
+        for member in group.members:
+            member.status()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_save_fails_cleanly_and_the_next_one_is_whole_when_a_writer_is_killed(group: Group, victim: int) -> None:
+    group.save(1)
+    assert group.finish().error is None
+    pid = group.members[victim].writer_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)  # so that it cannot have written before it dies
+    group.save(2)
+    os.kill(pid, signal.SIGKILL)
+    result = group.finish()
+    assert result.error is not None and "killed by signal 9" in result.error
+    assert _whole(group.paths) == [1]
+    _wait_discarded(group)
+
+    group.save(3)
+    assert group.finish().error is None
+    assert _whole(group.paths) == [1, 3]
+    assert group.members[victim].writer_pid != pid
+
+
+def test_nothing_is_discarded_while_another_process_still_writes(group: Group) -> None:
+    """Else its writer puts the files back after the deletion, and the disk fills up with half saves."""
+    group.save(1)
+    assert group.finish().error is None
+    slow, victim = group.members[1].writer_pid, group.members[0].writer_pid
+    assert slow is not None and victim is not None
+    os.kill(slow, signal.SIGSTOP)
+    os.kill(victim, signal.SIGSTOP)
+    group.save(2)
+    os.kill(victim, signal.SIGKILL)
+    for _ in range(20):
+        assert group.tick() is None, "the save was given up while a process was still writing"
+        time.sleep(0.01)
+    os.kill(slow, signal.SIGCONT)
+    assert group.finish().error is not None
+    _wait_discarded(group)
+    time.sleep(0.3)
+    assert _only(group.paths) == ["checkpoint-1"]
+
+
+def test_commit_fails_cleanly_when_the_main_writer_is_killed_in_it(group: Group) -> None:
+    group.save(1)
+    assert group.finish().error is None
+    pid = group.members[0].writer_pid
+    assert pid is not None
+    group.save(2)
+    while group.members[0].phase is Phase.WRITING:
+        if all(m.status() == (0, 0) for m in group.members):
+            os.kill(pid, signal.SIGSTOP)
+        group.tick()
+    os.kill(pid, signal.SIGKILL)
+    assert group.finish().error is not None
+    _wait_discarded(group)
+    group.save(2)
+    assert group.finish().error is None
+    assert _whole(group.paths) == [1, 2]
+
+
+def test_save_fails_without_an_exception_when_no_writer_can_start(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group.save(1)
+    assert group.finish().error is None
+    for member in group.members:
+        assert member.writer_pid is not None
+        os.kill(member.writer_pid, signal.SIGKILL)
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", "/bin/false")
+        time.sleep(0.2)
+        group.save(2)
+        assert group.finish().error is not None
+        time.sleep(0.3)
+    group.save(3)
+    assert group.finish().error is None
+    assert 3 in _whole(group.paths)
+
+
+def test_save_fails_without_an_exception_when_there_is_no_memory_for_the_buffer(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(fd: int, offset: int, size: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", no_memory)
+        group.save(1)
+        result = group.finish()
+        assert result.error is not None and "Cannot allocate memory" in result.error
+    group.save(2)
+    assert group.finish().error is None
+    assert _whole(group.paths) == [2]
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_save_fails_cleanly_when_output_dir_has_vanished(tmp_path: Path, is_async: bool) -> None:
+    group = Group(tmp_path / "run", 1, is_async=is_async)
+    (tmp_path / "run").mkdir()
+    group.save(1)
+    assert group.finish().error is None
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    group.save(2)
+    result = group.finish()
+    assert result.error is not None and "run" in result.error
+    assert not (tmp_path / "run").exists()
+    group.close()
+
+
+def test_other_bytes_than_the_snapshot_never_reach_the_disk(group: Group) -> None:
+    """The state goes on changing while the writer works."""
+    pids = [m.writer_pid for m in group.members]
+    group.save(1)
+    pids = [m.writer_pid for m in group.members]
+    for pid in pids:
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+    group.tensor.fill_(-1.0)
+    for pid in pids:
+        assert pid is not None
+        os.kill(pid, signal.SIGCONT)
+    assert group.finish().error is None
+    from safetensors.torch import load_file
+
+    saved = load_file(group.paths.checkpoint_dir(1) / "model.safetensors")["w"]
+    assert torch.equal(saved, torch.arange(_NUMEL, dtype=torch.float32))
