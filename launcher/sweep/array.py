@@ -9,8 +9,7 @@ from pathlib import Path
 from launcher import files
 from launcher.errors import EXIT_DONE, ConfigError, SlurmUnavailableError
 from launcher.paths import RunPaths
-from launcher.slurm import ArrayJob, render_arrays, submit_array
-from launcher.slurm.queue import cancel, live_jobs
+from launcher.slurm import ArrayJob, cancel, live_jobs, render_arrays, submit_array
 from launcher.sweep.controller import StopRequests
 from launcher.sweep.jobs import Job, job_record, needs_run, read_job
 from launcher.sweep.plan import SweepPlan
@@ -93,12 +92,18 @@ def _wait(plan: SweepPlan, jobs: dict[Path, Job], stop: StopRequests, say: Calla
     while True:
         if stop.count > num_obeyed:
             num_obeyed = stop.count
-            _pass_on_stop(jobs, num_obeyed, say)
             next_poll = 0.0
+            say(
+                "stopping: running jobs save, the others leave the queue; once more kills"
+                if num_obeyed == 1
+                else "killing"
+            )
         if time.monotonic() >= next_poll:
             next_poll = time.monotonic() + _POLL_S
             try:
                 live = live_jobs(jobs)
+                if num_obeyed:
+                    _pass_on_stop(live, is_kill=num_obeyed > 1)
             except SlurmUnavailableError as error:  # it comes back; the jobs go on meanwhile
                 say(str(error))
                 continue
@@ -110,14 +115,12 @@ def _wait(plan: SweepPlan, jobs: dict[Path, Job], stop: StopRequests, say: Calla
         time.sleep(_STOP_POLL_S)
 
 
-def _pass_on_stop(jobs: dict[Path, Job], num_stops: int, say: Callable[[str], None]) -> None:
-    live = live_jobs(jobs)
-    if num_stops > 1:
-        cancel(live.values(), only_pending=False)
-        return
-    say(f"stopping {len(live)} jobs: those that run save, the others leave the queue; once more kills them")
-    cancel(live.values(), only_pending=True)
+def _pass_on_stop(live: Mapping[Path, str], *, is_kill: bool) -> None:
+    """Once per poll: a job that was just starting removed the STOP file of a moment ago.
+
+    Its text says stop_file: after a `signal` the job would queue itself again.
+    """
+    cancel(live.values(), only_pending=not is_kill)
     for folder in live:
-        if read_job(folder, None).state not in (FINISHED, PRUNED):
-            # With any other reason the job's script would requeue it.
+        if not is_kill and read_job(folder, None).state not in (FINISHED, PRUNED):
             RunPaths(folder).stop_file.write_text("stop_file", encoding="utf-8")

@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 
-from conftest import SweepRunner, wait_until
+from tests.sweep.runner import SweepRunner, wait_until
 
 EIGHT = ["optim.learning_rate=1e-3,2e-3,3e-3,4e-3", "seed=1,2", "sweep.num_slots=2"]
 

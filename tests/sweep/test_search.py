@@ -9,10 +9,10 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT, SweepRunner, wait_until
 from optuna.trial import TrialState
 
 from launcher.sweep.jobs import SweepPaths
+from tests.sweep.runner import ROOT, SweepRunner, wait_until
 
 OPTUNA = ["hydra/sweeper=optuna", "hydra/sweeper/pruner=none", "sweep.num_slots=2", "hydra.sweeper.sampler.seed=0"]
 LOG = "optim.learning_rate=tag(log,interval(1e-5,1e-1))"
