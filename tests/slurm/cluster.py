@@ -43,8 +43,8 @@ ReturnToService=1
 MinJobAge=600
 KillWait=20
 MailProg=/bin/true
-NodeName=n0 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n0_port} CPUs=4 RealMemory=4000 State=UNKNOWN
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port} CPUs=4 RealMemory=4000 State=UNKNOWN
+NodeName=n0 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n0_port} CPUs=8 RealMemory=4000 State=UNKNOWN
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port} CPUs=8 RealMemory=4000 State=UNKNOWN
 PartitionName=low Nodes=n0,n1 Default=YES PriorityTier=1 GraceTime=20 MaxTime=60 State=UP
 PartitionName=high Nodes=n0,n1 PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
 """

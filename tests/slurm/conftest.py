@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,21 @@ def cluster() -> Iterator[Cluster]:
             own.stop()
 
 
+@contextmanager
+def talking_to(cluster: Cluster, folder: Path) -> Iterator[Cluster]:
+    """Slurm's commands go to the test's own Slurm; the working directory is `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "LAUNCHER_"))]:
+            patch.delenv(name)
+        patch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+        patch.chdir(folder)
+        yield cluster
+
+
 @pytest.fixture
-def use_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cluster:
-    """The commands of this test talk to the test's Slurm; its working directory is a folder of its own."""
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "LAUNCHER_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    monkeypatch.chdir(tmp_path)
-    return cluster
+def use_cluster(cluster: Cluster, tmp_path: Path) -> Iterator[Cluster]:
+    with talking_to(cluster, tmp_path):
+        yield cluster
 
 
 @dataclass
@@ -104,9 +112,13 @@ def stand_in_launch(bin_dir: Path, *, num_steps: int, step_s: float = 0.1, **lau
 
 @pytest.fixture
 def submit_stand_in(use_cluster: Cluster, tmp_path: Path) -> SubmitStandIn:
+    return submitter(use_cluster, tmp_path)
+
+
+def submitter(cluster: Cluster, folder: Path) -> SubmitStandIn:
     def submit(output_dir: str = "run", num_steps: int = 40, **launch: Any) -> StandInRun:
-        group = stand_in_launch(tmp_path / "bin", num_steps=num_steps, **launch)
+        group = stand_in_launch(folder / "bin", num_steps=num_steps, **launch)
         submission = submit_run(RunConfig(output_dir=output_dir, run_name="stand-in", launch=group))
-        return StandInRun(use_cluster, Path(output_dir).resolve(), submission.job_id, num_steps)
+        return StandInRun(cluster, Path(output_dir).resolve(), submission.job_id, num_steps)
 
     return submit

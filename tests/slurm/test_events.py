@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.conftest import SubmitStandIn
+from tests.slurm.conftest import StandInRun, SubmitStandIn, submitter, talking_to
 
 # --------------------------------------------------------------------------- the end of a job
 
@@ -42,45 +43,93 @@ def test_job_is_failed_when_every_restart_crashes(submit_stand_in: SubmitStandIn
     assert (run.run_json()["state"], run.run_json()["reason"]) == ("failed", "crash")
 
 
-def test_job_is_not_requeued_when_user_writes_stop_file(submit_stand_in: SubmitStandIn) -> None:
-    run = submit_stand_in()
-    run.wait_step(5)
-    (run.root / "STOP").touch()
-    run.cluster.wait_state(run.job_id, "FAILED")
-    assert run.cluster.job(run.job_id)["ExitCode"] == "75:0"
-    assert run.reasons() == ["stop_file"]
-    again = submit_stand_in()
-    again.wait_completed()
-
-
-def test_job_saves_and_is_not_requeued_when_cancelled(submit_stand_in: SubmitStandIn) -> None:
-    run = submit_stand_in()
-    run.wait_step(5)
-    run.cluster.run("scancel", run.job_id)
-    run.cluster.wait_state(run.job_id, "CANCELLED")
-    assert run.reasons() == ["signal"]
-    assert "cancelled: not requeued" in run.log()
-
-
 # --------------------------------------------------------------------------- stopped from outside, and going on
 
 
-def test_job_continues_when_scancel_sends_term(submit_stand_in: SubmitStandIn) -> None:
-    run = submit_stand_in()
-    run.wait_step(5)
-    run.cluster.run("scancel", "--signal=TERM", run.job_id)
+@pytest.fixture(scope="module")
+def stopped(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, StandInRun]]:
+    """Runs that are each stopped in another way, all at once: Slurm lets a requeued job wait."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with talking_to(cluster, folder):
+        submit = submitter(cluster, folder)
+        runs = {
+            "term": submit("term"),
+            "requeue": submit("requeue"),
+            "cancel": submit("cancel"),
+            "stop_file": submit("stop_file"),
+            "refused": submit("refused", sbatch={"requeue": False}),
+            "bounded": submit("bounded", max_requeues=0),
+            "time_limit": submit(
+                "time_limit", 25, sbatch={"time": 1, "signal": "B:USR1@0"}, env={"STAND_IN_MARGIN_S": "57"}
+            ),
+            "backstop": submit("backstop", 150, step_s=0.4, sbatch={"time": 1}),
+        }
+        for name in ("term", "requeue", "cancel", "stop_file", "refused", "bounded"):
+            runs[name].wait_step(5)
+        (runs["stop_file"].root / "STOP").touch()
+        cluster.run("scancel", "--signal=TERM", *(runs[name].job_id for name in ("term", "refused", "bounded")))
+        cluster.run("scontrol", "requeue", runs["requeue"].job_id)
+        cluster.run("scancel", runs["cancel"].job_id)
+        yield runs
+
+
+def test_job_continues_when_scancel_sends_term(stopped: dict[str, StandInRun]) -> None:
+    run = stopped["term"]
     run.wait_completed()
     assert run.reasons() == ["signal", None]
     assert run.cluster.job(run.job_id)["Restarts"] == "1"
 
 
-def test_job_continues_when_requeued_by_hand(submit_stand_in: SubmitStandIn) -> None:
-    run = submit_stand_in()
-    run.wait_step(5)
-    run.cluster.run("scontrol", "requeue", run.job_id)
+def test_job_continues_when_requeued_by_hand(stopped: dict[str, StandInRun]) -> None:
+    run = stopped["requeue"]
     run.wait_completed()
     assert run.reasons() == ["signal", None]
     assert "Slurm has requeued" in run.log()
+
+
+def test_job_saves_and_is_not_requeued_when_cancelled(stopped: dict[str, StandInRun]) -> None:
+    run = stopped["cancel"]
+    run.cluster.wait_state(run.job_id, "CANCELLED")
+    assert run.reasons() == ["signal"]
+    assert "cancelled: not requeued" in run.log()
+
+
+def test_job_is_not_requeued_when_user_writes_stop_file(stopped: dict[str, StandInRun]) -> None:
+    run = stopped["stop_file"]
+    run.cluster.wait_state(run.job_id, "FAILED")
+    assert run.cluster.job(run.job_id)["ExitCode"] == "75:0"
+    assert run.reasons() == ["stop_file"]
+
+
+def test_job_goes_on_in_another_when_requeue_is_refused(stopped: dict[str, StandInRun]) -> None:
+    run = stopped["refused"]
+    run.cluster.wait_state(run.job_id, "FAILED")
+    assert run.cluster.job(run.job_id)["ExitCode"] == "75:0"
+    run.job_id = (run.root / "slurm" / "job_id").read_text().strip()
+    run.wait_completed()
+    assert [end["job"] for end in run.ends()][-1] == run.job_id
+    assert run.reasons() == ["signal", None]
+
+
+def test_job_ends_when_max_requeues_is_reached(stopped: dict[str, StandInRun]) -> None:
+    run = stopped["bounded"]
+    run.cluster.wait_state(run.job_id, "FAILED")
+    assert "launch.max_requeues=0 is reached" in run.log()
+
+
+def test_job_continues_over_several_when_time_limit_is_near(stopped: dict[str, StandInRun]) -> None:
+    """The ranks stop by themselves, STAND_IN_MARGIN_S before the end that the script tells them."""
+    run = stopped["time_limit"]
+    run.wait_completed(90)
+    assert set(run.reasons()[:-1]) == {"time_limit"}
+    assert len(run.reasons()) >= 2
+
+
+def test_job_stops_for_the_time_limit_when_only_the_backstop_signal_comes(stopped: dict[str, StandInRun]) -> None:
+    """SIGUSR1, a minute before the end of a job of one minute; Slurm looks every half minute."""
+    run = stopped["backstop"]
+    wait_for(lambda: run.reasons() == ["time_limit"], 60, lambda: run.log())
+    run.cluster.run("scancel", run.job_id)
 
 
 def test_job_continues_when_preempted(submit_stand_in: SubmitStandIn) -> None:
@@ -91,42 +140,6 @@ def test_job_continues_when_preempted(submit_stand_in: SubmitStandIn) -> None:
         assert run.run_json()["state"] == "interrupted"
     run.wait_completed()
     assert run.reasons() == ["preempted", None]
-
-
-def test_job_continues_over_several_when_time_limit_is_near(submit_stand_in: SubmitStandIn) -> None:
-    """The ranks stop by themselves, STAND_IN_MARGIN_S before the end that the script tells them."""
-    run = submit_stand_in(num_steps=25, sbatch={"time": 1, "signal": "B:USR1@0"}, env={"STAND_IN_MARGIN_S": "57"})
-    run.wait_completed(90)
-    assert set(run.reasons()[:-1]) == {"time_limit"}
-    assert len(run.reasons()) >= 2
-
-
-def test_job_continues_when_only_the_backstop_signal_comes(submit_stand_in: SubmitStandIn) -> None:
-    """SIGUSR1 a minute before the end of a job of one minute: at its start."""
-    run = submit_stand_in(sbatch={"time": 1}, num_steps=30, step_s=0.5)
-    run.wait_step(1)
-    wait_for(lambda: run.reasons() == ["time_limit"], 60, lambda: run.log())
-    run.cluster.run("scancel", run.job_id)
-
-
-def test_job_goes_on_in_another_when_requeue_is_refused(submit_stand_in: SubmitStandIn) -> None:
-    run = submit_stand_in(sbatch={"requeue": False})
-    run.wait_step(5)
-    run.cluster.run("scancel", "--signal=TERM", run.job_id)
-    run.cluster.wait_state(run.job_id, "FAILED")
-    assert run.cluster.job(run.job_id)["ExitCode"] == "75:0"
-    run.job_id = (run.root / "slurm" / "job_id").read_text().strip()
-    run.wait_completed()
-    assert [end["job"] for end in run.ends()][-1] == run.job_id
-    assert run.reasons() == ["signal", None]
-
-
-def test_job_ends_when_max_requeues_is_reached(submit_stand_in: SubmitStandIn) -> None:
-    run = submit_stand_in(max_requeues=0)
-    run.wait_step(5)
-    run.cluster.run("scancel", "--signal=TERM", run.job_id)
-    run.cluster.wait_state(run.job_id, "FAILED")
-    assert "launch.max_requeues=0 is reached" in run.log()
 
 
 # --------------------------------------------------------------------------- faults

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from launcher.compose import compose
 from launcher.slurm import submit_run
 from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.conftest import talking_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -66,20 +65,9 @@ class TrainingRun:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
-    with _talking_to(cluster):
-        return TrainingRun(cluster, tmp_path_factory.mktemp("undisturbed") / "run").wait_completed()
-
-
-@contextmanager
-def _talking_to(cluster: Cluster) -> Iterator[None]:
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = cluster.env["SLURM_CONF"]
-    try:
-        yield
-    finally:
-        del os.environ["SLURM_CONF"]
-        if before is not None:
-            os.environ["SLURM_CONF"] = before
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with talking_to(cluster, folder):
+        return TrainingRun(cluster, folder / "run").wait_completed()
 
 
 def test_weights_are_identical_when_preempted(undisturbed: str, use_cluster: Cluster, tmp_path: Path) -> None:
