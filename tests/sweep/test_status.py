@@ -1,0 +1,105 @@
+"""`launcher status` for runs, sweeps and folders of them; and what it reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cli import status
+from launcher.process import host, start_ticks
+from launcher.sweep.runs import Metric, MetricsTail, read_run
+from tests.sweep.runner import ROOT, SweepRunner
+
+LOSS = Metric("eval_loss", is_greater_better=False)
+
+
+def make_run(root: Path, state: str = "running", **fields: Any) -> Path:
+    root.mkdir(parents=True)
+    lines = [
+        {"step": 10, "epoch": 0.1, "loss": 2.0, "tokens_per_second": 90.0}, {"step": 10, "eval_loss": 1.5},
+        {"step": 20, "epoch": 0.2, "loss": 1.0, "tokens_per_second": 100.0}, {"step": 20, "eval_loss": 1.7},
+        {"step": 30, "eval_loss": float("nan")},
+    ]  # fmt: skip
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "ev')
+    info = {"state": state, "reason": None, "step": 10, "total_steps": 50, "host": host(), "job_id": "77", **fields}
+    (root / "run.json").write_text(json.dumps(info))
+    (root / "config.yaml").write_text(
+        "checkpoint: {metric_for_best_model: loss, greater_is_better: null}\neval: {eval_strategy: steps}\n"
+    )
+    (root / "checkpoint-10").mkdir()
+    return root
+
+
+def hold_lock(root: Path, pid: int, ticks: int | None) -> None:
+    (root / ".lock").write_text(json.dumps({"host": host(), "pid": pid, "pids": [[pid, ticks]]}))
+
+
+def test_run_is_read_from_what_it_wrote_last(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    hold_lock(run, os.getpid(), start_ticks(os.getpid()))
+    found = read_run(run, LOSS)
+    assert (found.state, found.step, found.total_steps, found.epoch) == ("running", 20, 50, 0.2)
+    assert (found.loss, found.tokens_per_second) == (1.0, 100.0)
+    assert (found.best_metric, found.best_step, found.checkpoints) == (1.5, 10, [10])
+
+
+def test_a_run_that_says_running_is_shown_as_crashed_when_its_process_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    hold_lock(run, os.getpid(), 1)  # the pid belongs to a process that started at another time
+    assert status.main([str(run)]) == 0
+    output = capsys.readouterr().out
+    assert "interrupted (crash)" in output
+    assert "20/50, epoch 0.2" in output
+    assert "eval_loss 1.5 at step 10" in output
+    assert "job 77" in output
+
+
+def test_a_folder_lists_its_runs_and_sweeps(
+    sweep: SweepRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "a" / "b" / "run", state="finished")
+    assert sweep.run("seed=1,2", "sweep.num_slots=2", STUB_FAIL="seed=2")[0] == 1
+    assert status.main([str(tmp_path), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [run["state"] for run in data["runs"]] == ["finished"]
+    (found,) = data["sweeps"]
+    assert found["metric"] == "eval_loss"
+    assert found["states"] == {"failed": 1, "finished": 1}
+    assert [(job["name"], job["state"]) for job in found["jobs"]] == [("seed=1", "finished"), ("seed=2", "failed")]
+    assert found["jobs"][0]["swept"] == {"seed": "1"}
+    assert status.main([str(sweep.root)]) == 0
+    output = capsys.readouterr().out
+    assert "1 finished, 1 failed" in output
+    assert "4/4" in output
+
+
+def test_status_needs_no_torch_and_says_what_is_wrong(tmp_path: Path) -> None:
+    code = "import sys; from launcher.cli.status import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "no runs and no sweeps" in done.stdout
+    assert status.main([str(tmp_path / "missing")]) == 2
+
+
+def test_tail_reads_each_line_once_and_all_again_when_the_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(path)
+    assert tail.new_lines() == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert tail.new_lines() == [{"step": 1}, {"step": 2}]
+    with path.open("a") as file:
+        file.write('ep": 3}\n')
+    assert tail.new_lines() == [{"step": 3}]
+    assert tail.new_lines() == []
+    (tmp_path / "new").write_text('{"step": 1}\n{"step": 4}\n{"step": 5}\n{"step": 6}\n')
+    (tmp_path / "new").replace(path)
+    assert [line["step"] for line in tail.new_lines()] == [1, 4, 5, 6]
