@@ -54,7 +54,7 @@ def build_model(config: RunConfig, tokenizer: Any, *, is_resume: bool) -> nn.Mod
         else:
             # From scratch each process initialises the whole model and DeepSpeed partitions it afterwards, so that the
             # first weights are the same under every strategy.
-            with _no_init() if is_resume and not settings.peft else _no_zero_init():
+            with _no_init() if is_resume and not settings.peft else no_zero_init():
                 model = AutoModelForCausalLM.from_config(model_config, **arguments)
             model.tie_weights()  # left out where initialisation is
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -86,7 +86,8 @@ def _no_init() -> Any:
 
 
 @contextlib.contextmanager
-def _no_zero_init() -> Iterator[None]:
+def no_zero_init() -> Iterator[None]:
+    """Whole parameters although ZeRO-3 is on."""
     from transformers.integrations import deepspeed
 
     before = deepspeed._hf_deepspeed_config_weak_ref

@@ -10,6 +10,7 @@ from torch import nn
 
 from launcher.config import RunConfig
 from launcher.errors import ResumeError
+from launcher.model import no_zero_init
 
 
 def is_adapter(folder: Path) -> bool:
@@ -37,7 +38,7 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False, base: str |
             adapter.inference_mode = False
             source = base or adapter.base_model_name_or_path or ""
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
+        with no_zero_init(), torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             model.tie_weights()
             if is_adapter(folder):
