@@ -20,6 +20,7 @@ from launcher import files, lock
 from launcher.config import RunConfig, run_length
 from launcher.devices import visible_gpus
 from launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankFailedError, RunLockedError, UserError
+from launcher.hub import send_left_over
 from launcher.paths import RunPaths
 from launcher.process import RESTARTED, die_with_parent, host
 from launcher.rank_setup import earliest_error
@@ -95,6 +96,8 @@ def run(config: RunConfig, arguments: Sequence[str], env: Mapping[str, str] | No
     _check_free(paths)
     if is_finished(config, paths):
         print(f"{paths.root} is finished: nothing to do. Its model is in that folder")
+        for line in send_left_over(config, paths):
+            print(line)
         return EXIT_DONE
     try:
         paths.logs_dir.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from launcher.checkpoint.retention import sweep_leftovers
 from launcher.config import RunConfig, run_length, to_dict
 from launcher.data import StepSampler, build_data, build_tokenizer
 from launcher.errors import ConfigError, UserError
-from launcher.hub import build_hub, fetch_checkpoint
+from launcher.hub import build_hub, fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.interop.importing import import_checkpoint, import_notices
 from launcher.lock import RunLock
 from launcher.loop import Run
@@ -66,11 +66,12 @@ def find_resume_point(config: RunConfig, paths: RunPaths, processes: Processes) 
     uri = choice if choice.startswith("hf://") else None
     if choice == "auto" and config.hub.resume and config.hub.hub_model_id:
         uri = f"hf://{config.hub.hub_model_id}"
+    is_optional = choice == "auto"  # with hub.resume: the first start of a run finds nothing there
     if uri is not None:
         # Once it is in output_dir it is a checkpoint like any other: a restart goes on from the newest one there.
         def fetch() -> None:
             if not any(paths.checkpoint_dirs()):
-                fetch_checkpoint(uri, paths)
+                (maybe_fetch_checkpoint if is_optional else fetch_checkpoint)(uri, paths)
 
         processes.on_main(fetch)
         choice = "auto"

@@ -9,14 +9,13 @@ from typing import Any
 from launcher.compose import compose_arguments
 from launcher.config import RunConfig, is_local_path
 from launcher.errors import EXIT_DONE, UserError
-from launcher.hub import fetch_checkpoint
+from launcher.hub import fetch_checkpoint, fetch_model
 from launcher.paths import RunPaths
 
 _EXAMPLE = """example:
   launcher prefetch model.model_name_or_path=ORG/MODEL data.dataset_name=ORG/DATA
 
 Takes the same overrides as `launcher train`. Afterwards the run needs no network: HF_HUB_OFFLINE=1 launcher train …"""
-_MODEL_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> int:
     config = compose_arguments([*options.overrides, *rest])
     found = False
     for name, revision in _models(config):
-        _say(f"model {name}", _fetch_model(name, revision, config.model.trust_remote_code))
+        _say(f"model {name}", str(fetch_model(name, revision, with_code=config.model.trust_remote_code)))
         found = True
     for name, subset, splits in _datasets(config):
         _fetch_dataset(name, subset, splits)
@@ -57,17 +56,6 @@ def _models(config: RunConfig) -> list[tuple[str, str | None]]:
     model = config.model
     named = [(model.model_name_or_path, model.revision), (model.tokenizer_name_or_path, None)]
     return [(name, revision) for name, revision in named if name and not is_local_path(name)]
-
-
-def _fetch_model(name: str, revision: str | None, with_code: bool) -> str:
-    from huggingface_hub import snapshot_download
-
-    from launcher.hub.remote import connect, readable_errors
-
-    connect(timeout_s=60.0)
-    patterns = [*_MODEL_PATTERNS, "*.py"] if with_code else _MODEL_PATTERNS
-    with readable_errors(name):
-        return snapshot_download(name, revision=revision, allow_patterns=patterns)
 
 
 def _datasets(config: RunConfig) -> list[tuple[str, str | None, list[str]]]:

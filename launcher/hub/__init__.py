@@ -99,6 +99,20 @@ def maybe_fetch_checkpoint(uri: str, paths: RunPaths) -> Path | None:
         return None
 
 
+def fetch_model(name: str, revision: str | None, *, with_code: bool = False) -> Path:
+    """Downloads a model's config, tokenizer and safetensors weights into the client's cache; returns the folder there.
+
+    Args:
+        with_code: also the Python files that come with it, for `model.trust_remote_code`.
+
+    Raises:
+        ResumeError: it is not there or may not be read. HubError: the Hub cannot be reached.
+    """
+    from launcher.hub.fetch import download_model
+
+    return download_model(name, revision, with_code)
+
+
 def pushed_checkpoints(paths: RunPaths) -> dict[int, str]:
     """Step → commit of every checkpoint of this run that has reached the Hub."""
     journal = files.read_json_or(paths.hub_dir / "journal.json", {})

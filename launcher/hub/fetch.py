@@ -17,6 +17,7 @@ from launcher.errors import DamagedCheckpointError, ResumeError
 from launcher.paths import RunPaths
 
 _URI = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>.+))?$")
+_MODEL_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _BUCKET_PREFIX = "hf://buckets/"
 _BUCKET_URI = re.compile(r"^hf://buckets/([\w.-]+/[\w.-]+)(?:/(checkpoint-\d+))?/?$")
 _FOLDER = re.compile(r"^(last-checkpoint|checkpoint-\d+)$")
@@ -185,3 +186,15 @@ def _move_into_place(checkpoint: Path, target: Path, download_dir: Path) -> Path
     files.rename(checkpoint, target)
     shutil.rmtree(download_dir.parent, ignore_errors=True)
     return target
+
+
+def download_model(name: str, revision: str | None, with_code: bool) -> Path:
+    """See `launcher.hub.fetch_model`."""
+    from huggingface_hub import snapshot_download
+
+    from launcher.hub.remote import connect, readable_errors
+
+    connect(timeout_s=60.0)
+    patterns = [*_MODEL_PATTERNS, "*.py"] if with_code else _MODEL_PATTERNS
+    with readable_errors(name):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
