@@ -18,6 +18,9 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Ini
 from launcher.config import RunConfig
 from launcher.paths import RunPaths
 
+_COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""Tokenising a large data set may keep the others waiting for hours; hangs in training are the watchdog's business."""
+
 
 class LauncherAccelerator(Accelerator):
     """`save_state` snapshots into the run's next `checkpoint-N` (written in the background), `load_state` restores one.
@@ -53,11 +56,7 @@ def use_single_process_env() -> None:
 def build_accelerator(config: RunConfig) -> LauncherAccelerator:
     """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo)."""
     has_cuda = torch.cuda.is_available()
-    handlers: list[Any] = [
-        InitProcessGroupKwargs(
-            backend="nccl" if has_cuda else "gloo", timeout=timedelta(seconds=config.launch.hang_timeout_s)
-        )
-    ]
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=_COLLECTIVE_TIMEOUT)]
     logs = str(RunPaths(Path(config.output_dir).expanduser().resolve()).logs_dir)
     arguments: dict[str, Any] = {
         "mixed_precision": config.mixed_precision, "log_with": config.tracker.name, "project_dir": logs,

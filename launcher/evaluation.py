@@ -38,7 +38,9 @@ def evaluate(run: Run) -> dict[str, float]:
         loss_total, count_total = run.processes.sum([loss_sum, labelled])
         values = {"eval_loss": loss_total / max(1.0, count_total)}
         if run.metric is not None:
+            run.watchdog.pause()
             values |= {f"eval_{k}": v for k, v in measure(run, run.metric).items()}
+            run.watchdog.alive()
     run.model.train()
     return values
 

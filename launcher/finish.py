@@ -28,7 +28,8 @@ def finish(run: Run) -> None:
             "The earlier checkpoints are whole: make room and run the same command again to finish"
         )
     source = chosen_checkpoint(run) if saves else write_model_only(run)
-    if run.is_main:
+    run.watchdog.pause()
+    if run.is_main:  # the others are done: copying and uploading may take longer than a collective waits
         publish(source, run.paths.root)
         if not saves:
             files.remove_tree(source)
@@ -44,6 +45,7 @@ def finish(run: Run) -> None:
 
 def interrupted(run: Run, reason: str) -> None:
     """After a stop on request. Main process; the others have nothing to do."""
+    run.watchdog.pause()
     if run.is_main:
         state = "pruned" if reason == "pruned" else "interrupted"
         run.run_file.update(

@@ -15,7 +15,7 @@ from launcher.checkpoint.engine import Checkpointer, SaveResult, raise_failed
 from launcher.checkpoint.retention import expired_steps, our_steps
 from launcher.config import RunConfig
 from launcher.data import Data, StepSampler, collate, split_step
-from launcher.errors import NonFiniteError
+from launcher.errors import CheckpointWriteError, NonFiniteError
 from launcher.evaluation import evaluate
 from launcher.hub import Hub, NoHub
 from launcher.metrics import MetricsFile, NoProgress, Progress, RunFile, Trackers
@@ -61,6 +61,13 @@ class Run:
     last_save_s: float = 0.0
     last_step_s: float = 0.0
     previous_best: tuple[float | None, int | None] = (None, None)
+
+    def close(self) -> None:
+        """Ends the writer (once it has done all it was told), the trackers and the display."""
+        self.checkpointer.close()
+        self.trackers.close()
+        self.progress.close()
+        self.watchdog.close()
 
     @property
     def step(self) -> int:
@@ -194,7 +201,9 @@ def agree(run: Run, loss_sum: float, num_tokens: int) -> Agreement:
     code = run.stop.reason_code(run.last_save_s, run.last_step_s)
     due = False
     if run.is_main:
-        due = run.save_schedule.is_due(run.step, improved=False) or (run.save_schedule.is_owed and has_room(run))
+        due = run.save_schedule.is_due(run.step, improved=False) or (
+            run.save_schedule.is_waiting_for_room and has_room(run)
+        )
     mine = [loss_sum, num_tokens, code if run.is_main else 0, 1 if code else 0, due, undone, failed]
     loss, tokens, main_code, num_asked, is_due, undone_sum, failed_sum = run.processes.sum(mine)
     stop_code = int(main_code) or (1 if num_asked else 0)
@@ -292,8 +301,8 @@ def save(run: Run) -> None:
     waited = wait_for_save(run)
     if waited > 1.0:
         run.progress.say(f"step {run.step}: waited {waited:.1f} s for the save before")
-    if not run.processes.broadcast(has_room(run, tell=True) if run.is_main else None):
-        on_save_ended(run, SaveResult(run.step, 0.0, error="not enough disk space"))
+    if not run.processes.on_main(lambda: has_room(run, tell=True)):
+        on_save_ended(run, SaveResult(run.step, 0.0, error="not enough disk space", found_no_room=True))
         return
     note_best(run)
     run.last_saved_step = run.step
@@ -303,9 +312,28 @@ def save(run: Run) -> None:
         wait_for_save(run)
 
 
+def save_and_wait(run: Run) -> None:
+    """Makes sure that the state of this step is on disk, with a second attempt where the first one failed. Collective."""
+    for _ in range(2):
+        save(run)
+        wait_for_save(run)
+        if run.last_saved_step == run.step:
+            return
+
+
 def has_room(run: Run, tell: bool = False) -> bool:
-    """Whether the disk has room for one more checkpoint; main process."""
-    needed, free = run.checkpointer.missing_bytes()
+    """Whether the disk has room for one more checkpoint; main process.
+
+    Raises:
+        CheckpointWriteError: output_dir is not there any more.
+    """
+    try:
+        needed, free = run.checkpointer.missing_bytes()
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"output_dir={run.paths.root} cannot be reached any more: {error}. Step {run.step} could not be saved; when it "
+            "is there again, the same command goes on from its last checkpoint"
+        ) from error
     if free < needed and tell:
         run.progress.say(
             f"WARNING step {run.step}: no checkpoint saved: it needs {needed:,} bytes and {run.paths.root} has "
@@ -364,7 +392,6 @@ def stop(run: Run, reason: str) -> str:
     """Saves and ends, because somebody asked. Collective."""
     run.progress.say(f"step {run.step}: stopping ({reason})")
     if run.config.checkpoint.save_strategy != "no":
-        save(run)
-        wait_for_save(run)
+        save_and_wait(run)
     run.stop.clear()
     return reason

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -49,8 +50,8 @@ def before_imports() -> None:
         os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 
-def check_agent(config: RunConfig) -> None:
-    """Under one's own `accelerate launch` the flags must not contradict the config.
+def check_agent(config: RunConfig, argv: Sequence[str]) -> None:
+    """Under one's own `accelerate launch` the flags must not contradict the settings; the process number is its own.
 
     Raises:
         ConfigError: a process number, strategy or precision set there differs.
@@ -58,7 +59,8 @@ def check_agent(config: RunConfig) -> None:
     problems = []
     world = int(os.environ.get("WORLD_SIZE", 1))
     wanted = config.launch.num_processes
-    if wanted is not None and wanted != world:
+    is_given = any(argument.lstrip("+").startswith("launch.num_processes=") for argument in argv)
+    if is_given and wanted is not None and wanted != world:
         problems.append(
             f"launch.num_processes={wanted} but accelerate launch started {world}. "
             f"Start it with --num_processes {wanted}, or set launch.num_processes={world}"

@@ -32,9 +32,11 @@ class SaveSchedule:
 
     def __init__(self, config: RunConfig, num_rows: int) -> None:
         self._checkpoint, self._batch, self._num_rows = config.checkpoint, config.train.train_batch_size, num_rows
-        self._started = self._last_save = time.monotonic()
+        self._last_save = time.monotonic()
         self._cost_s: float | None = None
-        self._owed_since: float | None = None
+        self._num_failures = 0  # in a row
+        self._retry_at = math.inf
+        self.is_waiting_for_room = False
 
     def interval_s(self) -> float:
         """Young and Daly's interval sqrt(2 · mtbf · cost), no shorter than what max_overhead allows."""
@@ -44,11 +46,11 @@ class SaveSchedule:
         return max(math.sqrt(2 * self._checkpoint.mtbf_s * self._cost_s), shortest)
 
     def is_due(self, step: int, *, improved: bool) -> bool:
-        """Whether the strategy, the clock or an owed save asks for one now."""
+        """Whether the strategy, the clock or a failed save asks for one now."""
         ck, now = self._checkpoint, time.monotonic()
         if ck.save_strategy == "no":
             return False
-        if self._owed_since is not None and now - self._owed_since >= _RETRY_S:
+        if now >= self._retry_at:
             return True
         if ck.save_every_s is not None and now - self._last_save >= ck.save_every_s:
             return True
@@ -60,24 +62,23 @@ class SaveSchedule:
             return step % ck.save_steps == 0
         return now - self._last_save >= self.interval_s()
 
-    @property
-    def is_owed(self) -> bool:
-        """Whether an earlier save failed or was skipped and has not been made up for."""
-        return self._owed_since is not None
-
     def started(self) -> None:
         self._last_save = time.monotonic()
 
     def ended(self, result: SaveResult) -> None:
-        """Notes what a save cost, or that it is owed."""
-        if result.error is None:
-            self._cost_s, self._owed_since = max(result.stall_s, 1e-3), None
-        else:
-            self.owe(retry_now=False)
+        """Notes what a save cost, or that it has to be made up for.
 
-    def owe(self, *, retry_now: bool) -> None:
-        """A save was not made: it is due again at the next step that has room, or in half a minute."""
-        self._owed_since = time.monotonic() - (_RETRY_S if retry_now else 0.0)
+        A failed save is repeated at the next step (a writer that was killed is a new one then), after that every half
+        minute. One that found no room is due as soon as there is.
+        """
+        if result.error is None:
+            self._cost_s = max(result.stall_s, 1e-3)
+            self._num_failures, self._retry_at, self.is_waiting_for_room = 0, math.inf, False
+        else:
+            self._num_failures += 1
+            is_first = self._num_failures == 1 and not result.found_no_room
+            self._retry_at = time.monotonic() + (0.0 if is_first else _RETRY_S)
+            self.is_waiting_for_room = result.found_no_room
 
 
 def save_line(result: SaveResult) -> dict[str, Any]:

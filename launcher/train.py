@@ -16,7 +16,7 @@ def main() -> None:
     rank_setup.before_imports()
     try:
         config = compose_arguments(sys.argv[1:])
-        rank_setup.check_agent(config)
+        rank_setup.check_agent(config, sys.argv[1:])
         from launcher.accelerator import build_accelerator
         from launcher.build import build_run, open_output_dir
         from launcher.finish import finish, interrupted
@@ -34,11 +34,7 @@ def main() -> None:
             finish(run)
         else:
             interrupted(run, reason)
-        run.checkpointer.close()
-        run.trackers.close()
-        run.progress.close()
-        run.watchdog.close()
-        processes.barrier()
+        run.close()
         lock.release()
     except BaseException as error:
         rank_setup.fail(error)

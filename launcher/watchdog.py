@@ -23,6 +23,10 @@ class Watchdog:
         """Starts the time anew."""
         faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._file)
 
+    def pause(self) -> None:
+        """No limit until the next `alive()`: for what may rightly take long (generation, uploads)."""
+        faulthandler.cancel_dump_traceback_later()
+
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()

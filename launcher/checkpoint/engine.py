@@ -40,13 +40,15 @@ class Phase(enum.Enum):
 
 @dataclass
 class SaveResult:
-    """What became of a save: seconds the loop stood still, seconds until durable, bytes; `error` where it failed."""
+    """What became of a save: seconds the loop stood still, seconds until durable, bytes; `error` where it failed,
+    `found_no_room` where it was not even begun."""
 
     step: int
     stall_s: float
     write_s: float = 0.0
     num_bytes: int = 0
     error: str | None = None
+    found_no_room: bool = False
 
 
 @dataclass

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from launcher.errors import DamagedCheckpointError
 FORMAT = "launcher-checkpoint"
 FORMAT_VERSION = 1
 NAME = "manifest.json"
+_HASH = "manifest_sha256"
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -46,7 +47,15 @@ class Manifest:
     def to_json(self) -> bytes:
         files = [{**vars(f), "chunk_sha256": list(f.chunk_sha256)} for f in self.files]
         value = {"format": FORMAT, **vars(self), "files": files}
-        return (json.dumps(value, indent=1) + "\n").encode()
+        return (json.dumps({**value, _HASH: _own_hash(value)}, indent=1) + "\n").encode()
+
+
+_KEYS = {"format", *(f.name for f in fields(Manifest))}
+
+
+def _own_hash(value: dict[str, Any]) -> str:
+    """Of a manifest's content without this hash, so that a flipped bit in the manifest itself is found too."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> FileEntry:
@@ -95,13 +104,17 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / NAME
     try:
-        raw = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        raw = json.loads(text)
         version = raw["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if _is_newer(raw):
             raise DamagedCheckpointError(
                 f"{folder} was written by a newer launcher (format_version {version}, this one reads "
                 f"{FORMAT_VERSION}): pip install --upgrade accelerate-launcher"
             )
+        own_hash = raw.pop(_HASH, None)
+        if set(raw) != _KEYS or (own_hash is not None and (own_hash != _own_hash(raw) or text[-1:] != b"\n")):
+            raise ValueError("it does not match its own hash")
         files = tuple(
             FileEntry(str(f["path"]), int(f["bytes"]), str(f["sha256"]), tuple(f["chunk_sha256"])) for f in raw["files"]
         )
@@ -117,10 +130,19 @@ def read(folder: Path) -> Manifest:
 def is_newer_format(folder: Path) -> bool:
     """Whether a later version wrote it: then it is whole, but not for us."""
     try:
-        version = json.loads((folder / NAME).read_bytes())["format_version"]
+        return _is_newer(json.loads((folder / NAME).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return isinstance(version, int) and version > FORMAT_VERSION
+
+
+def _is_newer(raw: dict[str, Any]) -> bool:
+    version = raw["format_version"]
+    if not isinstance(version, int) or version <= FORMAT_VERSION:
+        return False
+    # One flipped bit makes a 3, 5 or 9 of our 1: then the hash is still that of our version.
+    ours = {**raw, "format_version": FORMAT_VERSION}
+    is_flipped = (version ^ FORMAT_VERSION).bit_count() == 1 and ours.pop(_HASH, None) == _own_hash(ours)
+    return not is_flipped
 
 
 def structural_problems(folder: Path, manifest: Manifest) -> list[str]:

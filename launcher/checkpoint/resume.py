@@ -49,7 +49,8 @@ def find(
     Raises:
         ResumeError, DamagedCheckpointError: an explicit path cannot be used, or only damaged ones are left.
     """
-    if choice == "auto" or (choice == "never" and os.environ.get(RESTARTED)):
+    has_ours = processes.on_main(lambda: any((f / manifest.NAME).is_file() for _, f in paths.checkpoint_dirs()))
+    if choice == "auto" or (choice == "never" and os.environ.get(RESTARTED) and has_ours):
         return _newest(paths, processes)
     if choice == "never":
         return None, processes.on_main(lambda: _supersede(paths, above_step=-1))

@@ -15,6 +15,8 @@ SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16",
 }  # fmt: skip
+_COPY_ITEMS = 2**26
+"""Elements copied at once: a change of dtype makes a temporary of that size on the device."""
 OPTIMIZER_STEM = "state/optimizer"
 
 
@@ -148,4 +150,5 @@ def take(plan: SnapshotPlan, buffer: Tensor) -> None:
         for copy in plan.copies:
             source = copy.source()
             target = buffer[copy.offset : copy.offset + source.numel() * copy.dtype.itemsize].view(copy.dtype)
-            target.copy_(source, non_blocking=True)
+            for part, place in zip(source.split(_COPY_ITEMS), target.split(_COPY_ITEMS), strict=True):
+                place.copy_(part, non_blocking=True)

@@ -83,8 +83,8 @@ class Writer:
         if missing:
             raise FileNotFoundError(f"not written: {', '.join(missing)}")
         files.write_file(folder / manifest.NAME, built.to_json())
-        files.fsync_dir(folder / "state")
-        files.fsync_dir(folder)
+        for inner in sorted({folder / parent for f in built.files for parent in Path(f.path).parents}, reverse=True):
+            files.fsync_dir(inner)
         files.rename(folder, target)
         seconds = time.monotonic() - started
         return {"event": "committed", "step": command["step"], "bytes": built.total_bytes, "seconds": seconds}
