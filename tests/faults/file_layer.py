@@ -180,7 +180,7 @@ def check(paths: RunPaths, problems: list[str], *, after_recovery: bool) -> list
 def recover(paths: RunPaths, problems: list[str]) -> int:
     """What a new start does; the step it would go on from."""
     retention.sweep_leftovers(paths)
-    point, notices = find("auto", paths, OneProcess())  # type: ignore[arg-type]
+    point, notices = find("auto", paths, OneProcess(), lambda folder: folder)  # type: ignore[arg-type]
     problems += [f"notice: {n}" for n in notices]
     return -1 if point is None else point.step
 
