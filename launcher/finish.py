@@ -69,7 +69,8 @@ def chosen_checkpoint(run: Run) -> Path:
     if run.config.checkpoint.load_best_model_at_end:
         if best is not None and run.paths.checkpoint_dir(best).is_dir():
             return run.paths.checkpoint_dir(best)
-        run.progress.say("no checkpoint has been evaluated, so the last model is taken instead of the best")
+        if run.config.eval.eval_strategy != "no":
+            run.progress.say("no saved checkpoint has been evaluated: the last model is taken instead of the best")
     return last
 
 
