@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from launcher.agent import is_finished
 from launcher.compose import Arguments, compose, compose_arguments, split_arguments
 from launcher.config import RunConfig
 from launcher.errors import EXIT_DONE, UserError
+from launcher.paths import RunPaths
 from launcher.rules import notices
 from launcher.slurm import render_run, submit_run
 
@@ -36,9 +39,13 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         print(render_run(config), end="")
         return EXIT_DONE
+    paths = RunPaths(Path(config.output_dir).expanduser().resolve())
+    if is_finished(config, paths):
+        print(f"{paths.root} is finished: nothing to do. Its model is in that folder")
+        return EXIT_DONE
     submission = submit_run(config)
     print(f"submitted job {submission.job_id}\nlog: {submission.log}\nscript: {submission.script}")
-    print(f"how it stands: launcher status {submission.script.parent.parent}")
+    print(f"how it stands: launcher status {paths.root}")
     return EXIT_DONE
 
 

@@ -172,6 +172,18 @@ def test_command_prints_job_and_log_when_submitted(use_cluster: Cluster, capsys:
     use_cluster.run("scancel", job_id)
 
 
+def test_command_says_so_when_the_run_is_finished(
+    use_cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"state": "finished", "step": 7}), encoding="utf-8")
+    assert cli.main(["submit", "output_dir=run", "train.max_steps=7"]) == 0
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert use_cluster.run("squeue", "-h", "-n", "run") == ""
+    assert cli.main(["submit", "output_dir=run", "train.max_steps=8", "launch.sbatch.hold=true"]) == 0
+    use_cluster.run("scancel", Path("run/slurm/job_id").read_text().strip())
+
+
 def test_command_exits_2_with_slurms_answer_when_refused(
     use_cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
