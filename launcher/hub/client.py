@@ -168,6 +168,7 @@ class SpoolHub:
             self._notices.append(f"Hub: there is no model in {model_dir} to send")
             return
         home = self._spool.add(item)
+        self._spool.pass_over(home.name, item.name)  # of an earlier end of this run
         if self._settings.strategy == "every_save":  # both go to the top of the repository
             self._spool.record(passed_over=self._spool.pass_over(home.name))
 

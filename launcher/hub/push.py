@@ -58,7 +58,8 @@ def plan_push(folder: Path, overrides: dict[str, Any]) -> Plan:
         return Plan(settings, tuple(items), spool)
     item = model_item(folder, None, kind="folder")
     if any(f.path.endswith(".safetensors") for f in item.files):
-        return Plan(_settings(folder, "every_save", overrides), (item,))
+        known = files.read_json_or(spool.settings_path, {})
+        return Plan(_settings(folder, known.get("strategy", "every_save"), overrides), (item,))
     whole = [(s, p) for s, p in RunPaths(folder).checkpoint_dirs() if (p / manifest.NAME).is_file()]
     if not whole:
         raise UserError(f"{folder} holds no model of ours: no *.safetensors, no checkpoint-N with a manifest")
@@ -140,6 +141,9 @@ def _temporary_spool(plan: Plan) -> Iterator[Spool]:
         spool = Spool(Path(root))
         spool.prepare()
         files.write_json(spool.settings_path, asdict(plan.settings))
+        journal = Spool(RunPaths(Path(plan.settings.run_dir)).hub_dir).read_journal()
+        if journal["repo_id"] == plan.settings.repo_id:  # what the run knows: its card, its commits of this hour
+            spool.write_journal({**journal, "target": plan.settings.bucket or plan.settings.repo_id})
         for item in plan.items:
             spool.add_reference(item)
         yield spool

@@ -275,9 +275,9 @@ class Spool:
         for path in self.root.glob("tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def pass_over(self, keep: str) -> list[str]:
-        """Gives up the queued checkpoints older than item `keep`: the newest wins. Returns their plain names."""
-        older = [n for n in self.names(self.queue_dir) if n < keep and n.split("-", 1)[1].startswith("checkpoint-")]
+    def pass_over(self, keep: str, prefix: str = "checkpoint-") -> list[str]:
+        """Gives up queued items of this prefix older than item `keep`: the newest wins. Returns their plain names."""
+        older = [n for n in self.names(self.queue_dir) if n < keep and n.split("-", 1)[1].startswith(prefix)]
         return [n.split("-", 1)[1] for n in older if self.discard(self.queue_dir / n)]
 
     def drop_beyond(self, limit_bytes: int) -> list[str]:
@@ -286,7 +286,8 @@ class Spool:
         held = sum(sizes.values()) + sum(self._bytes(self.active_dir / n) for n in self.names(self.active_dir))
         dropped = []
         for name, size in sizes.items():
-            if held > limit_bytes and self.discard(self.queue_dir / name):
+            is_checkpoint = name.split("-", 1)[1].startswith("checkpoint-")  # the final model is never given up
+            if held > limit_bytes and is_checkpoint and self.discard(self.queue_dir / name):
                 dropped.append(name.split("-", 1)[1])
                 held -= size
         return dropped

@@ -11,7 +11,7 @@ import pytest
 
 from launcher.cli import prefetch, push
 from launcher.errors import UserError
-from launcher.hub.spool import checkpoint_item
+from launcher.hub.spool import checkpoint_item, model_item
 from tests.hub.helpers import (
     REPO,
     UploaderUnderTest,
@@ -150,3 +150,16 @@ def test_help_holds_an_example(verb: object, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert f"launcher {verb.__name__.rpartition('.')[2]} " in text  # type: ignore[attr-defined]
     assert "example" in text
+
+
+def test_nothing_is_committed_when_everything_is_there(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run, hub_strategy="checkpoint"))
+    spool.add(checkpoint_item(10, make_checkpoint(run, 10)))
+    write_model(run, 10)
+    spool.add(model_item(run, None))
+    assert launcher_push(env, str(run)).returncode == 0
+    commits = hub.count("POST .*/commit/")
+    done = launcher_push(env, str(run))
+    assert done.returncode == 0, done.stderr
+    assert hub.count("POST .*/commit/") == commits
