@@ -30,7 +30,7 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
         trainer = files.read_json_or(CheckpointPaths(folder).trainer_state, {})
         metrics = {
             k: v for line in trainer.get("log_history", []) if line.get("step") == step for k, v in line.items()
-            if k == "loss" or k.startswith("eval_")
+            if k == "loss" or (k.startswith("eval_") and k != "eval_runtime_s")
         }  # fmt: skip
         rows.append(
             {
@@ -86,7 +86,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, header_style="bold")
     for name in ("checkpoint", "epoch", "metrics", "size", "processes", "ZeRO", "", "Hub"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=name != "metrics")
     for row in rows:
         if row["state"] != "whole":
             table.add_row(row["checkpoint"], "", row["state"])
@@ -98,7 +98,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             human_bytes(row["bytes"]), str(row["world_size"]), str(row["zero_stage"] or "-"), marks,
             "yes" if row["on_hub"] else "",
         )  # fmt: skip
-    Console(width=None).print(table)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else max(console.width, 140))
 
 
 def human_bytes(count: float) -> str:
