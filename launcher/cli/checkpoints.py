@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             human_bytes(row["bytes"]), str(row["world_size"]), str(row["zero_stage"] or "-"), marks,
             "yes" if row["on_hub"] else "",
         )  # fmt: skip
-    console = Console()
-    console.print(table, width=None if console.is_terminal else max(console.width, 140))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def human_bytes(count: float) -> str:
