@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 TINY = [
     "model=tiny_llama", "model.config.num_hidden_layers=1", "model.config.hidden_size=32", "data=arithmetic",
     "experiment=none", "launch.num_processes=1", "train.train_batch_size=8", "train.logging_steps=1",
-    "checkpoint.save_steps=5", "tracker=none",
+    "checkpoint.save_steps=5", "tracker=off",
 ]  # fmt: skip
 QUIET = ["eval.eval_strategy=no", "checkpoint.load_best_model_at_end=false"]
 
@@ -39,9 +40,11 @@ def test_jobs_equal_plain_runs_when_the_sweep_is_killed_and_run_again(tmp_path: 
     sweep = tmp_path / "sweep"
     args = ["-m", "seed=1,2", "sweep.num_slots=1", "train.max_steps=400", *QUIET, f"output_dir={sweep}"]
     process = launcher_train(*args)
-    wait_until(lambda: list(sweep.glob("seed=1/checkpoint-*/manifest.json")), timeout_s=200)
+    checkpoints = "seed=1/checkpoint-*/manifest.json"
+    wait_until(lambda: process.poll() is not None or list(sweep.glob(checkpoints)), timeout_s=300)
     process.kill()
-    process.communicate()
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
     wait_until(lambda: json.loads((sweep / "seed=1/run.json").read_text())["state"] == "interrupted", timeout_s=60)
     stopped_at = json.loads((sweep / "seed=1/run.json").read_text())["step"]
     assert 0 < stopped_at < 400
@@ -67,7 +70,7 @@ def test_a_hopeless_run_is_pruned_and_keeps_its_checkpoint(tmp_path: Path) -> No
             "eval.eval_steps=5",
             "checkpoint.metric_for_best_model=loss",
             f"output_dir={sweep}",
-        )  # fmt: skip
+        )
     )
     assert "1 pruned" in output
     (run,) = sweep.glob("optim*")
