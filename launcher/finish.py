@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 
 def finish(run: Run) -> None:
     """After the last step: waits for the last save, publishes the model, ends. Collective."""
-    from launcher.loop import save, wait_for_save
+    from launcher.loop import save_and_wait
 
     saves = run.config.checkpoint.save_strategy != "no"
     if saves:
-        save(run)  # the last step was; a run resumed past its end from another folder was not
-    wait_for_save(run)
+        save_and_wait(run)  # the last step is being saved; a run resumed past its end from another folder was not
     if saves and run.last_saved_step != run.step:
         raise CheckpointWriteError(
             f"training reached step {run.step} but its checkpoint could not be saved (see above). "
@@ -30,7 +29,13 @@ def finish(run: Run) -> None:
     source = chosen_checkpoint(run) if saves else write_model_only(run)
     run.watchdog.pause()
     if run.is_main:  # the others are done: copying and uploading may take longer than a collective waits
-        publish(source, run.paths.root)
+        try:
+            publish(source, run.paths.root)
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"the model could not be copied to {run.paths.root}: {error}. It is whole in {source}: make room and "
+                "run the same command again to finish"
+            ) from error
         if not saves:
             files.remove_tree(source)
         p = run.state.progress

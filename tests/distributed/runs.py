@@ -25,7 +25,7 @@ OPTIMIZER = "tests.distributed.faulty.FaultyAdamW"
 
 def write_rows(path: Path, count: int = NUM_ROWS) -> None:
     """Chats of different lengths, the same ones every time."""
-    words = "red blue cat dog house tree ran big small on the".split()
+    words = ["red", "blue", "cat", "dog", "house", "tree", "ran", "big", "small", "on", "the"]
     source = random.Random(5)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
@@ -35,7 +35,7 @@ def write_rows(path: Path, count: int = NUM_ROWS) -> None:
 
 
 def settings(data: Path, cache: Path) -> list[str]:
-    """Overrides of a run that takes milliseconds per step: dropout, accumulation, decay groups, a schedule, clipping."""
+    """Overrides of a run of milliseconds per step: dropout, accumulation, decay groups, a schedule, clipping."""
     return [
         f"data.train_files=[{data}]", f"data.cache_dir={cache}", "data.max_length=64", "model=tiny_llama",
         "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_hidden_layers=2",

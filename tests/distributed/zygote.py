@@ -1,9 +1,9 @@
-"""Starts ranks of `launcher.train` without importing torch each time: a process that has imported everything and forks.
+"""Starts ranks of `launcher.train` without importing torch each time: a process that has imported it all, and forks.
 
-A start under `accelerate launch` costs ten seconds of imports, so only a few tests make one. Here the ranks run the same
-`launcher.train.main` with the same environment; what is missing is the agent. `python -m tests.distributed.zygote` reads
-one JSON request per line, {"argv", "num_processes", "env", "log"}, and answers {"pids": […]} and, when the ranks have
-ended, {"codes": […]}.
+A start under `accelerate launch` costs ten seconds of imports, so only a few tests make one. Here the ranks run the
+same `launcher.train.main` with the same environment; what is missing is the agent. `python -m tests.distributed.zygote`
+reads one JSON request per line, {"argv", "num_processes", "env", "log"}, and answers {"pids": […]} and, when the ranks
+have ended, {"codes": […]}.
 """
 
 from __future__ import annotations
@@ -90,10 +90,6 @@ def _serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers.integrations import deepspeed as integration  # noqa: F401
 
-    import launcher.build
-    import launcher.finish
-    import launcher.loop
-    import launcher.train
 
     del accelerate
     out = os.fdopen(os.dup(1), "w")

@@ -167,7 +167,7 @@ def check(paths: RunPaths, problems: list[str], *, after_recovery: bool) -> list
         bad = manifest.verify(folder)
         problems += [f"{folder.name} under its valid name: {p}" for p in bad]
         content = (folder / "state/optimizer.safetensors").read_bytes()
-        if not bad and bytes([1 + step] * 64) not in content or bytes([2 + step] * 64) not in content:
+        if (not bad and bytes([1 + step] * 64) not in content) or bytes([2 + step] * 64) not in content:
             problems.append(f"{folder.name} holds other bytes than were saved")
         steps.append(step)
     if BEST not in steps:

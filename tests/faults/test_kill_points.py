@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """In memory where there is such a place: thousands of fsyncs on a disk take minutes, and a kill does not see them."""
+    """In memory where possible: thousands of fsyncs on a disk take minutes, and a kill does not need them."""
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="launcher-kills-", dir=base) as name:
         yield Path(name)

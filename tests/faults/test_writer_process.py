@@ -46,7 +46,8 @@ class Group:
         self.members = processes[0].members = [
             Checkpointer(
                 self.paths, processes[rank], lambda rank=rank: self._plan(rank, world_size),  # type: ignore[arg-type,misc]
-                {"config.json": b"{}"} if rank == 0 else {}, zero_stage=0, is_async=is_async, device=torch.device("cpu"),
+                {"config.json": b"{}"} if rank == 0 else {}, zero_stage=0, is_async=is_async,
+                device=torch.device("cpu"),
             )
             for rank in range(world_size)
         ]  # fmt: skip
@@ -69,7 +70,8 @@ class Group:
     def tick(self) -> SaveResult | None:
         """What the loop's all-reduce does at the end of each step."""
         undone, failed = map(sum, zip(*(m.status() for m in self.members), strict=True))
-        return [m.advance(undone, failed) for m in self.members][0]
+        results = [m.advance(undone, failed) for m in self.members]
+        return results[0]
 
     def finish(self, seconds: float = 60.0) -> SaveResult:
         deadline = time.monotonic() + seconds

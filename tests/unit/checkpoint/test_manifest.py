@@ -30,7 +30,12 @@ def test_manifest_is_read_back_as_it_was_written(folder: Path) -> None:
     found = manifest.read(folder)
     assert (found.step, found.world_size, found.zero_stage) == (7, 2, 3)
     assert {f.path: f.bytes for f in found.files} == {"empty": 0, "small.json": 11, "two": 2000, "state/many": 3500}
-    assert {f.path: len(f.chunk_sha256) for f in found.files} == {"empty": 0, "small.json": 1, "two": 2, "state/many": 4}
+    assert {f.path: len(f.chunk_sha256) for f in found.files} == {
+        "empty": 0,
+        "small.json": 1,
+        "two": 2,
+        "state/many": 4,
+    }
     assert found.total_bytes == 5511
     assert manifest.verify(folder) == []
 
@@ -40,7 +45,9 @@ def test_verify_finds_one_flipped_bit_at_any_position(folder: Path, name: str) -
     path = folder / name
     good = path.read_bytes()
     source = random.Random(2)
-    positions = range(len(good)) if name == manifest.NAME else sorted(source.sample(range(len(good)), min(len(good), 60)))
+    positions = (
+        range(len(good)) if name == manifest.NAME else sorted(source.sample(range(len(good)), min(len(good), 60)))
+    )
     missed = []
     for position in positions:
         bad = bytearray(good)

@@ -1,0 +1,165 @@
+"""Promise 2: on another number of processes or another ZeRO stage a run continues with the same samples and losses."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher.paths import RunPaths
+from tests.distributed.runs import Lab, different, log_text, losses, state, tensors
+
+Size = tuple[str, int]
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
+SIZES: list[Size] = [("single", 1), *itertools.product(STRATEGIES, (1, 2, 3, 4))]
+_NO_DROPOUT = ("model.config.attention_dropout=0.0",)
+"""Dropout's stream belongs to a process, so it differs with their number; everything else is compared."""
+
+
+@dataclass
+class Reference:
+    """Undisturbed runs, one of each size, made when they are first needed."""
+
+    lab: Lab
+    extra: tuple[str, ...] = _NO_DROPOUT
+    made: dict[Size, RunPaths] = field(default_factory=dict)
+
+    def run(self, size: Size) -> RunPaths:
+        if size not in self.made:
+            folder = self.lab.folder / "-".join(["reference", *map(str, size), str(abs(hash(self.extra)))])
+            self.made[size] = self.lab.run(folder, *size, *self.extra)
+        return self.made[size]
+
+    def continued(self, source: Size, target: Size, folder: Path) -> RunPaths:
+        """The run of `source` up to step 10, continued as `target`."""
+        start(self.run(source), folder)
+        return self.lab.run(folder, *target, *self.extra)
+
+
+def start(run: RunPaths, folder: Path) -> None:
+    """A copy of a run as it was when it was killed after its save at step 10."""
+    folder.mkdir()
+    shutil.copytree(run.checkpoint_dir(10), folder / "checkpoint-10")
+    shutil.copyfile(run.metrics, folder / "metrics.jsonl")
+
+
+@pytest.fixture(scope="session")
+def reference(lab: Lab) -> Reference:
+    return Reference(lab)
+
+
+def check_losses(expected: RunPaths, found: RunPaths, relative: float = 1e-4, first: float = 1e-5) -> None:
+    """The losses of steps 11 to 20, which are those of the same samples."""
+    a, b = losses(expected), losses(found)
+    assert sorted(a) == sorted(b) == list(range(1, 21))
+    errors = [abs(a[k] - b[k]) / abs(a[k]) for k in range(11, 21)]
+    assert errors[0] <= first, errors
+    assert max(errors) <= relative, errors
+    assert a[20] < a[1], "nothing was learned, so equal losses mean little"
+
+
+def check_pair(reference: Reference, source: Size, target: Size, folder: Path) -> None:
+    found = reference.continued(source, target, folder)
+    check_losses(reference.run(source), found)
+    before, after = state(found.checkpoint_dir(10)), state(found.checkpoint_dir(20))
+    assert (before["strategy"], before["world_size"]) == source
+    assert (after["strategy"], after["world_size"]) == target
+    assert after["samples_seen"] == 2 * before["samples_seen"] == 160
+    assert "equal up to rounding from here" in log_text(folder) or source == target
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(("zero2", 2), ("zero3", 3)), (("zero3", 3), ("ddp", 2)), (("ddp", 2), ("zero1", 4)), (("zero3", 3), ("single", 1))],
+)
+def test_losses_equal_when_continued_at_another_size(
+    reference: Reference, tmp_path: Path, source: Size, target: Size
+) -> None:
+    check_pair(reference, source, target, tmp_path / "run")
+
+
+def _pairs() -> list[tuple[Size, Size]]:
+    """Every strategy to every other and every number of processes to every other, four times each, by a fixed draw."""
+    pairs = [(a, b) for a, b in itertools.product(SIZES, SIZES) if a != b]
+    random.Random(4).shuffle(pairs)
+    chosen, seen = [], dict[tuple[object, object], int]()
+    for a, b in pairs:
+        keys = [(a[0], b[0]), (a[1], b[1])]
+        if any(seen.get(key, 0) < 1 for key in keys):
+            chosen.append((a, b))
+            for key in keys:
+                seen[key] = seen.get(key, 0) + 1
+    return chosen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "target"), _pairs(), ids=lambda s: f"{s[0]}x{s[1]}")
+def test_losses_equal_in_the_matrix(reference: Reference, tmp_path: Path, source: Size, target: Size) -> None:
+    check_pair(reference, source, target, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("source", "target"), [(("zero2", 2), ("zero3", 3)), (("ddp", 2), ("zero2", 3))])
+def test_stored_state_is_bit_identical_when_gone_through_another_size_and_back(
+    lab: Lab, reference: Reference, tmp_path: Path, source: Size, target: Size
+) -> None:
+    """Resumed at another size past its end, a run stores what it has loaded; and so does the first size again."""
+    first = reference.run(source).checkpoint_dir(10)
+    there = resave(lab, first, tmp_path / "there", target)
+    back = resave(lab, there, tmp_path / "back", source)
+    assert different(first, there) == []
+    assert different(first, back) == []
+    assert groups(first) == groups(there) == groups(back)
+
+
+def groups(checkpoint: Path) -> list[tuple[list[str], dict[str, float], float]]:
+    """Names, step counts and weight decay of each parameter group."""
+    stored = state(checkpoint)["optimizer"]["groups"]
+    return [(g["params"], g["scalars"], g["settings"]["weight_decay"]) for g in stored]
+
+
+def resave(lab: Lab, checkpoint: Path, folder: Path, size: Size) -> Path:
+    """Loads a checkpoint in a folder of its own and saves it again without a step in between."""
+    run = lab.run(
+        folder, *size, *_NO_DROPOUT, "train.max_steps=10", f"checkpoint.resume_from_checkpoint={checkpoint}",
+        "checkpoint.accept_changes=true",
+    )  # fmt: skip
+    return run.checkpoint_dir(10)
+
+
+def test_samples_of_every_step_are_the_same_at_any_size() -> None:
+    """By number: the rows that the processes of a step take together are those of the step, each once."""
+    from launcher.data import StepSampler, split_step
+
+    sampler = StepSampler(37, 8, 42)
+    for step in range(30):
+        rows = sampler.rows_of_step(step)
+        for world, per_device in itertools.product((1, 2, 3, 4, 5, 11), (1, 2, 3, 8)):
+            parts = [split_step(rows, rank, world, per_device) for rank in range(world)]
+            assert len({len(p) for p in parts}) == 1, "the processes make different numbers of micro-steps"
+            taken = np.concatenate([ids for part in parts for ids in part])
+            assert sorted(taken) == sorted(rows)
+            assert max(len(ids) for part in parts for ids in part) <= per_device
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "source", "target", "states"),
+    [
+        (("optim=sgd", "optim.name=torch.optim.SGD", "optim.kwargs={momentum: 0.9}"), ("ddp", 2), ("zero2", 3), {"momentum_buffer"}),
+        (("optim.name=torch.optim.Adafactor",), ("single", 1), ("ddp", 3), {"row_var", "col_var", "variance"}),
+    ],
+    ids=["sgd", "adafactor"],
+)  # fmt: skip
+def test_other_optimizers_continue(
+    lab: Lab, tmp_path: Path, optimizer: tuple[str, ...], source: Size, target: Size, states: set[str]
+) -> None:
+    reference = Reference(lab, (*_NO_DROPOUT, *optimizer))
+    found = reference.continued(source, target, tmp_path / "run")
+    check_losses(reference.run(source), found)
+    stored = {k.split()[1].partition(".")[0] for k in tensors(found.checkpoint_dir(20)) if k.startswith("optimizer ")}
+    assert stored == states
