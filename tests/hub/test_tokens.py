@@ -9,6 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from tests.hub.server import HubServer
 
 _RUN = """
@@ -40,7 +42,10 @@ def command_lines(token: str, found: list[str], stop: threading.Event) -> None:
                 continue
 
 
-def test_token_is_nowhere_after_every_fault(hub: HubServer, trainer_env: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("xet", [False, True])
+def test_token_is_nowhere_after_every_fault(
+    hub: HubServer, trainer_env: dict[str, str], tmp_path: Path, xet: bool
+) -> None:
     token, commit = "hf_" + os.urandom(17).hex(), "POST .*/commit/"
     hub.tokens[token] = "write"
     for number, fault in enumerate(
@@ -57,7 +62,7 @@ def test_token_is_nowhere_after_every_fault(hub: HubServer, trainer_env: dict[st
     stop = threading.Event()
     scanner = threading.Thread(target=command_lines, args=(token, found, stop))
     scanner.start()
-    env = {**os.environ, "HF_TOKEN": token, "HF_DEBUG": "1"}
+    env = {**os.environ, "HF_TOKEN": token, "HF_DEBUG": "1", "HF_HUB_DISABLE_XET": "" if xet else "1"}
     try:
         done = subprocess.run(
             [sys.executable, "-c", _RUN, str(tmp_path / "run")], capture_output=True, text=True, env=env, timeout=120
