@@ -132,6 +132,14 @@ def test_job_stops_for_the_time_limit_when_only_the_backstop_signal_comes(stoppe
     run.cluster.run("scancel", run.job_id)
 
 
+@pytest.mark.slow
+def test_job_continues_when_the_time_limit_comes_unannounced(submit_stand_in: SubmitStandIn) -> None:
+    """No stop of its own and no SIGUSR1: only the SIGTERM that Slurm sends KillWait before the kill."""
+    run = submit_stand_in(num_steps=900, sbatch={"time": 1, "signal": "B:USR1@0"}, env={"STAND_IN_MARGIN_S": "-900"})
+    run.wait_completed(240)
+    assert run.reasons() == ["time_limit", None]
+
+
 def test_job_continues_when_preempted(submit_stand_in: SubmitStandIn) -> None:
     run = submit_stand_in(num_steps=80)
     run.wait_step(5)

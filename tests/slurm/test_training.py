@@ -119,3 +119,17 @@ def test_weights_are_identical_when_a_rank_hangs(undisturbed: str, use_cluster: 
         wait_for(lambda: not Path(f"/proc/{stopped}").exists(), 60, "the hanging rank to be killed")
     assert "Thread" in (run.root / "logs" / "stacks-rank-0.txt").read_text()
     assert run.wait_completed() == undisturbed
+
+
+@pytest.mark.parametrize(("num_processes", "strategy"), [(1, "single"), (2, "ddp")])
+def test_run_on_one_node_continues_when_it_gets_sigterm(
+    use_cluster: Cluster, tmp_path: Path, num_processes: int, strategy: str
+) -> None:
+    """With one process, accelerate starts the rank without torchrun."""
+    own = ("launch.num_machines=1", f"launch.num_processes={num_processes}", f"strategy={strategy}")
+    run = TrainingRun(use_cluster, tmp_path / "run", *own)
+    run.wait_step(3)
+    use_cluster.run("scancel", "--signal=TERM", run.job_id)
+    run.wait_completed()
+    assert "stopped and saved: signal" in run.log()
+    assert use_cluster.job(run.job_id)["Restarts"] == "1"
