@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-_STARTS_RANKS = {"distributed", "faults", "sweep", "slurm", "hub"}
+_STARTS_RANKS = {"distributed", "faults", "sweep", "slurm", "hub", "interop"}
 """Folders of tests that start training processes."""
 
 _EXTENSIONS_DIR = Path(sys.prefix) / "torch_extensions" / f"torch-{version('torch')}-deepspeed-{version('deepspeed')}"

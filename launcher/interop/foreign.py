@@ -1,4 +1,4 @@
-"""What a checkpoint of transformers' Trainer holds, under the names of its parameters; the tensors are still on disk."""
+"""What a checkpoint of transformers' Trainer holds, under its parameters' names; the tensors are still on disk."""
 
 from __future__ import annotations
 

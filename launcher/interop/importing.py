@@ -1,4 +1,4 @@
-"""`checkpoint.resume_from_checkpoint=PATH` with a `checkpoint-N` of transformers' Trainer: made one of ours, then resumed.
+"""`checkpoint.resume_from_checkpoint=PATH` with transformers' Trainer's `checkpoint-N`: made one of ours, then resumed.
 
 The conversion runs on the main process alone and streams; what it commits is a checkpoint like any other, so that any
 number of processes under any strategy goes on from it.
@@ -47,8 +47,8 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
     """
     if not (source / "trainer_state.json").is_file():
         raise ResumeError(
-            f"checkpoint.resume_from_checkpoint={source} has neither our manifest.json nor a Trainer's trainer_state.json. "
-            "Valid: auto, never, hf://ORG/NAME, a checkpoint-N folder of ours or of transformers' Trainer"
+            f"checkpoint.resume_from_checkpoint={source} has neither our manifest.json nor a Trainer's "
+            "trainer_state.json. Valid: auto, never, hf://ORG/NAME, a checkpoint-N folder of ours or of transformers' Trainer"
         )
     state = _trainer_state(source)
     step = int(state["global_step"])
@@ -70,8 +70,9 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
              "zero_stage": foreign.zero_stage, "files": []}
         )  # fmt: skip
     except OSError as error:
-        files.remove_tree(temporary)
         raise CheckpointWriteError(f"{source} could not be imported into {paths.root}: {error}") from error
+    finally:
+        files.remove_tree(temporary)  # after the commit it has its other name
     return target
 
 
@@ -99,8 +100,8 @@ def _read(source: Path, config: RunConfig) -> tuple[Foreign, nn.Module]:
         there, here = {s.spec.name for s in foreign.weights}, {named(n) for n in trained(model)}
         if here - there:
             raise ResumeError(
-                f"{source}: DeepSpeed trained {len(there)} parameters, this model has {len(here)} trainable ones, among "
-                f"them {sorted(here - there)[0]}. Parameters that were frozen there are not known here"
+                f"{source}: DeepSpeed trained {len(there)} parameters there, this model has {len(here)} trainable ones, "
+                f"{sorted(here - there)[0]} among them. Parameters that were frozen there are not known here"
             )
         return foreign, model
     if not (source / "optimizer.pt").is_file():
@@ -138,17 +139,19 @@ def _run_state(
         rate = float((values.get("_last_lr") or [rate])[0])
         values = {k: v for k, v in values.items() if isinstance(v, (int, float, str, bool, list)) and k != "lr_lambdas"}
     is_best = state.get("best_global_step") == step  # an earlier best one is not in output_dir
-    is_ours_zero = bool(config.strategy.zero_stage)
+    # The two kinds of loss scaler have different fields; another kind starts anew, which costs a few skipped steps.
+    keeps_scaler = config.mixed_precision == "fp16" and bool(foreign.zero_stage) == bool(config.strategy.zero_stage)
     return {
         "version": STATE_VERSION, "step": step, "total_steps": int(state["max_steps"]), "seed": config.seed,
         "samples_seen": step * config.train.train_batch_size, "world_size": foreign.world_size,
         "strategy": f"zero{foreign.zero_stage}" if foreign.zero_stage else "ddp",
         "progress": {
-            "step": step, "epoch": float(state.get("epoch") or 0.0), "num_tokens": int(state.get("num_input_tokens_seen") or 0),
+            "step": step, "epoch": float(state.get("epoch") or 0.0),
+            "num_tokens": int(state.get("num_input_tokens_seen") or 0),
             "best_metric": state.get("best_metric") if is_best else None, "best_step": step if is_best else None,
         },
         "scheduler": {"values": values, "learning_rates": [rate] * len(groups)},
-        "scaler": foreign.loss_scaler if bool(foreign.zero_stage) == is_ours_zero and config.mixed_precision == "fp16" else None,
+        "scaler": foreign.loss_scaler if keeps_scaler else None,
         "optimizer": {"name": config.optim.name, "groups": foreign.groups},
         "settings": _known_settings(source, foreign, config, optimizer),
         "origin": str(source),
@@ -169,8 +172,8 @@ def _known_settings(
     here = _slots(type(optimizer), config)
     if there and there != here:
         raise ResumeMismatchError(
-            f"the optimizer of {source} keeps {', '.join(sorted(there))} for each parameter, optim.name={config.optim.name} "
-            f"keeps {', '.join(sorted(here)) or 'nothing'}. Set optim.name to the optimizer that it was trained with"
+            f"the optimizer of {source} keeps {', '.join(sorted(there))} for each parameter, "
+            f"optim.name={config.optim.name} keeps {', '.join(sorted(here)) or 'nothing'}. Set optim.name to the optimizer that it was trained with"
         )
     known: dict[str, Any] = {
         "optim.learning_rate": float(settings[0].get("initial_lr", config.optim.learning_rate)),
@@ -197,7 +200,9 @@ def _slots(cls: Any, config: RunConfig) -> set[str]:
     return {k for k, v in optimizer.state[param].items() if isinstance(v, torch.Tensor) and v.dim() > 0}
 
 
-def import_notices(state: dict[str, Any], *, learning_rate: float, total_steps: int, epoch: float, accept: bool) -> list[str]:
+def import_notices(
+    state: dict[str, Any], *, learning_rate: float, total_steps: int, epoch: float, accept: bool
+) -> list[str]:
     """What the user should know after going on from an import; empty for checkpoints of our own.
 
     Args:
@@ -212,24 +217,24 @@ def import_notices(state: dict[str, Any], *, learning_rate: float, total_steps: 
     if not imported:
         return []
     known = ", ".join(sorted(state["settings"]))
+    unknown = [k for k in ("train.train_batch_size", "train.max_grad_norm") if k not in state["settings"]]
     lines = [
-        f"imported from transformers' Trainer ({imported['from']}): weights, optimizer, schedule, step and epoch. Compared "
-        f"with this run's settings: {known}. Not recorded there and taken from this run: the data and its order, seed, "
-        "train.mixed_precision"
-        + "".join(f", {k}" for k in ("train.train_batch_size", "train.max_grad_norm") if k not in state["settings"])
+        f"imported from transformers' Trainer ({imported['from']}): weights, optimizer, schedule, step and epoch. "
+        f"Compared with this run's settings: {known}. Not recorded there and taken from this run: the data and its order, "
+        + ", ".join(["seed", "train.mixed_precision", *unknown])
     ]
     rate = imported["learning_rate"]
     if not math.isclose(rate, learning_rate, rel_tol=1e-6, abs_tol=1e-15):
         differs = f"the learning rate of the next step is {rate:g} there and {learning_rate:g} here"
         if state["total_steps"] == total_steps and not accept:
             raise ResumeMismatchError(
-                f"{differs}: set scheduler.lr_scheduler_type, scheduler.warmup_steps and scheduler.lr_scheduler_kwargs as they "
-                "were there. To continue with this run's schedule: checkpoint.accept_changes=true"
+                f"{differs}: set scheduler.lr_scheduler_type, scheduler.warmup_steps and scheduler.lr_scheduler_kwargs "
+                "as they were there. To continue with this run's schedule: checkpoint.accept_changes=true"
             )
         lines.append(differs)
     if imported["epoch"] is not None and abs(imported["epoch"] - epoch) > 0.01 * max(1.0, epoch):
         lines.append(
             f"step {state['step']} was epoch {imported['epoch']:.3f} there and is {epoch:.3f} here: the rows or "
-            "train.train_batch_size differ (the Trainer's is per device × accumulation × processes)"
+            "train.train_batch_size differ (the Trainer's is per device times accumulation times processes)"
         )
     return lines

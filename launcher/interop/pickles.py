@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import zipfile
 from pathlib import Path
@@ -39,14 +40,21 @@ def load_pickle(path: Path) -> Any:
     Raises:
         ResumeError: it names something outside the allow list. DamagedCheckpointError: it cannot be read.
     """
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
+    with torch.serialization.safe_globals(_ALLOWED):
+        try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or "it is no plain data"
-        raise ResumeError(
-            f"{path} is refused, nothing in it was executed: {reason} Only tensors, plain values and DeepSpeed's records "
-            "of its partitions are read. Save it again with transformers' Trainer, without objects of your own in it"
-        ) from error
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+        except pickle.UnpicklingError as error:
+            raise ResumeError(
+                f"{path} is refused, nothing in it was executed: it names {_refused(path)}. Only tensors, plain values "
+                "and DeepSpeed's records of its partitions are read. Save it again without objects of your own in it"
+            ) from error
+        except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+            raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _refused(path: Path) -> str:
+    """What a pickle names outside the allow list; found by reading it as data."""
+    names: list[str] = []
+    with contextlib.suppress(ValueError, RuntimeError, pickle.UnpicklingError):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return ", ".join(sorted(names)) or "something else than plain data"

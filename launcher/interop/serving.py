@@ -16,7 +16,7 @@ from launcher.model import adapter_key
 
 
 def export_safetensors(checkpoint: Path, target: Path, *, dtype: str | None, max_shard_bytes: int) -> str:
-    """Writes the model of a checkpoint or run into a new folder; a few chunks of 64 MiB are in memory at a time.
+    """Writes the model of a checkpoint or run into a new folder; a few chunks are in memory at a time.
 
     Args:
         dtype: float32, bfloat16 or float16; None: as stored.

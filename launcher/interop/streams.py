@@ -16,7 +16,7 @@ from launcher.checkpoint.load import TORCH_DTYPES, TensorFiles
 from launcher.checkpoint.snapshot import SAFETENSORS_NAMES
 from launcher.errors import DamagedCheckpointError
 
-CHUNK_ITEMS = 2**24
+CHUNK_ITEMS = 2**22
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,7 @@ class _Shards:
         key = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
         self.base: list[dict[str, Any]] = [o[key] for o in self.optim]
         if not isinstance(self.base[0], dict):
-            raise ResumeError(
-                f"{folder} is an elastic checkpoint of DeepSpeed. Save it with zero_optimization.elastic_checkpoint=false"
-            )
+            raise ResumeError(f"{folder} is an elastic checkpoint of DeepSpeed. Save it with elastic_checkpoint off")
 
     def params(self) -> list[_Param]:
         """Every trained parameter and where its elements are."""

@@ -1,4 +1,4 @@
-"""The real Trainer of transformers on the rows of a launcher config, one JSON argument; under torchrun for two processes.
+"""The real Trainer of transformers on the rows of a launcher config, one JSON argument; two processes under torchrun.
 
 Its losses go to stdout as `LOSSES [[step, loss, learning_rate], …]`. The rows stand in the order in which ours takes
 them and the Trainer takes them one after the other, so that its losses can be compared with ours step by step.
@@ -41,7 +41,7 @@ def main() -> None:
         use_gloo()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     from launcher.compose import compose
     from launcher.data import StepSampler, build_data, build_tokenizer, collate
@@ -60,26 +60,14 @@ def main() -> None:
         gradient_accumulation_steps=config.train.train_batch_size // (world * per_device),
         weight_decay=config.optim.weight_decay, lr_scheduler_type=config.scheduler.lr_scheduler_type,
         warmup_steps=config.scheduler.warmup_steps, max_grad_norm=config.train.max_grad_norm, seed=config.seed,
-        optim="adamw_torch", train_sampling_strategy="sequential", logging_steps=1, report_to=[], use_cpu=not settings.get("stage"),
+        optim="adamw_torch", train_sampling_strategy="sequential", logging_steps=1, report_to=[],
+        use_cpu=not settings.get("stage"),
         remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False,
         deepspeed=deepspeed_settings(settings["stage"]) if settings.get("stage") else None,
     )  # fmt: skip
-    if settings.get("model"):
-        model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="float32")
-    else:
-        model = build_model(config, tokenizer, is_resume=False)
-    if settings.get("stop_at"):
-        from transformers import TrainerCallback
-
-        class Stop(TrainerCallback):  # max_steps stays, and with it the schedule
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                control.should_training_stop = state.global_step >= settings["stop_at"]
-
-        callbacks = [Stop()]
-    else:
-        callbacks = []
+    model = build_model(config, tokenizer, is_resume=False)
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=[{"row": int(i)} for i in order], callbacks=callbacks,
+        model=model, args=arguments, train_dataset=[{"row": int(i)} for i in order], 
         data_collator=lambda items: collate(rows, np.array([i["row"] for i in items]), tokenizer.pad_token_id),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=settings.get("resume"))

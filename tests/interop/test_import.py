@@ -1,0 +1,213 @@
+"""What an import takes from a folder of the Trainer, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launcher.checkpoint import manifest
+from launcher.errors import DamagedCheckpointError, LauncherError, ResumeError, ResumeMismatchError
+from launcher.files import read_json
+from launcher.interop.importing import import_checkpoint, import_notices
+from launcher.interop.zero_shards import shards_dir
+from launcher.paths import RunPaths
+from tests.interop.folders import STEP, config_of, write_trainer_folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / f"theirs/checkpoint-{STEP}"
+    write_trainer_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    (tmp_path / "ours").mkdir()
+    return RunPaths(tmp_path / "ours")
+
+
+def do_import(source: Path, run: RunPaths, *more: str) -> Path:
+    return import_checkpoint(source, config_of(run.root, *more), run)
+
+
+class Malicious:
+    """Unpickling it runs a command."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_every_tensor_stands_under_its_name(source: Path, run: RunPaths) -> None:
+    folder = do_import(source, run)
+    assert folder == run.checkpoint_dir(STEP) and manifest.verify(folder) == []
+    weights, states = load_file(folder / "model.safetensors"), load_file(folder / "state/optimizer.safetensors")
+    saved = torch.load(source / "optimizer.pt", weights_only=True)
+    names = [n for n in weights if "norm" not in n]
+    assert {k: v for k, v in weights.items()}.keys() == load_file(source / "model.safetensors").keys()
+    embeddings = saved["state"][0]
+    assert torch.equal(states["exp_avg.model.embed_tokens.weight"], embeddings["exp_avg"])
+    last_norm = saved["param_groups"][1]["params"][-1]
+    assert torch.equal(states["exp_avg_sq.model.norm.weight"], saved["state"][last_norm]["exp_avg_sq"])
+    assert len(states) == 2 * len(weights) and names
+    state = read_json(folder / "state/state.json")
+    assert [g["scalars"] for g in state["optimizer"]["groups"]] == [{"step": 1.0}] * 2
+    assert state["progress"]["step"] == STEP and state["progress"]["epoch"] == 0.5 and state["total_steps"] == 20
+    assert not [p.name for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".py")]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "pytorch_model.bin"])
+def test_nothing_is_executed_when_a_pickle_is_malicious(source: Path, run: RunPaths, tmp_path: Path, name: str) -> None:
+    """Contract: foreign pickles are read with an allow list, or refused by name."""
+    marker = tmp_path / "executed"
+    if name.endswith(".bin"):
+        (source / "model.safetensors").unlink()
+    torch.save({"state": {}, "param_groups": [], "evil": Malicious(marker)}, source / name)
+    with pytest.raises(ResumeError, match=f"{name} is refused, nothing in it was executed: it names posix.system"):
+        do_import(source, run)
+    assert not marker.exists()
+    assert list(run.checkpoint_dirs()) == [] and list(run.root.iterdir()) == []
+
+
+def test_nothing_is_executed_when_a_shard_is_malicious(source: Path, run: RunPaths, tmp_path: Path) -> None:
+    marker, shards = tmp_path / "executed", source / f"global_step{STEP}"
+    shards.mkdir()
+    torch.save(Malicious(marker), shards / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(ResumeError, match=r"optim_states.pt is refused, nothing in it was executed"):
+        do_import(source, run)
+    assert not marker.exists()
+
+
+def test_training_arguments_are_never_read(source: Path, run: RunPaths, tmp_path: Path) -> None:
+    torch.save(Malicious(tmp_path / "executed"), source / "training_args.bin")
+    torch.save(Malicious(tmp_path / "executed"), source / "rng_state.pth")
+    assert manifest.verify(do_import(source, run)) == []
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_equal_when_they_are_pickled(source: Path, run: RunPaths) -> None:
+    weights = load_file(source / "model.safetensors")
+    torch.save(weights, source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    found = load_file(do_import(source, run) / "model.safetensors")
+    assert found.keys() == weights.keys() and all(torch.equal(found[k], weights[k]) for k in weights)
+
+
+def test_a_tied_weight_is_found_under_its_other_name(source: Path, run: RunPaths) -> None:
+    weights = load_file(source / "model.safetensors")
+    embeddings = weights.pop("model.embed_tokens.weight")
+    save_file({**weights, "lm_head.weight": embeddings}, source / "model.safetensors")
+    found = load_file(do_import(source, run) / "model.safetensors")
+    assert torch.equal(found["model.embed_tokens.weight"], embeddings) and "lm_head.weight" not in found
+
+
+def test_the_trainers_own_folder_stays_when_it_lies_in_output_dir(run: RunPaths) -> None:
+    """Contract: a checkpoint-N without our manifest is never moved, counted or deleted."""
+    source = run.checkpoint_dir(STEP)
+    write_trainer_folder(source)
+    before = sorted(p.name for p in source.iterdir())
+    folder = do_import(source, run)
+    assert folder == run.root / "imported" / source.name and manifest.verify(folder) == []
+    assert sorted(p.name for p in source.iterdir()) == before
+    stamp = (folder / "manifest.json").stat().st_mtime_ns
+    assert do_import(source, run) == folder and (folder / "manifest.json").stat().st_mtime_ns == stamp, "made again"
+
+
+def test_an_import_that_failed_leaves_nothing(source: Path, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher import files
+
+    def full(name: str, path: Path) -> None:
+        if name == "fsync" and path.name == "optimizer.safetensors":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "on_operation", full)
+    with pytest.raises(LauncherError, match=r"could not be imported.*No space left"):
+        do_import(source, run)
+    assert list(run.root.iterdir()) == []
+
+
+def test_refused_when_its_optimizer_is_another_one(source: Path, run: RunPaths) -> None:
+    with pytest.raises(ResumeMismatchError, match=r"keeps exp_avg, exp_avg_sq .*optim.name=torch.optim.SGD"):
+        do_import(source, run, "optim=sgd")
+
+
+def test_refused_when_parameters_do_not_match(source: Path, run: RunPaths) -> None:
+    saved = torch.load(source / "optimizer.pt", weights_only=True)
+    saved["param_groups"][0]["params"].pop()
+    torch.save(saved, source / "optimizer.pt")
+    with pytest.raises(ResumeError, match=r"optimizer.pt is of 7 \+ 3 parameters.*this model's 11"):
+        do_import(source, run)
+
+
+def test_refused_when_an_optimizer_state_has_another_shape(source: Path, run: RunPaths) -> None:
+    saved = torch.load(source / "optimizer.pt", weights_only=True)
+    saved["state"][1]["exp_avg"] = saved["state"][1]["exp_avg"][:3].clone()
+    torch.save(saved, source / "optimizer.pt")
+    with pytest.raises(ResumeError, match="do not match this model"):
+        do_import(source, run)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda f: (f / "optimizer.pt").unlink(), ResumeError, "no optimizer.pt .*save_only_model"),
+        (lambda f: (f / "trainer_state.json").unlink(), ResumeError, "neither our manifest.json nor"),
+        (lambda f: (f / "trainer_state.json").write_text("{"), DamagedCheckpointError, "not a Trainer's state"),
+        (lambda f: (f / "trainer_state.json").write_text('{"global_step": 7}'), DamagedCheckpointError, "of step 7"),
+        (lambda f: os.truncate(f / "optimizer.pt", 2000), DamagedCheckpointError, "optimizer.pt cannot be read"),
+        (lambda f: os.truncate(f / "model.safetensors", 3000), DamagedCheckpointError, "model.safetensors"),
+        (lambda f: (f / "config.json").unlink(), ResumeError, "cannot be built from the config.json"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), ResumeError, "LoRA adapter. Set model/peft=lora"),
+    ],
+)
+def test_named_when_the_folder_is_broken(
+    source: Path, run: RunPaths, spoil: Any, error: type[Exception], message: str
+) -> None:
+    spoil(source)
+    with pytest.raises(error, match=message):
+        do_import(source, run)
+    assert list(run.checkpoint_dirs()) == []
+
+
+def test_settings_that_the_trainer_recorded_are_compared(source: Path, run: RunPaths) -> None:
+    folder = do_import(source, run, "optim.learning_rate=0.02", "optim.kwargs={betas: [0.8, 0.9]}")
+    settings = read_json(folder / "state/state.json")["settings"]
+    assert settings["optim.learning_rate"] == 0.01 and settings["optim.weight_decay"] == 0.1
+    assert settings["optim.kwargs"]["betas"] == [0.9, 0.999]
+
+
+def test_schedule_is_compared_by_the_next_steps_rate(source: Path, run: RunPaths) -> None:
+    state = read_json(do_import(source, run) / "state/state.json")
+    same = import_notices(state, learning_rate=0.005, total_steps=20, epoch=0.5, accept=False)
+    assert len(same) == 1 and "Not recorded there" in same[0] and "train.train_batch_size" in same[0]
+    with pytest.raises(ResumeMismatchError, match=r"0.005 there and 0.004 here.*accept_changes=true"):
+        import_notices(state, learning_rate=0.004, total_steps=20, epoch=0.5, accept=False)
+    accepted = import_notices(state, learning_rate=0.004, total_steps=20, epoch=0.9, accept=True)
+    assert "0.005 there and 0.004 here" in accepted[1] and "epoch 0.500 there and is 0.900 here" in accepted[2]
+    assert import_notices({}, learning_rate=1.0, total_steps=1, epoch=0.0, accept=False) == []
+
+
+def test_shards_are_those_that_latest_names(tmp_path: Path) -> None:
+    for name in ("global_step5", "global_step10"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DamagedCheckpointError):
+        shards_dir(tmp_path)
+    (tmp_path / "latest").write_text("global_step10")
+    assert shards_dir(tmp_path) == tmp_path / "global_step10"
+    (tmp_path / "latest").write_text("../elsewhere")
+    with pytest.raises(DamagedCheckpointError):
+        shards_dir(tmp_path)
+
+
+def test_state_is_json_without_infinities(source: Path, run: RunPaths) -> None:
+    text = (do_import(source, run) / "state/state.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(name))

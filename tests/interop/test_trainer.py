@@ -1,0 +1,91 @@
+"""Issue 4, point 5: a run of transformers' Trainer goes on here, and one of ours there, with the same losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launcher.cli import main
+from tests.interop.bench import NUM_STEPS, Bench
+
+
+def assert_same(undisturbed: dict[int, float], continued: dict[int, float], after: int) -> None:
+    """The first loss after the change of hands to 1e-5, all to 1e-4 relative."""
+    steps = range(after + 1, NUM_STEPS + 1)
+    assert {k for k in continued if k > after} == set(steps)
+    assert continued[after + 1] == pytest.approx(undisturbed[after + 1], rel=1e-5)
+    for step in steps:
+        assert continued[step] == pytest.approx(undisturbed[step], rel=1e-4), step
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    for name in set(a) & set(b):
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_losses_equal_when_the_trainer_is_continued_here_and_there_again(bench: Bench, tmp_path: Path) -> None:
+    """Trainer to 20; ours from its step 10 to 20; the Trainer from our step 15 to 20: three times the same run."""
+    theirs, ours, again = tmp_path / "theirs", tmp_path / "ours", tmp_path / "again"
+    undisturbed = bench.trainer(theirs)
+    continued = bench.ours(ours, "strategy=single", f"checkpoint.resume_from_checkpoint={theirs / 'checkpoint-10'}")
+    assert_same(undisturbed, continued, after=10)
+    assert_same_weights(theirs / "checkpoint-20", ours / "checkpoint-20")
+    said = (ours / "test.log").read_text()
+    assert "imported from transformers' Trainer" in said
+    assert (theirs / "checkpoint-10/optimizer.pt").is_file(), "the Trainer's folder is left as it is"
+
+    exported = tmp_path / "exported"
+    assert main(["export", str(ours / "checkpoint-15"), str(exported), "--format", "trainer"]) == 0
+    assert_same(undisturbed, bench.trainer(again, resume=exported), after=15)
+    assert_same_weights(theirs / "checkpoint-20", again / "checkpoint-20")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ((2, 0), ("zero2", 2)), ((2, 1), ("ddp", 2)), ((2, 2), ("single", 1)), ((2, 2), ("zero3", 2)),
+        ((2, 3), ("ddp", 3)), ((2, 3), ("zero1", 2)),
+    ],
+)  # fmt: skip
+def test_losses_equal_when_a_distributed_trainer_is_continued_here(
+    bench: Bench, tmp_path: Path, theirs: tuple[int, int], ours: tuple[str, int]
+) -> None:
+    """DDP and ZeRO-1/2/3 shards of two processes, continued under another strategy."""
+    undisturbed = bench.trainer(tmp_path / "theirs", num_processes=theirs[0], stage=theirs[1])
+    source = tmp_path / "theirs/checkpoint-10"
+    assert len(list(source.glob("global_step10/*_optim_states.pt"))) == (2 if theirs[1] else 0)
+    more = (f"strategy={ours[0]}", f"checkpoint.resume_from_checkpoint={source}")
+    continued = bench.ours(tmp_path / "ours", *more, num_processes=ours[1])
+    assert_same(undisturbed, continued, after=10)
+    assert_same_weights(tmp_path / "theirs/checkpoint-20", tmp_path / "ours/checkpoint-20")
+
+
+@pytest.mark.slow
+def test_losses_equal_when_a_zero3_run_of_ours_goes_to_a_trainer_of_two(bench: Bench, tmp_path: Path) -> None:
+    undisturbed = bench.ours(tmp_path / "ours", "strategy=zero3", num_processes=2)
+    exported = tmp_path / "exported"
+    assert main(["export", str(tmp_path / "ours/checkpoint-10"), str(exported), "--format", "trainer"]) == 0
+    continued = bench.trainer(tmp_path / "theirs", num_processes=2, resume=exported)
+    assert_same(undisturbed, continued, after=10)
+    assert_same_weights(tmp_path / "ours/checkpoint-20", tmp_path / "theirs/checkpoint-20")
+
+
+@pytest.mark.slow
+def test_losses_equal_when_a_lora_run_changes_hands(bench: Bench, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    bench.ours(base, "strategy=single")
+    lora = (f"model.model_name_or_path={base}", "model/peft=lora", "model.peft.lora_dropout=0", "strategy=single")
+    undisturbed = bench.trainer(tmp_path / "theirs", *lora)
+    source = tmp_path / "theirs/checkpoint-10"
+    assert (source / "adapter_model.safetensors").is_file()
+    continued = bench.ours(tmp_path / "ours", *lora, f"checkpoint.resume_from_checkpoint={source}")
+    assert_same(undisturbed, continued, after=10)
+
+    exported = tmp_path / "exported"
+    assert main(["export", str(tmp_path / "ours/checkpoint-15"), str(exported), "--format", "trainer"]) == 0
+    assert_same(undisturbed, bench.trainer(tmp_path / "again", *lora, resume=exported), after=15)
