@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
 
 from launcher import __version__
@@ -26,6 +27,20 @@ class RateLimited(Exception):
     def __init__(self, wait_s: float) -> None:
         super().__init__(f"429 Too Many Requests, retry after {wait_s:.0f} s")
         self.retry_after_s = wait_s
+
+
+class _Api(HfApi):
+    """Does without the check of a card's header where an endpoint (a mirror, a gateway) does not have it."""
+
+    def _validate_yaml(self, content: str, **details: Any) -> None:
+        try:
+            super()._validate_yaml(content, **details)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 404:
+                raise
+        except ValueError as error:  # also an answer that is no JSON
+            if "Invalid metadata" in str(error):
+                raise
 
 
 class Throttle:
@@ -79,7 +94,7 @@ def connect(timeout_s: float, throttle: Throttle | None = None) -> HfApi:
         return client
 
     set_client_factory(factory)
-    return HfApi(library_name="launcher", library_version=__version__)
+    return _Api(library_name="launcher", library_version=__version__)
 
 
 def _throttled(stream: Any, throttle: Throttle) -> Any:

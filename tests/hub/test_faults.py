@@ -223,3 +223,11 @@ def test_offline_mode_is_told_with_its_cure(hub: HubServer, env: dict[str, str],
         wait_until(lambda: spool.read_status().get("state") == "blocked")
     assert "HF_HUB_OFFLINE" in told(spool)[0]
     assert not hub.requests
+
+
+def test_card_arrives_when_the_endpoint_cannot_check_it(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    spool = spool_with_checkpoint(tmp_path)
+    hub.fail("validate-yaml", status=404, times=None)
+    upload_all(spool, env)
+    assert "README.md" in hub.repos[REPO].files
+    assert_arrived_once(hub, tmp_path)
