@@ -41,6 +41,7 @@ class Bench:
 
     def clean(self) -> None:
         """Removes what was saved and lets the disk come to rest, outside every measurement."""
+        self.run.processes.barrier()  # the others may still be saving
         if self.run.is_main:
             shutil.rmtree(self.run.paths.checkpoint_dir(self.run.last_saved_step), ignore_errors=True)
             shutil.rmtree(self.plain_dir, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -15,6 +16,10 @@ from typing import Any
 import torch
 
 from launcher.checkpoint.writer import Writer
+
+_PIPE_BYTES = 2**20
+"""Of the writer's stdin: the command of a save (file headers, ranges) outgrows the usual 64 KiB, and training would
+stand still until the low-priority writer has read it. The most that Linux grants everybody."""
 
 
 class SnapshotBuffer:
@@ -80,7 +85,9 @@ class WriterClient:
             stdout=subprocess.PIPE,
             pass_fds=[self._buffer.fd] if self._buffer.size else [],
         )
-        assert self._process.stdout is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(OSError):  # a user's pipes may be limited in sum; then sending waits for the writer
+            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         os.set_blocking(self._process.stdout.fileno(), False)
         encoded = {path: base64.b64encode(data).decode() for path, data in self._statics.items()}
         self.send({"cmd": "static", "files": encoded})
