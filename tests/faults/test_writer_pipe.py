@@ -1,0 +1,31 @@
+"""A writer that has no time for it does not hold up the training."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+from launcher.checkpoint.writer_client import SnapshotBuffer, WriterClient
+
+
+def test_sending_does_not_wait_when_the_writer_does_not_read() -> None:
+    buffer = SnapshotBuffer()
+    buffer.reserve(4096, pin=False)
+    client = WriterClient(buffer, {})
+    client.start()
+    pid = client.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    wake_up = threading.Timer(3.0, os.kill, (pid, signal.SIGCONT))
+    wake_up.start()
+    started = time.monotonic()
+    client.send({"cmd": "discard", "step": 1, "dir": "/nonexistent", "texts": {"trainer_state.json": "x" * 500_000}})
+    took = time.monotonic() - started
+    wake_up.cancel()
+    os.kill(pid, signal.SIGCONT)
+    assert client.poll(timeout_s=30.0)[0]["event"] == "discarded"
+    client.stop()
+    buffer.close()
+    assert took < 2.0
