@@ -26,8 +26,8 @@ def main(argv: list[str]) -> int:
         UserError: the input is wrong. DamagedCheckpointError: the checkpoint is not whole.
     """
     parser = argparse.ArgumentParser(
-        prog="launcher export",
-        description="Write a checkpoint for serving, or for transformers' Trainer to go on from.", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="launcher export", description="Write a checkpoint for serving, or for transformers' Trainer.",
+        epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint-N folder, or a run")
     parser.add_argument("target", type=Path, metavar="DIR", help="a new or empty folder")

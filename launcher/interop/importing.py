@@ -47,15 +47,15 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
     """
     if not (source / "trainer_state.json").is_file():
         raise ResumeError(
-            f"checkpoint.resume_from_checkpoint={source} has neither our manifest.json nor a Trainer's "
-            "trainer_state.json. Valid: auto, never, hf://ORG/NAME, a checkpoint-N folder of ours or of transformers' Trainer"
+            f"checkpoint.resume_from_checkpoint={source} has neither our manifest.json nor trainer_state.json. "
+            "Valid: auto, never, hf://ORG/NAME, a checkpoint-N folder of ours or of transformers' Trainer"
         )
     state = _trainer_state(source)
     step = int(state["global_step"])
     target = paths.checkpoint_dir(step)
     if target.exists():
         target = paths.root / "imported" / target.name
-        if (target / manifest.NAME).is_file() and not manifest.verify(target):
+        if _is_import_of(target, source):
             return target
     foreign, model = _read(source, config)
     temporary = paths.temporary_dir(step)
@@ -74,6 +74,11 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
     finally:
         files.remove_tree(temporary)  # after the commit it has its other name
     return target
+
+
+def _is_import_of(folder: Path, source: Path) -> bool:
+    state = files.read_json_or(CheckpointPaths(folder).run_state, {})
+    return state.get("origin") == str(source) and not manifest.verify(folder)
 
 
 def _trainer_state(source: Path) -> dict[str, Any]:
@@ -100,8 +105,8 @@ def _read(source: Path, config: RunConfig) -> tuple[Foreign, nn.Module]:
         there, here = {s.spec.name for s in foreign.weights}, {named(n) for n in trained(model)}
         if here - there:
             raise ResumeError(
-                f"{source}: DeepSpeed trained {len(there)} parameters there, this model has {len(here)} trainable ones, "
-                f"{sorted(here - there)[0]} among them. Parameters that were frozen there are not known here"
+                f"{source}: DeepSpeed trained {len(there)} parameters, this model has {len(here)} trainable ones, "
+                f"as {sorted(here - there)[0]}. Parameters that were frozen there are not known here"
             )
         return foreign, model
     if not (source / "optimizer.pt").is_file():
@@ -172,8 +177,8 @@ def _known_settings(
     here = _slots(type(optimizer), config)
     if there and there != here:
         raise ResumeMismatchError(
-            f"the optimizer of {source} keeps {', '.join(sorted(there))} for each parameter, "
-            f"optim.name={config.optim.name} keeps {', '.join(sorted(here)) or 'nothing'}. Set optim.name to the optimizer that it was trained with"
+            f"the optimizer of {source} keeps {', '.join(sorted(there))} for each parameter, {config.optim.name} keeps "
+            f"{', '.join(sorted(here)) or 'nothing'}. Set optim.name to the one that it was trained with"
         )
     known: dict[str, Any] = {
         "optim.learning_rate": float(settings[0].get("initial_lr", config.optim.learning_rate)),
@@ -220,8 +225,8 @@ def import_notices(
     unknown = [k for k in ("train.train_batch_size", "train.max_grad_norm") if k not in state["settings"]]
     lines = [
         f"imported from transformers' Trainer ({imported['from']}): weights, optimizer, schedule, step and epoch. "
-        f"Compared with this run's settings: {known}. Not recorded there and taken from this run: the data and its order, "
-        + ", ".join(["seed", "train.mixed_precision", *unknown])
+        f"Compared with this run's settings: {known}. Not recorded there and taken from this run: the data and its "
+        + ", ".join(["order", "seed", "train.mixed_precision", *unknown])
     ]
     rate = imported["learning_rate"]
     if not math.isclose(rate, learning_rate, rel_tol=1e-6, abs_tol=1e-15):
