@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+
 from benchmarks import save_stall, step_overhead
 
 
 def main() -> None:
-    save_stall.main()
-    step_overhead.main()
+    parser = argparse.ArgumentParser(prog="benchmarks", description="Runs every benchmark.")
+    parser.add_argument("--quick", action="store_true", help="few repetitions")
+    arguments = ["--quick"] if parser.parse_args().quick else []
+    save_stall.main(arguments)
+    step_overhead.main(arguments)
 
 
 if __name__ == "__main__":

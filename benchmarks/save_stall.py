@@ -152,14 +152,14 @@ def as_text(found: Found) -> str:
     return f"\n{found['machine']}\n{text}. Median (lowest to highest, number).\n\n{stalls}\n\n{costs}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one save of each kind and no resumes")
     parser.add_argument(
         "--json", type=Path, help="where the raw numbers go; default benchmarks/results/save_stall.json"
     )
     parser.add_argument("--work-dir", type=Path, help="a folder on the disk to measure; default: the temporary folder")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.work_dir) as name:
         found = measure(Path(name), arguments.quick)

@@ -53,13 +53,13 @@ def as_text(found: dict[str, Any]) -> str:
     return f"{found['machine']}\n\nMedian (lowest to highest, number of blocks); strategy ddp.\n\n{table(head, rows)}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a minute, few repetitions")
     parser.add_argument(
         "--json", type=Path, help="where the raw numbers go; default benchmarks/results/step_overhead.json"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         found = measure(Path(name), arguments.quick)
     report("step_overhead", found, as_text(found), arguments.json)
