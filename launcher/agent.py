@@ -144,7 +144,8 @@ def is_finished(config: RunConfig, paths: RunPaths) -> bool:
     state = files.read_json_or(paths.run_state, {})
     if not isinstance(state, dict) or state.get("state") != "finished":
         return False
-    if config.checkpoint.resume_from_checkpoint != "auto" or (config.hub.push_to_hub and state["hub"].get("pending")):
+    choice = config.checkpoint.resume_from_checkpoint
+    if choice != "auto" and (choice == "never" or choice != state.get("resumed_from")):
         return False
     if config.train.max_steps >= 0:
         return bool(state.get("step", 0) >= config.train.max_steps)

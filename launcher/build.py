@@ -164,7 +164,11 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     if processes.is_main:
         run.metrics.trim(run.step)
         run.run_file.update(
-            step=run.step, epoch=state.progress.epoch, total_steps=total_steps, length=run_length(config)
+            step=run.step,
+            epoch=state.progress.epoch,
+            total_steps=total_steps,
+            length=run_length(config),
+            resumed_from=config.checkpoint.resume_from_checkpoint,
         )
     for notice in [*notices, *data.notices, *filter(None, [run.trackers.notice])]:
         run.progress.say(notice)
