@@ -26,8 +26,8 @@ from launcher.process import RESTARTED, die_with_parent, host
 from launcher.rank_setup import earliest_error
 
 _ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
-_SHUTDOWN_S = 24 * 3600
-"""torchrun kills ranks so long after a SIGTERM; a save may take longer than its default of 30 s."""
+_SHUTDOWN_S = 5
+"""torchrun gives the other ranks so long once one has failed. Requests to stop go through the STOP file instead."""
 
 
 def num_processes(config: RunConfig) -> int:
@@ -217,10 +217,10 @@ class _Attempt:
         error = earliest_error(error_dir) or self._unexplained(code, is_hang)
         if is_mine:
             reason = None if error.report["is_ours"] else "hang" if is_hang else "crash"
-            files.write_json(
-                self._paths.run_state,
-                {**state, "state": "failed", "reason": reason, "exit_code": error.exit_code, "error": str(error)},
-            )
+            ended = {"state": "failed", "reason": reason, "exit_code": error.exit_code, "error": str(error)}
+            if self._num_signals > 1:
+                ended |= {"state": "interrupted", "reason": "signal"}
+            files.write_json(self._paths.run_state, {**state, **ended})
         return EXIT_FAILED, error
 
     def _unexplained(self, code: int, is_hang: bool) -> RankFailedError:

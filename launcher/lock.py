@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import threading
@@ -61,17 +62,28 @@ class RunLock:
             "host": host(), "pid": os.getpid(), "job_id": os.environ.get("SLURM_JOB_ID"),
             "started": time.time(), "pids": [[pid, start_ticks(pid)] for pid in pids],
         }  # fmt: skip
-        while not self._try(info):
-            other = holder(self._path)
-            if other is None:
-                with contextlib.suppress(FileNotFoundError):
-                    self._path.unlink()
-                continue
+        while (other := self._take(info)) is not None:
             if other.get("host") != host() or time.monotonic() > deadline:
                 raise RunLockedError(describe(self._path.parent, other))
             time.sleep(0.2)
         self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
         self._thread.start()
+
+    def _take(self, info: dict[str, Any]) -> dict[str, Any] | None:
+        """Takes the lock, a stale one too; gives its live holder where there is one."""
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # where the file system has none, two starters in one moment may collide
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            while not self._try(info):
+                other = holder(self._path)
+                if other is not None:
+                    return other
+                with contextlib.suppress(FileNotFoundError):
+                    self._path.unlink()
+            return None
+        finally:
+            os.close(folder)
 
     def _try(self, info: dict[str, Any]) -> bool:
         temporary = self._path.with_name(f".lock-{host()}-{os.getpid()}")

@@ -136,6 +136,7 @@ free_port() { # below the range from which the kernel takes ports for outgoing c
 
 run_ranks() { # the verdict: finished, pruned, interrupted REASON, failed CODE, crashed
   local again=1 code ranks began
+  ((requeues + $1)) && export LAUNCHER_RESTARTED=1 # resume_from_checkpoint=never or a path was obeyed at the first start
   export LAUNCHER_ATTEMPT=$SLURM_JOB_ID-$starts-$1
   export LAUNCHER_ERROR_DIR=$run_dir/slurm/attempt-$LAUNCHER_ATTEMPT
   export main_process_port={{ launch.main_process_port or "" }}
