@@ -80,25 +80,25 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
 
 
 def build_cpu_collectives() -> None:
-    """Has DeepSpeed compile its shared-memory collectives, once per machine and safe against kills.
+    """Has DeepSpeed compile (once per machine) and load its shared-memory collectives, safe against kills.
 
-    A process killed while it compiles leaves a `lock` file on which torch waits without a word and without end
-    (torch/utils/file_baton.py). Our builders hold a kernel lock, which dies with them: a `lock` found under it is
-    stale.
+    A process killed while it compiles or loads leaves a `lock` file on which torch waits without a word and without
+    end (torch/utils/file_baton.py). Every load takes that file, also of what is compiled already, so all of ours happen
+    under a kernel lock, which dies with its holder: a `lock` found under it is stale. Later loads in this process take
+    neither.
     """
     from deepspeed.comm.torch import build_shm_op
     from torch.utils.cpp_extension import _get_build_directory
 
     name = "deepspeed_shm_comm"
     folder = Path(_get_build_directory(name, False))
-    if (folder / f"{name}.so").is_file() and not (folder / "lock").exists():
-        return
     with (folder.parent / f".{name}.launcher-lock").open("w") as own_lock:
         fcntl.flock(own_lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         if not (folder / f"{name}.so").is_file():
             print("DeepSpeed compiles an operator, once on this machine: about 30 s", file=sys.stderr, flush=True)
-        build_shm_op()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that an operator was built
+            build_shm_op()
 
 
 def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:

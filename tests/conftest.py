@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -33,19 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _built_operators(request: pytest.FixtureRequest) -> None:
-    """DeepSpeed compiles its shared-memory collectives at the first start, for half a minute.
-
-    A process that is killed meanwhile leaves a lock on which every later start waits for ever
-    (torch/utils/file_baton.py), so tests that kill must not be the first.
-    """
+    """DeepSpeed compiles its shared-memory collectives at the first start, for half a minute: not inside a test's time."""
     folders = {part for item in request.session.items for part in item.path.parts}
-    if not folders & _STARTS_RANKS:
+    if not folders & _STARTS_RANKS or next(_EXTENSIONS_DIR.glob("*/deepspeed_shm_comm.so"), None) is not None:
         return
     _EXTENSIONS_DIR.mkdir(parents=True, exist_ok=True)
-    with (_EXTENSIONS_DIR / ".build").open("w") as own_lock:
-        fcntl.flock(own_lock, fcntl.LOCK_EX)
-        for stale in _EXTENSIONS_DIR.glob("*/lock"):  # under our lock nobody else builds here
-            stale.unlink()
-        if next(_EXTENSIONS_DIR.glob("*/deepspeed_shm_comm.so"), None) is None:
-            build = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
-            subprocess.run([sys.executable, "-c", build], check=True, timeout=600, stdout=subprocess.DEVNULL)
+    build = "from launcher.accelerator import build_cpu_collectives; build_cpu_collectives()"
+    subprocess.run([sys.executable, "-c", build], check=True, timeout=600, stdout=subprocess.DEVNULL)
