@@ -23,7 +23,7 @@ class Foreign:
     """A checkpoint of another tool.
 
     `weights` are named as in the model file, `states` `<slot>.<parameter>`, and `groups` is as in our state.json.
-    `loss_scaler`, `train_batch_size` (samples) and `max_grad_norm` are None where it does not record them.
+    `loss_scaler` and the settings after it are None where it does not record them; `train_batch_size` is in samples.
     """
 
     weights: list[Source]
@@ -34,6 +34,7 @@ class Foreign:
     loss_scaler: dict[str, Any] | None = None
     train_batch_size: int | None = None
     max_grad_norm: float | None = None
+    mixed_precision: str | None = None
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:

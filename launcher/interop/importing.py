@@ -35,6 +35,10 @@ _IMPLEMENTATION = ("lr", "initial_lr", "weight_decay", "foreach", "fused", "capt
 """Settings of an optimizer's groups that are compared elsewhere, or change no more than the rounding."""
 
 
+_MAYBE_RECORDED = ("train.train_batch_size", "train.max_grad_norm", "train.mixed_precision")
+"""By DeepSpeed they are."""
+
+
 def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
     """Converts a checkpoint of the Trainer into one of ours inside output_dir. Main process.
 
@@ -189,11 +193,8 @@ def _known_settings(
         k: v for k, v in settings[0].items() if k in defaults and k not in _IMPLEMENTATION and v != defaults[k]
     }  # fmt: skip
     known["optim.kwargs"] = {**config.optim.kwargs, **others}
-    if foreign.train_batch_size is not None:
-        known["train.train_batch_size"] = foreign.train_batch_size
-    if foreign.max_grad_norm is not None:
-        known["train.max_grad_norm"] = foreign.max_grad_norm
-    return known
+    recorded = {key: getattr(foreign, key.removeprefix("train.")) for key in _MAYBE_RECORDED}
+    return known | {key: value for key, value in recorded.items() if value is not None}
 
 
 def _slots(cls: Any, config: RunConfig) -> set[str]:
@@ -222,11 +223,11 @@ def import_notices(
     if not imported:
         return []
     known = ", ".join(sorted(state["settings"]))
-    unknown = [k for k in ("train.train_batch_size", "train.max_grad_norm") if k not in state["settings"]]
+    unknown = [key for key in _MAYBE_RECORDED if key not in state["settings"]]
     lines = [
         f"imported from transformers' Trainer ({imported['from']}): weights, optimizer, schedule, step and epoch. "
         f"Compared with this run's settings: {known}. Not recorded there and taken from this run: the data and its "
-        + ", ".join(["order", "seed", "train.mixed_precision", *unknown])
+        + ", ".join(["order", "seed", *unknown])
     ]
     rate = imported["learning_rate"]
     if not math.isclose(rate, learning_rate, rel_tol=1e-6, abs_tol=1e-15):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +43,9 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False, base: str |
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             model.tie_weights()
             if is_adapter(folder):
-                model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+                # peft reads an attribute that transformers 5 deprecates.
+                with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                    model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
     except (OSError, ValueError, KeyError) as error:
         raise ResumeError(f"the model of {folder} cannot be built from the config.json of {source}: {error}") from error
     return cast(nn.Module, model)

@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher import files
 from launcher.checkpoint import manifest
 from launcher.checkpoint.engine import to_text
-from launcher.errors import DamagedCheckpointError, UserError
+from launcher.errors import CheckpointWriteError, DamagedCheckpointError, UserError
 from launcher.paths import CheckpointPaths, RunPaths
 
 _MODEL_FILES = (".json", ".jinja", ".model", ".txt")
@@ -79,7 +79,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     After a crash only `.tmp-export-*` can remain.
 
     Raises:
-        UserError: the target is in use or cannot be written.
+        UserError: the target is in use or its place cannot be written. CheckpointWriteError: no room.
     """
     target = target.expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -95,9 +95,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         for folder, _, _ in os.walk(temporary, topdown=False):
             files.fsync_dir(Path(folder))
         files.rename(temporary, target)  # an empty folder of that name is replaced
-    except BaseException:
-        files.remove_tree(temporary)
-        raise
+    except OSError as error:
+        raise CheckpointWriteError(f"{target} could not be written: {error}") from error
+    finally:
+        files.remove_tree(temporary)  # after the rename it has its other name
 
 
 def copy_files(source: Exported, folder: Path, *, dtype: str | None) -> None:

@@ -92,6 +92,7 @@ def read_zero(folder: Path, stored_name: Callable[[str], str]) -> Foreign:
         loss_scaler={k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
         train_batch_size=math.prod(sizes) * shards.world_size if all(isinstance(s, int) for s in sizes) else None,
         max_grad_norm=float(clipping) if isinstance(clipping, (int, float)) else None,
+        mixed_precision=next((k for k in ("bf16", "fp16") if settings.get(k, {}).get("enabled")), "no"),
     )  # fmt: skip
 
 

@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 
 
-def deepspeed_settings(stage: int) -> dict[str, Any]:
+def deepspeed_settings(stage: int, *, bf16: bool) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True, "bf16": {"enabled": False}, "fp16": {"enabled": False},
+        "zero_allow_untested_optimizer": True, "bf16": {"enabled": bf16}, "fp16": {"enabled": False},
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
     }  # fmt: skip
 
 
-def use_gloo() -> None:
+def allow_cpu() -> None:
     """transformers has no way to say that DeepSpeed runs on a CPU: accelerate then starts no process group."""
     from accelerate.state import PartialState
+    from transformers import training_args
 
     original = PartialState._prepare_backend
 
@@ -33,14 +34,15 @@ def use_gloo() -> None:
         return ("gloo" if backend is None and "LOCAL_RANK" in os.environ else backend), kind
 
     PartialState._prepare_backend = prepare
+    training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
     if settings.get("stage"):
-        use_gloo()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["DS_ACCELERATOR"] = "cpu"
+        allow_cpu()
     from transformers import Trainer, TrainingArguments
 
     from launcher.compose import compose
@@ -52,6 +54,7 @@ def main() -> None:
     rows = build_data(config, tokenizer, is_builder=True, wait=lambda: None).train
     sampler = StepSampler(len(rows), config.train.train_batch_size, config.seed)
     order = np.concatenate([sampler.rows_of_step(step) for step in range(config.train.max_steps)])
+    is_bf16 = config.mixed_precision == "bf16"
     world = int(os.environ.get("WORLD_SIZE", 1))
     per_device = config.train.per_device_train_batch_size
     arguments = TrainingArguments(
@@ -61,9 +64,9 @@ def main() -> None:
         weight_decay=config.optim.weight_decay, lr_scheduler_type=config.scheduler.lr_scheduler_type,
         warmup_steps=config.scheduler.warmup_steps, max_grad_norm=config.train.max_grad_norm, seed=config.seed,
         optim="adamw_torch", train_sampling_strategy="sequential", logging_steps=1, report_to=[],
-        use_cpu=not settings.get("stage"),
+        bf16=is_bf16, use_cpu=not settings.get("stage"),
         remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False,
-        deepspeed=deepspeed_settings(settings["stage"]) if settings.get("stage") else None,
+        deepspeed=deepspeed_settings(settings["stage"], bf16=is_bf16) if settings.get("stage") else None,
     )  # fmt: skip
     model = build_model(config, tokenizer, is_resume=False)
     trainer = Trainer(
