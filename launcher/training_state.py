@@ -54,12 +54,19 @@ class TrainingState:
         self.origin: str | None = None  # the explicit path that this run started from
         self.trained: TrainedState = collect(model, optimizer, rank=processes.rank, world_size=processes.world_size)
         self.checkpointer: Checkpointer | None = None
+        self._encoded_history: list[str] = []
+        self._planned: tuple[object, SnapshotPlan] | None = None
 
     def plan(self, only_model: bool) -> SnapshotPlan:
-        return plan_snapshot(
-            self.trained, self._module, dtype=saved_dtype(self._config), weights_stem=weights_stem(self._config),
-            stored_name=stored_name(self._config), only_model=only_model, rank=self._processes.rank,
-        )  # fmt: skip
+        """What a save stores; made once, and anew where the optimizer has got other states since (its first ones)."""
+        signature = (only_model, *(s.signature for s in self.trained.segments))
+        if self._planned is None or self._planned[0] != signature:
+            plan = plan_snapshot(
+                self.trained, self._module, dtype=saved_dtype(self._config), weights_stem=weights_stem(self._config),
+                stored_name=stored_name(self._config), only_model=only_model, rank=self._processes.rank,
+            )  # fmt: skip
+            self._planned = signature, plan
+        return self._planned[1]
 
     # ------------------------------------------------------------------ save
 
@@ -75,7 +82,7 @@ class TrainingState:
         if not self._config.checkpoint.save_only_model:
             texts[f"state/rng-{self._processes.rank:05d}.json"] = json.dumps(rng.capture())
         if self._processes.is_main:
-            texts["trainer_state.json"] = to_text(self._trainer_state())
+            texts["trainer_state.json"] = self._trainer_state_text()
             if not self._config.checkpoint.save_only_model:
                 texts["state/state.json"] = to_text(self._state())
         return texts
@@ -116,7 +123,7 @@ class TrainingState:
                 {"group": i, "params": names, "scalars": json.loads(s), "settings": settings}
                 for s, names in by_scalars.items()
             ]
-        return {"name": self._config.optim.name, "groups": groups}
+        return {"name": self._config.optim.name, "groups": groups, "partition": self.trained.partition}
 
     def _scaler_state(self) -> dict[str, Any] | None:
         loss_scaler = getattr(self._optimizer_inner(), "loss_scaler", None)
@@ -127,8 +134,18 @@ class TrainingState:
     def _optimizer_inner(self) -> Any:
         return getattr(self._optimizer, "optimizer", self._optimizer)
 
+    def _trainer_state_text(self) -> str:
+        """Encodes only the history's new lines: a long run's history takes longer to encode than the state to copy."""
+        history = self.progress.log_history
+        if len(self._encoded_history) > len(history):
+            self._encoded_history = []
+        self._encoded_history += [json.dumps(line) for line in history[len(self._encoded_history) :]]
+        head = json.dumps(self._trainer_state(), indent=1).removesuffix("\n}")
+        lines = ",\n  ".join(self._encoded_history)
+        return f'{head},\n "log_history": [\n  {lines}\n ]\n}}\n'
+
     def _trainer_state(self) -> dict[str, Any]:
-        """transformers' schema, so that its tools read it."""
+        """transformers' schema, so that its tools read it; without log_history."""
         p, config = self.progress, self._config
         best = self._paths.checkpoint_dir(p.best_step) if p.best_step is not None else None
         return {
@@ -136,7 +153,7 @@ class TrainingState:
             "best_model_checkpoint": str(best) if best else None,
             "epoch": p.epoch, "eval_steps": config.eval.eval_steps, "global_step": p.step,
             "is_hyper_param_search": False, "is_local_process_zero": True, "is_world_process_zero": True,
-            "log_history": p.log_history, "logging_steps": config.train.logging_steps, "max_steps": self._total_steps,
+            "logging_steps": config.train.logging_steps, "max_steps": self._total_steps,
             "num_input_tokens_seen": p.num_tokens, "num_train_epochs": config.train.num_train_epochs,
             "save_steps": config.checkpoint.save_steps, "stateful_callbacks": {}, "total_flos": 0.0,
             "train_batch_size": config.train.per_device_train_batch_size, "trial_name": None, "trial_params": None,

@@ -63,7 +63,7 @@ class Checkpointer:
     """Saves a run's state. Everything except `poll` is collective.
 
     Args:
-        plan: makes the snapshot plan; called at the first save, when the optimizer has its state.
+        plan: gives the snapshot plan; called at each save, when the optimizer has its state.
         statics: files that are the same in every checkpoint, by relative path (main process).
     """
 
@@ -93,9 +93,8 @@ class Checkpointer:
 
     @property
     def plan(self) -> SnapshotPlan:
-        if self._plan is None:
-            self._plan = self._make_plan()
-        return self._plan
+        """Of the next save; the plan's maker knows when it has to be a new one."""
+        return self._plan or self._make_plan()
 
     # ------------------------------------------------------------------ save
 
@@ -184,7 +183,7 @@ class Checkpointer:
     # ------------------------------------------------------------------ progress of the save in flight
 
     def status(self, timeout_s: float = 0.0) -> tuple[int, int]:
-        """(1 while this process still works on its part of the phase, 1 if it failed), to be summed over all processes."""
+        """(1 while this process works on its part of the phase, 1 if it failed), to be summed over all processes."""
         if self.phase is Phase.IDLE and not self._num_outstanding:
             return 0, 0
         if self.phase is Phase.WRITING and self._unsent is not None and timeout_s:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from launcher.checkpoint.layout import Place, iter_safetensors, read_places
-from launcher.checkpoint.segments import Extent, Segment, TrainedState, persistent_buffers
+from launcher.checkpoint.segments import Extent, Segment, TrainedState, is_elementwise, persistent_buffers
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM
 from launcher.errors import DamagedCheckpointError, ResumeError
 
@@ -83,6 +83,8 @@ def load_trained_state(
     states = TensorFiles(list(iter_safetensors(folder, OPTIMIZER_STEM)))
     try:
         _check_params(state, weights, stored_name, folder)
+        _check_partition(state, saved)
+        numels = {p.name: p.numel for p in state.params}
         slots: dict[str, set[str]] = {}
         for key in states.places:
             slot, _, param = key.partition(".")
@@ -93,7 +95,8 @@ def load_trained_state(
                 _read_master(segment, extent, weights, states, stored_name)
             first = next(p.name for p in state.params if p.group == segment.group)
             names = sorted({e.param for e in segment.extents}) or [first]
-            _load_optimizer_state(segment, states, {n: slots.get(n, set()) for n in names}, scalars.get(names[0], {}))
+            stored = {n: slots.get(n, set()) for n in names}
+            _load_optimizer_state(segment, states, stored, numels, scalars.get(names[0], {}))
         if weights_stem == "model":
             for name, buffer in persistent_buffers(module):
                 if name in weights.places:
@@ -112,6 +115,17 @@ def _check_params(state: TrainedState, weights: TensorFiles, stored_name: Callab
                 f"{folder} belongs to another model: {info.name} with shape {list(info.shape)} {found}. "
                 "Use another output_dir, or checkpoint.resume_from_checkpoint=never"
             )
+
+
+def _check_partition(state: TrainedState, saved: dict[str, Any]) -> None:
+    before = saved.get("partition", state.partition)  # left out by another tool's checkpoint
+    if before != state.partition and not is_elementwise(state.optimizer):
+        name = type(state.optimizer).__name__
+        raise ResumeError(
+            f"{name} has no state of its own for every weight, so it can only continue under the partition that it was "
+            f"saved under: {before} (now {state.partition}). Set strategy and launch.num_processes as they were; "
+            "single and ddp continue each other on any number of processes"
+        )
 
 
 def _read_master(
@@ -134,7 +148,7 @@ def _scalars_by_param(saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _load_optimizer_state(
-    segment: Segment, states: TensorFiles, slots: dict[str, set[str]], scalars: dict[str, Any]
+    segment: Segment, states: TensorFiles, slots: dict[str, set[str]], numels: dict[str, int], scalars: dict[str, Any]
 ) -> None:
     """Makes the optimizer's state of one segment anew. `slots`: the stored states of each parameter in it."""
     state = segment.state
@@ -151,7 +165,7 @@ def _load_optimizer_state(
             stored = states.places.get(f"{slot}.{extent.param}")
             if stored is None:
                 continue
-            if stored.spec.numel < extent.start + extent.numel:
+            if stored.spec.numel != numels[extent.param]:
                 raise ResumeError(
                     f"the optimizer state {slot} of {extent.param} has shape {list(stored.spec.shape)}: it has no "
                     "value per element and cannot be spread over processes. Continue with the strategy of its save"

@@ -36,7 +36,7 @@ def expired_steps(steps: Iterable[int], limit: int | None, best_step: int | None
 
 
 def sweep_leftovers(paths: RunPaths) -> None:
-    """Removes what a crash left behind: half saves, half deletions, half replaced files. Only while holding the lock."""
+    """Removes what a crash left behind: half saves, deletions and replacements. Only while holding the lock."""
     for path in list(paths.root.iterdir()):
         if path.name.startswith((".tmp-checkpoint-", DELETED_PREFIX)) and path.is_dir():
             remove_tree(path)

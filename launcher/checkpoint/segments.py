@@ -76,6 +76,29 @@ class Segment:
         whole = {**self.elementwise(), **self.scalars()}
         return {n: v.detach() for n, v in self.state.items() if isinstance(v, Tensor) and n not in whole}
 
+    @property
+    def signature(self) -> tuple[str, ...]:
+        """Which states there are: none before the first step that was applied."""
+        return tuple(sorted(self.state))
+
+
+def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer treats every element for itself, so that its state means the same however it is cut.
+
+    Adafactor does not: it keeps rows and columns of a matrix, and scales by the norm of whatever it is given. Found by
+    letting a new optimizer of the class make one step with a small matrix.
+    """
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    probe = torch.nn.Parameter(torch.ones(2, 3))
+    probe.grad = torch.ones(2, 3)
+    try:
+        probed = type(optimizer)([{**settings, "params": [probe]}])  # type: ignore[call-arg]
+        probed.step()
+    except (TypeError, ValueError, RuntimeError):
+        return True  # one that cannot be tried out, DeepSpeed's among them
+    sizes = [v.numel() for v in probed.state[probe].values() if isinstance(v, Tensor) and v.dim()]
+    return all(size == probe.numel() for size in sizes)
+
 
 @dataclass(frozen=True)
 class ParamInfo:
@@ -97,6 +120,8 @@ class TrainedState:
     params: tuple[ParamInfo, ...]
     segments: tuple[Segment, ...]
     optimizer: torch.optim.Optimizer
+    partition: str
+    """How the optimizer sees the parameters: `whole`, or which flat pieces of them."""
 
 
 def collect(model: torch.nn.Module, optimizer: Any, *, rank: int, world_size: int) -> TrainedState:
@@ -110,9 +135,9 @@ def collect(model: torch.nn.Module, optimizer: Any, *, rank: int, world_size: in
     module = getattr(model, "module", model)
     names = {id(p): n for n, p in module.named_parameters()}
     if hasattr(inner, "fp32_partitioned_groups_flat"):
-        return _zero3(inner, names, rank)
+        return _zero3(inner, names, rank, world_size)
     if hasattr(inner, "single_partition_of_fp32_groups"):
-        return _zero12(inner, names, rank)
+        return _zero12(inner, names, rank, world_size)
     return _replicated(inner, names, rank, world_size)
 
 
@@ -126,7 +151,7 @@ def _cut(params: list[tuple[ParamInfo, int]], low: int, high: int) -> tuple[Exte
     return tuple(found)
 
 
-def _zero12(optimizer: Any, names: dict[int, str], rank: int) -> TrainedState:
+def _zero12(optimizer: Any, names: dict[int, str], rank: int, world_size: int) -> TrainedState:
     infos, segments = [], []
     for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
         layout = []
@@ -139,10 +164,11 @@ def _zero12(optimizer: Any, names: dict[int, str], rank: int) -> TrainedState:
         low = rank * master.numel()
         extents = _cut(layout, low, low + master.numel())
         segments.append(Segment(master, optimizer.optimizer, i, extents, extents, master))
-    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer)
+    partition = f"zero1/zero2 x {world_size}"
+    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer, partition)
 
 
-def _zero3(optimizer: Any, names: dict[int, str], rank: int) -> TrainedState:
+def _zero3(optimizer: Any, names: dict[int, str], rank: int, world_size: int) -> TrainedState:
     infos, segments = [], []
     for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
         group, extents, offset = optimizer.sub_group_to_group_id[i], [], 0
@@ -156,7 +182,7 @@ def _zero3(optimizer: Any, names: dict[int, str], rank: int) -> TrainedState:
                 extents.append(Extent(info.name, start, numel, offset))
             offset += size
         segments.append(Segment(master, optimizer.optimizer, group, tuple(extents), tuple(extents), master))
-    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer)
+    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer, f"zero3 x {world_size}")
 
 
 def _replicated(optimizer: torch.optim.Optimizer, names: dict[int, str], rank: int, world_size: int) -> TrainedState:
@@ -175,7 +201,7 @@ def _replicated(optimizer: torch.optim.Optimizer, names: dict[int, str], rank: i
         whole = (Extent(info.name, 0, info.numel, 0),)
         segments.append(Segment(param.detach().view(-1), optimizer, info.group, whole, owned, param))
         offset += info.numel
-    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer)
+    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer, "whole")
 
 
 def _in_model_order(infos: list[ParamInfo], names: dict[int, str]) -> tuple[ParamInfo, ...]:

@@ -68,8 +68,9 @@ def plan_snapshot(
         if dtype != torch.float32:
             master_specs = [TensorSpec(f"master.{p.name}", "F32", p.shape) for p in state.params]
         by_group = {s.group: s for s in state.segments}
+        by_param = {s.extents[0].param: s for s in state.segments if s.is_whole}  # here each may have its own states
         for info in state.params:
-            for name, tensor in sorted(by_group[info.group].elementwise().items()):
+            for name, tensor in sorted(by_param.get(info.name, by_group[info.group]).elementwise().items()):
                 state_specs.append(TensorSpec(f"{name}.{info.name}", SAFETENSORS_NAMES[tensor.dtype], info.shape))
         odd = [
             (f"{name}.{s.extents[0].param}", t)

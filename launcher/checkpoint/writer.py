@@ -3,6 +3,7 @@
 Started by `writer_client.WriterClient` as `python -m launcher.checkpoint.writer BUFFER_FD`. It shares the snapshot
 buffer (a memfd) with its rank, takes one JSON command per line on stdin and answers with one JSON line each:
 
+    {"cmd": "read", "path"}                               (the command itself is in that file: too long for a pipe)
     {"cmd": "static", "files": {path: base64}}            (no answer; sent once after each start)
     {"cmd": "write", "step", "dir", "files": {path: total bytes}, "heads": {path: base64},
      "ranges": [[path, file offset, buffer offset, bytes]], "texts": {path: text}, "statics": bool}
@@ -153,7 +154,10 @@ def main() -> None:
     buffer = memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
     writer = Writer(buffer)
     for line in sys.stdin:
-        for answer in writer.execute(json.loads(line)):
+        command = json.loads(line)
+        if command["cmd"] == "read":
+            command = files.read_json(Path(command["path"]))
+        for answer in writer.execute(command):
             sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import json
 import mmap
 import os
@@ -17,7 +16,8 @@ import torch
 
 from launcher.checkpoint.writer import Writer
 
-_PIPE_BYTES = 2**20
+_PIPE_BYTES = 2**14
+"""What surely fits into a pipe that nobody reads at the moment; longer commands are put into a memfd."""
 """Of the writer's stdin: the command of a save (file headers, ranges) outgrows the usual 64 KiB, and training would
 stand still until the low-priority writer has read it. The most that Linux grants everybody."""
 
@@ -72,6 +72,7 @@ class WriterClient:
         self._statics = statics
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
+        self._commands: list[int] = []
 
     def start(self) -> None:
         """Starts the process if none runs (at the first save, after a death, or when the buffer is a new one)."""
@@ -85,9 +86,7 @@ class WriterClient:
             stdout=subprocess.PIPE,
             pass_fds=[self._buffer.fd] if self._buffer.size else [],
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(OSError):  # a user's pipes may be limited in sum; then sending waits for the writer
-            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         encoded = {path: base64.b64encode(data).decode() for path, data in self._statics.items()}
         self.send({"cmd": "static", "files": encoded})
@@ -97,13 +96,30 @@ class WriterClient:
         return None if self._process is None else self._process.pid
 
     def send(self, command: dict[str, Any]) -> None:
-        """Raises WriterDied where the process is gone."""
+        """Returns at once, however long the writer takes to read it. Raises WriterDied where the process is gone."""
         assert self._process is not None and self._process.stdin is not None
+        line = json.dumps(command).encode()
+        if len(line) > _PIPE_BYTES:
+            line = json.dumps({"cmd": "read", "path": self._in_memory(line)}).encode()
         try:
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
         except (BrokenPipeError, OSError) as error:
             raise WriterDied(self._death()) from error
+
+    def _in_memory(self, line: bytes) -> str:
+        """Keeps a command in memory for the writer to open.
+
+        One save is in flight at a time, so of the last three at most two (static files, a write) are still unread.
+        """
+        fd = os.memfd_create("launcher-command")
+        self._commands.append(fd)
+        if len(self._commands) > 3:
+            os.close(self._commands.pop(0))
+        view = memoryview(line)
+        while view:
+            view = view[os.write(fd, view) :]
+        return f"/proc/{os.getpid()}/fd/{fd}"
 
     def poll(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
         """The answers that have arrived; waits up to `timeout_s` for the first. Raises WriterDied."""
@@ -138,6 +154,8 @@ class WriterClient:
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+        while self._commands:
+            os.close(self._commands.pop())
         self._process, self._pending = None, b""
 
 

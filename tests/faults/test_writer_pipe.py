@@ -21,7 +21,7 @@ def test_sending_does_not_wait_when_the_writer_does_not_read() -> None:
     wake_up = threading.Timer(3.0, os.kill, (pid, signal.SIGCONT))
     wake_up.start()
     started = time.monotonic()
-    client.send({"cmd": "discard", "step": 1, "dir": "/nonexistent", "texts": {"trainer_state.json": "x" * 500_000}})
+    client.send({"cmd": "discard", "step": 1, "dir": "/nonexistent", "texts": {"trainer_state.json": "x" * 20_000_000}})
     took = time.monotonic() - started
     wake_up.cancel()
     os.kill(pid, signal.SIGCONT)
