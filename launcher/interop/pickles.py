@@ -14,10 +14,7 @@ from launcher.errors import DamagedCheckpointError, ResumeError
 
 
 class Fragment:
-    """Stands in for DeepSpeed's `fragment_address`: elements [start, start + numel) of a process's flat partition."""
-
-    start: int
-    numel: int
+    """Stands in for DeepSpeed's `fragment_address`; not read."""
 
 
 class LossScaler:

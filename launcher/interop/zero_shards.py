@@ -1,7 +1,6 @@
 """DeepSpeed's ZeRO-1/2/3 shards (global_stepN/*_optim_states.pt and *_model_states.pt), put together while written.
 
-Source of the layout: deepspeed/utils/zero_to_fp32.py, and `param_slice_mappings` in the shards of stages 1 and 2. No
-DeepSpeed is imported and none of its classes is unpickled.
+Source of the layout: deepspeed/utils/zero_to_fp32.py. No DeepSpeed is imported and none of its classes is unpickled.
 """
 
 from __future__ import annotations
@@ -128,14 +127,17 @@ class _Shards:
         return list(self._params3(shapes) if self.stage == 3 else self._params12(shapes))
 
     def _params12(self, shapes: list[dict[str, tuple[int, ...]]]) -> Iterator[_Param]:
+        # `param_slice_mappings` would say where each parameter is, but is wrong under round_robin_gradients (DeepSpeed
+        # 0.19.8 fills it from the order before the shuffle). param_shapes has the order of the flat buffer.
+        first = self.optim[0]
         for i, group in enumerate(shapes):
-            parts: dict[str, list[_Part]] = {name: [] for name in group}
-            for rank, optim in enumerate(self.optim):
-                for name, fragment in optim["param_slice_mappings"][i].items():
-                    start = sum(p.numel for p in parts[name])  # a parameter's fragments follow each other by rank
-                    parts[name].append(_Part(rank, fragment.start, start, fragment.numel))
-            for name, shape in group.items():
-                yield _Param(name, shape, i, tuple(parts[name]))
+            size = first["single_partition_of_fp32_groups"][i].numel() + first["group_paddings"][i]
+            paddings = first["param_alignment_paddings"][i] if "param_alignment_paddings" in first else [0] * len(group)
+            offset = 0
+            for (name, shape), padding in zip(group.items(), paddings, strict=True):
+                numel = math.prod(shape)
+                yield _Param(name, shape, i, tuple(_split(offset, numel, size)))
+                offset += numel + padding
 
     def _params3(self, shapes: list[dict[str, tuple[int, ...]]]) -> Iterator[_Param]:
         offset = 0  # sub-groups follow each other, and parameters in them
@@ -186,6 +188,16 @@ class _Shards:
 
         dtype = self._flats(0, slot, param.group)[0].dtype
         return Source(TensorSpec(name, SAFETENSORS_NAMES[dtype], param.shape), pieces)
+
+
+def _split(offset: int, numel: int, size: int) -> Iterator[_Part]:
+    """The parts of elements [offset, offset + numel) of a flat buffer of which each process has `size`."""
+    start = 0
+    while start < numel:
+        rank, low = divmod(offset + start, size)
+        count = min(size - low, numel - start)
+        yield _Part(rank, low, start, count)
+        start += count
 
 
 def _cut(flats: list[Tensor], offset: int, numel: int) -> Iterator[Tensor]:

@@ -53,21 +53,22 @@ def test_losses_equal_when_the_trainer_is_continued_here_and_there_again(bench: 
         ((2, 2), ("single", 1), "float32"),
         ((2, 2), ("zero3", 2), "float32"),
         ((2, 3), ("ddp", 3), "float32"),
-        ((2, 3), ("zero1", 2), "float32"),
+        ((3, 3), ("zero1", 2), "float32"),
         ((2, 3), ("zero3", 2), "bfloat16"),
     ],
 )
 def test_losses_equal_when_a_distributed_trainer_is_continued_here(
     bench: Bench, tmp_path: Path, theirs: tuple[int, int], ours: tuple[str, int], dtype: str
 ) -> None:
-    """DDP and ZeRO-1/2/3 shards of two processes, continued under another strategy; bf16 with its fp32 masters."""
+    """DDP and ZeRO-1/2/3 shards of two or three processes, continued under another strategy; bf16 masters."""
     num_processes, stage = theirs
-    own = (f"model.dtype={dtype}", f"strategy={f'zero{stage}' if stage else 'ddp'}")
-    undisturbed = bench.trainer(tmp_path / "theirs", *own, num_processes=num_processes, stage=stage)
+    common = (f"model.dtype={dtype}", f"train.train_batch_size={2 * num_processes}")
+    own = f"strategy={f'zero{stage}' if stage else 'ddp'}"
+    undisturbed = bench.trainer(tmp_path / "theirs", *common, own, num_processes=num_processes, stage=stage)
     source = tmp_path / "theirs/checkpoint-10"
     assert len(list(source.glob("global_step10/*_optim_states.pt"))) == (num_processes if stage else 0)
-    more = (f"model.dtype={dtype}", f"strategy={ours[0]}", f"checkpoint.resume_from_checkpoint={source}")
-    continued = bench.ours(tmp_path / "ours", *more, num_processes=ours[1])
+    more = (f"strategy={ours[0]}", f"checkpoint.resume_from_checkpoint={source}")
+    continued = bench.ours(tmp_path / "ours", *common, *more, num_processes=ours[1])
     assert_same(undisturbed, continued, after=10)
     if dtype == "float32":
         assert_same_weights(tmp_path / "theirs/checkpoint-20", tmp_path / "ours/checkpoint-20")
