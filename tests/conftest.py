@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _built_operators(request: pytest.FixtureRequest) -> None:
-    """DeepSpeed compiles its shared-memory collectives at the first start, for half a minute: not inside a test's time."""
+    """DeepSpeed compiles its shared-memory collectives at the first start, for half a minute; not in a test's time."""
     folders = {part for item in request.session.items for part in item.path.parts}
     if not folders & _STARTS_RANKS or next(_EXTENSIONS_DIR.glob("*/deepspeed_shm_comm.so"), None) is not None:
         return

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import load_file
+import torch
+from safetensors.torch import load_file
 
 from launcher import files
 from launcher.paths import CheckpointPaths, RunPaths
@@ -56,6 +56,8 @@ class Lab:
 
     def overrides(self, output_dir: Path, strategy: str, *more: str) -> list[str]:
         common = settings(self._data, self.folder / "cache")
+        if "model=pretrained" in more:
+            common = [c for c in common if not c.startswith("model")]
         return [*common, f"output_dir={output_dir}", f"strategy={strategy}", *more]
 
     def start(
@@ -110,10 +112,11 @@ def losses(run: RunPaths) -> dict[int, float]:
     return {step: line["loss"] for step, line in lines(run).items()}
 
 
-def tensors(folder: Path, *, optimizer: bool = True) -> dict[str, np.ndarray[Any, Any]]:
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Everything that the safetensors files of a checkpoint hold."""
-    found = dict(load_file(folder / "model.safetensors"))
-    if optimizer:
+    weights = next(folder.glob("*model.safetensors"))
+    found = dict(load_file(weights))
+    if (folder / "state").exists():
         found |= {f"optimizer {k}": v for k, v in load_file(folder / "state/optimizer.safetensors").items()}
     return found
 
@@ -126,4 +129,8 @@ def state(folder: Path) -> dict[str, Any]:
 def different(first: Path, second: Path) -> list[str]:
     """Names of the tensors in which two checkpoints are not equal bit for bit."""
     a, b = tensors(first), tensors(second)
-    return sorted({*a, *b} - {k for k in a if k in b and a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes()})
+    return sorted({*a, *b} - {k for k in a if k in b and a[k].dtype == b[k].dtype and _bits(a[k]).equal(_bits(b[k]))})
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
