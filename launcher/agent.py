@@ -22,7 +22,7 @@ from launcher.devices import visible_gpus
 from launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankFailedError, RunLockedError, UserError
 from launcher.hub import send_left_over
 from launcher.paths import RunPaths
-from launcher.process import RESTARTED, die_with_parent, host
+from launcher.process import RESTARTED, die_with_parent, host, is_alive
 from launcher.rank_setup import earliest_error
 
 _ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
@@ -124,19 +124,11 @@ def _check_free(paths: RunPaths) -> None:
     """Refuses at once what the ranks would refuse after ten seconds of imports; waits for ranks that are dying."""
     deadline = time.monotonic() + lock.DYING_S
     while (other := lock.holder(paths.lock)) is not None:
-        pid = other.get("pid")
-        parent_gone = other.get("host") == host() and pid and not _has_live_agent(int(pid))
-        if not parent_gone or time.monotonic() > deadline:
+        parent = other.get("parent")
+        is_dying = other.get("host") == host() and parent is not None and not is_alive(*parent)
+        if not is_dying or time.monotonic() > deadline:
             raise RunLockedError(lock.describe(paths.root, other))
         time.sleep(0.2)
-
-
-def _has_live_agent(pid: int) -> bool:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return int(text.rpartition(")")[2].split()[1]) != 1
 
 
 def is_finished(config: RunConfig, paths: RunPaths) -> bool:

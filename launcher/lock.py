@@ -60,7 +60,8 @@ class RunLock:
         deadline = time.monotonic() + DYING_S
         info = {
             "host": host(), "pid": os.getpid(), "job_id": os.environ.get("SLURM_JOB_ID"),
-            "started": time.time(), "pids": [[pid, start_ticks(pid)] for pid in pids],
+            "parent": [os.getppid(), start_ticks(os.getppid())], "started": time.time(),
+            "pids": [[pid, start_ticks(pid)] for pid in pids],
         }  # fmt: skip
         while (other := self._take(info)) is not None:
             if other.get("host") != host() or time.monotonic() > deadline:
@@ -114,8 +115,10 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+            info = read_json_or(self._path, {})
+            if isinstance(info, dict) and (info.get("host"), info.get("pid")) == (host(), os.getpid()):
+                with contextlib.suppress(OSError):  # not one that another host took while this one stood still
+                    self._path.unlink()
 
 
 def describe(root: Path, info: dict[str, Any]) -> str:

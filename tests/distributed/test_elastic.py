@@ -161,7 +161,7 @@ def test_samples_of_every_step_are_the_same_at_any_size() -> None:
 _SGD = ("optim=sgd", "optim.name=torch.optim.SGD", "optim.learning_rate=0.3")
 _ADAFACTOR = ("optim=adafactor", "optim.name=torch.optim.Adafactor")
 _BFLOAT16 = ("model.dtype=bfloat16",)
-_LORA = ("model/peft=lora", "model.peft.r=4", "optim.learning_rate=3e-2")
+_LORA = ("model/peft=lora", "model.peft.r=4", "optim.learning_rate=1e-3")
 
 
 def _stored_states(checkpoint: Path) -> set[str]:
@@ -218,7 +218,8 @@ def test_lora_continues_and_its_checkpoints_load(lab: Lab, tmp_path: Path) -> No
     found = reference.continued(("zero2", 2), ("ddp", 3), tmp_path / "run")
     a, b = losses(reference.run(("zero2", 2))), losses(found)
     assert max(abs(a[k] - b[k]) / a[k] for k in range(11, 21)) <= 1e-4
-    assert a[20] < a[1]
+    adapter = tensors(found.checkpoint_dir(20))
+    assert all(bool(v.any()) for k, v in adapter.items() if "lora_B" in k), "the adapter was not trained"
     for folder in (found.checkpoint_dir(20), found.root):
         names = {p.name for p in folder.iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors"} <= names

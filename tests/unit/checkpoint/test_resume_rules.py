@@ -1,0 +1,105 @@
+"""Where to go on, and which changed settings are accepted. Damage is in tests/faults/test_damage.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.checkpoint import manifest
+from launcher.checkpoint.resume import ResumePoint, compare_settings, find
+from launcher.errors import DamagedCheckpointError, ResumeMismatchError
+from launcher.paths import RunPaths
+from launcher.process import RESTARTED
+from tests.faults.file_layer import OneProcess
+
+
+def make(root: Path, step: int, **state: Any) -> Path:
+    folder = root / f"checkpoint-{step}"
+    (folder / "state").mkdir(parents=True)
+    (folder / "state/state.json").write_text(json.dumps({"step": step, **state}))
+    (folder / "manifest.json").write_bytes(manifest.build(folder, step=step, world_size=1, zero_stage=0).to_json())
+    return folder
+
+
+def go(root: Path, choice: str = "auto") -> tuple[ResumePoint | None, list[str]]:
+    return find(choice, RunPaths(root), OneProcess(), lambda folder: folder)  # type: ignore[arg-type]
+
+
+def test_the_highest_number_is_taken_and_not_the_last_name(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        make(tmp_path, step)
+    point, notices = go(tmp_path)
+    assert point is not None and (point.step, notices) == (100, [])
+
+
+def test_an_empty_or_missing_folder_starts_at_0(tmp_path: Path) -> None:
+    assert go(tmp_path) == (None, [])
+    assert go(tmp_path / "missing") == (None, [])
+
+
+def test_never_keeps_the_old_ones_under_another_name(tmp_path: Path) -> None:
+    make(tmp_path, 10)
+    make(tmp_path, 20)
+    point, notices = go(tmp_path, "never")
+    assert point is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10.superseded", "checkpoint-20.superseded"]
+    assert "checkpoint-10.superseded, checkpoint-20.superseded" in notices[0]
+
+
+def test_never_is_obeyed_once_when_the_agent_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint-5.damaged").mkdir()  # the reason for `never`
+    monkeypatch.setenv(RESTARTED, "1")
+    assert go(tmp_path, "never")[0] is None  # it crashed before its first save
+    make(tmp_path, 10)
+    point, _ = go(tmp_path, "never")
+    assert point is not None and point.step == 10
+
+
+def test_a_path_supersedes_what_comes_after_it_and_is_obeyed_once(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    base = make(root, 10)
+    make(root, 20)
+    point, notices = go(root, str(base))
+    assert point is not None and point.step == 10 and point.state["origin"] == str(base)
+    assert "checkpoint-20.superseded" in notices[0] and (root / "checkpoint-10").exists()
+    make(root, 30, origin=str(base))
+    point, _ = go(root, str(base))
+    assert point is not None and point.step == 30
+
+
+def test_a_newer_format_is_refused_and_nothing_is_moved(tmp_path: Path) -> None:
+    make(tmp_path, 10)
+    folder = make(tmp_path, 20)
+    raw = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**raw, "format_version": 99}))
+    with pytest.raises(DamagedCheckpointError, match="pip install --upgrade"):
+        go(tmp_path)
+    assert folder.exists()
+
+
+_SAVED = {"seed": 1, "strategy": "zero2", "num_processes": 2, "optim.learning_rate": 1e-3}
+
+
+def test_equal_settings_are_silent() -> None:
+    assert compare_settings(_SAVED, dict(_SAVED), accept=False) == []
+
+
+def test_another_size_is_accepted_with_a_line() -> None:
+    notices = compare_settings(_SAVED, {**_SAVED, "strategy": "zero3", "num_processes": 4}, accept=False)
+    assert len(notices) == 1
+    assert notices[0].startswith("equal up to rounding from here (num_processes: 2 in the checkpoint, 4 now")
+
+
+def test_all_differences_that_change_the_result_are_listed_with_the_cure() -> None:
+    now = {**_SAVED, "seed": 2, "optim.learning_rate": 1e-4, "num_processes": 3}
+    with pytest.raises(ResumeMismatchError) as caught:
+        compare_settings(_SAVED, now, accept=False)
+    text = str(caught.value)
+    assert "seed: 1 in the checkpoint, 2 now" in text and "optim.learning_rate: 0.001 in the checkpoint, 0.0001" in text
+    assert "num_processes" not in text and "checkpoint.accept_changes=true" in text
+    assert caught.value.exit_code == 2
+    notices = compare_settings(_SAVED, now, accept=True)
+    assert len(notices) == 3 and sum(n.startswith("accepted: ") for n in notices) == 2

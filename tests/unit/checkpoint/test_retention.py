@@ -1,0 +1,75 @@
+"""Promise 4, for any history of saves: the best and the newest stay, and a limit is a limit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint.retention import expired_steps, our_steps, sweep_leftovers
+from launcher.paths import RunPaths
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, None])
+def test_best_and_newest_are_never_deleted(limit: int | None) -> None:
+    """Every set of at most five of seven steps, in any order, with any best step or none."""
+    pool = (5, 9, 10, 100, 101, 1000, 20000)  # as texts they sort otherwise
+    for count in range(6):
+        for steps in itertools.combinations(pool, count):
+            for best in (None, *pool):
+                expired = expired_steps(reversed(steps), limit, best)
+                kept = sorted({*steps} - {*expired})
+                assert expired == sorted(expired) and {*expired} <= {*steps}
+                if steps:
+                    assert max(steps) in kept
+                if best in steps:
+                    assert best in kept
+                if limit is None:
+                    assert kept == list(steps)
+                    continue
+                needed = len({max(steps), best} & {*steps}) if steps else 0
+                assert len(kept) == min(len(steps), max(limit, needed))
+                others = [s for s in kept if s != best]
+                assert others == sorted(s for s in steps if s != best)[len(steps) - (best in steps) - len(others) :]
+
+
+def test_a_limit_of_one_keeps_two_when_best_and_newest_differ() -> None:
+    assert expired_steps([10, 20, 30], 1, 10) == [20]
+    assert expired_steps([10, 20, 30], 1, 30) == [10, 20]
+    assert expired_steps([10, 20, 30], 1, None) == [10, 20]
+    assert expired_steps([10, 20, 30], 1, 5) == [10, 20]  # a best one that is not there
+
+
+def test_only_our_checkpoints_count(tmp_path: Path) -> None:
+    for name in (
+        "checkpoint-10",
+        "checkpoint-9",
+        "checkpoint-20.damaged",
+        "checkpoint-x",
+        "checkpoint-30",
+        "checkpoint-8.superseded",
+    ):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-30":
+            (tmp_path / name / "manifest.json").write_text("{}")
+    (tmp_path / "checkpoint-40").write_text("a file")
+    assert our_steps(RunPaths(tmp_path)) == [9, 10]
+
+
+def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["checkpoint-10", ".hub", "logs", ".gitignore", "run.json", "checkpoint-10.damaged", ".lock"]
+    for name in (
+        "checkpoint-10",
+        ".hub",
+        "logs",
+        "checkpoint-10.damaged",
+        ".tmp-checkpoint-20",
+        ".tmp-deleted-checkpoint-5",
+    ):
+        (tmp_path / name / "state").mkdir(parents=True)
+        (tmp_path / name / "state/file").write_text("x")
+    for name in (".gitignore", "run.json", ".lock", ".run.json.tmp-123", ".model.safetensors.tmp", ".lock-host-7"):
+        (tmp_path / name).write_text("x")
+    sweep_leftovers(RunPaths(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
