@@ -39,6 +39,7 @@ class Foreign:
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
     """The plain values among an optimizer group's settings, as state.json holds them."""
+    settings = {k: v.item() if isinstance(v, Tensor) and v.dim() == 0 else v for k, v in settings.items()}
     kept = {k: v for k, v in settings.items() if k != "params" and isinstance(v, (int, float, str, bool, list, tuple))}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 

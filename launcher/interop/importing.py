@@ -140,7 +140,7 @@ def _run_state(
     source: Path, state: dict[str, Any], foreign: Foreign, config: RunConfig, model: nn.Module
 ) -> dict[str, Any]:
     """Our state.json. `settings` are only those that the Trainer recorded."""
-    step, rate = int(state["global_step"]), float(foreign.groups[0]["settings"]["lr"])
+    step, rate = int(state["global_step"]), float(foreign.groups[0]["settings"].get("lr", config.optim.learning_rate))
     groups, optimizer = our_groups(config, model)
     values: dict[str, Any] = {}
     if (source / "scheduler.pt").is_file():
@@ -151,7 +151,7 @@ def _run_state(
     # The two kinds of loss scaler have different fields; another kind starts anew, which costs a few skipped steps.
     keeps_scaler = config.mixed_precision == "fp16" and bool(foreign.zero_stage) == bool(config.strategy.zero_stage)
     return {
-        "version": STATE_VERSION, "step": step, "total_steps": int(state["max_steps"]), "seed": config.seed,
+        "version": STATE_VERSION, "step": step, "total_steps": int(state.get("max_steps") or 0), "seed": config.seed,
         "samples_seen": step * config.train.train_batch_size, "world_size": foreign.world_size,
         "strategy": f"zero{foreign.zero_stage}" if foreign.zero_stage else "ddp",
         "progress": {

@@ -140,16 +140,17 @@ class _Shards:
                 offset += numel + padding
 
     def _params3(self, shapes: list[dict[str, tuple[int, ...]]]) -> Iterator[_Param]:
+        owners = {k: g for g, group in enumerate(self.base[0]["param_groups"]) for k in group["params"]}
         offset = 0  # sub-groups follow each other, and parameters in them
-        for i, group in enumerate(shapes):
-            for name, shape in group.items():
+        for sub_group, inside in enumerate(shapes):
+            for name, shape in inside.items():
                 numel = math.prod(shape)
                 size = -(-numel // self.world_size)
                 parts = [
                     _Part(rank, offset, rank * size, min(size, numel - rank * size))
                     for rank in range(self.world_size) if rank * size < numel
                 ]  # fmt: skip
-                yield _Param(name, shape, i, tuple(parts))
+                yield _Param(name, shape, owners[sub_group], tuple(parts))
                 offset += size
 
     def _indices(self, group: int | None) -> list[int]:
