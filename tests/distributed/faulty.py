@@ -1,13 +1,14 @@
 """An optimizer with faults, chosen by `optim.name`, so that a test can say what goes wrong at which step of which rank.
 
 FAULTS is a JSON list of {"rank", "step" (counted from 1, in this process), "kind", "seconds"?, "once"?: a file that
-marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang.
+marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang, quota (no file may grow beyond "bytes"; -1: any).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -42,5 +43,9 @@ class FaultyAdamW(torch.optim.AdamW):
                 os.kill(os.getpid(), signal.SIGKILL)
             case "raise":
                 raise RuntimeError("a fault that the test asked for")
+            case "quota":
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # EFBIG instead
+                _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], hard))
             case "hang":
                 time.sleep(3600)

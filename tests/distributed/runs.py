@@ -85,7 +85,7 @@ class Lab:
 
 def log_text(output_dir: Path) -> str:
     texts = [output_dir / "test.log", *sorted(output_dir.glob("logs/error-rank-*.json"))]
-    return "\n".join(p.read_text(errors="replace")[-3000:] for p in texts if p.is_file())
+    return "\n".join(p.read_text(errors="replace")[-20_000:] for p in texts if p.is_file())
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:

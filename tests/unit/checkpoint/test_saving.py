@@ -31,7 +31,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def config(**checkpoint: Any) -> RunConfig:
     model = {"config": {"model_type": "llama"}}
     generator = {"_target_": "launcher.data.arithmetic.ArithmeticData"}
-    evaluation = {"eval_strategy": "steps"}
+    metric = {"_target_": "launcher.data.arithmetic.ExactMatch"}
+    evaluation = {"eval_strategy": "steps", "metric": metric}
     return parse_config(
         {"model": model, "data": {"generator": generator}, "eval": evaluation, "checkpoint": checkpoint}
     )

@@ -1,0 +1,118 @@
+"""A disk that is too small, full, read-only or gone, under real runs. At every single operation: test_kill_points.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint import manifest
+from launcher.paths import RunPaths
+from tests.distributed.runs import Lab, different, kill, lines, log_text, losses, wait_until
+
+_MIB = 2**20
+_SLOW = {"FAULTS": '[{"kind": "sleep", "seconds": 0.1}]'}
+
+
+def _mount(folder: Path, *options: str) -> None:
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("a file system of its own can only be mounted as root")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for about three checkpoints beside the margin that a save leaves free."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    _mount(folder, "size=20m")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def _fill(disk: Path, leave: int) -> Path:
+    stats = os.statvfs(disk)
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, stats.f_bavail * stats.f_frsize - leave)
+    return ballast
+
+
+@pytest.mark.timeout(300)
+def test_saves_are_skipped_while_there_is_no_room_and_resume_when_there_is(
+    lab: Lab, disk: Path, tmp_path: Path
+) -> None:
+    """Promise 4: the earlier checkpoint stays whole, the training goes on, the missed save is made up for."""
+    undisturbed = lab.run(tmp_path / "a", "single", 1, "train.max_steps=60")
+    run = RunPaths(disk / "run")
+    lab.start(run.root, "single", 1, "train.max_steps=60", env=_SLOW)
+    wait_until(lambda: run.checkpoint_dir(10).exists(), "checkpoint-10")
+    ballast = _fill(disk, leave=_MIB // 2)
+    wait_until(lambda: "no checkpoint saved" in log_text(run.root), "the warning")
+    before = max(lines(run))
+    assert [s for s, _ in run.checkpoint_dirs()] == [10] and manifest.verify(run.checkpoint_dir(10)) == []
+    ballast.unlink()
+    wait_until(lambda: len(list(run.checkpoint_dirs())) > 1, "the save that was missed")
+    made_up = max(s for s, _ in run.checkpoint_dirs())
+    assert made_up <= before + 10, "the save was not made up for at once"
+    assert lab.zygote.wait() == [0], log_text(run.root)
+    text = log_text(run.root)
+    assert "bytes" in text and "free. Training goes on" in text
+    assert different(undisturbed.checkpoint_dir(60), run.checkpoint_dir(60)) == []
+
+
+@pytest.mark.timeout(300)
+def test_a_write_that_finds_the_disk_full_costs_only_that_save(lab: Lab, tmp_path: Path) -> None:
+    """A quota: the file system says that there is room, and a write fails all the same."""
+    folder = tmp_path / "run"
+    limit = {"FAULTS": '[{"kind": "quota", "step": 9, "bytes": 100000}, {"kind": "quota", "step": 11, "bytes": -1}]'}
+    run = lab.run(folder, "single", 1, "checkpoint.async_save=false", env=limit)
+    text = log_text(folder)
+    assert "the save of step 10 failed" in text and os.strerror(errno.EFBIG) in text
+    steps = [s for s, _ in run.checkpoint_dirs()]
+    assert steps == [11, 20], "the failed save was not repeated at the next step"
+    assert all(manifest.verify(f) == [] for _, f in run.checkpoint_dirs())
+    assert not [p.name for p in run.root.iterdir() if p.name.startswith(".tmp")]
+
+
+@pytest.mark.timeout(300)
+def test_the_run_stops_with_exit_1_when_a_save_fails_and_on_error_is_stop(lab: Lab, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    limit = {"FAULTS": '[{"kind": "quota", "step": 15, "bytes": 100000}]'}
+    codes = lab.run_codes(folder, "single", 1, "checkpoint.async_save=false", "checkpoint.on_error=stop", env=limit)
+    assert codes == [1]
+    run = RunPaths(folder)
+    assert "the save of step 20 failed" in log_text(folder) and "Traceback" not in log_text(folder).split("{")[0]
+    assert [s for s, _ in run.checkpoint_dirs()] == [10] and manifest.verify(run.checkpoint_dir(10)) == []
+    done = lab.run(folder, "single", 1, "checkpoint.async_save=false", "checkpoint.on_error=stop")
+    assert len(losses(done)) == 20
+
+
+@pytest.mark.timeout(300)
+def test_an_output_dir_that_vanishes_is_a_clear_error(lab: Lab, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    pids = lab.start(folder, "ddp", 2, env=_SLOW)
+    try:
+        wait_until(lambda: (folder / "checkpoint-10").exists(), "checkpoint-10")
+        folder.rename(tmp_path / "elsewhere")
+        codes = lab.zygote.wait()
+    finally:
+        kill(pids)
+    assert set(codes) & {1} and set(codes) <= {1, -9}
+    text = log_text(tmp_path / "elsewhere")
+    assert f"output_dir={folder} cannot be reached any more" in text and "Traceback" not in text
+    assert not folder.exists()
+    assert manifest.verify(tmp_path / "elsewhere/checkpoint-10") == []
+
+
+@pytest.mark.timeout(300)
+def test_a_read_only_output_dir_is_refused(lab: Lab, disk: Path, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    log = tmp_path / "log"
+    codes = lab.zygote.run(lab.overrides(disk / "run", "single"), 1, log)
+    assert codes == [2]
+    assert f"output_dir={disk / 'run'} cannot be written" in log.read_text()
