@@ -1,4 +1,4 @@
-"""A disk that is too small, full, read-only or gone, under real runs. At every single operation: test_kill_points.py."""
+"""A disk that is too small, full, read-only or gone, under real runs. At every operation: test_kill_points.py."""
 
 from __future__ import annotations
 
