@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from launcher.checkpoint.layout import TensorSpec
@@ -23,6 +24,8 @@ from launcher.interop.streams import Source, from_memory
 
 _SHARD = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 _MASTER = "fp32"
+_CHECKED = 4096
+"""Elements of each part of a parameter that are compared."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ def read_zero(folder: Path, stored_name: Callable[[str], str]) -> Foreign:
             if not names:
                 continue
             entries += group_entries(i, names, dict.fromkeys(names, shards.scalars(i)), group)
+        shards.check(params)
+        if sum(len(entry["params"]) for entry in entries) != len(params):
+            raise DamagedCheckpointError(f"{folder}: some parameters belong to no group of its optimizer")
         slots = shards.slots()
         weights = [shards.source(p, _MASTER, stored_name(p.name)) for p in params]
         states = [shards.source(p, slot, f"{slot}.{p.name}") for p in params for slot in slots]
@@ -152,6 +158,22 @@ class _Shards:
                 ]  # fmt: skip
                 yield _Param(name, shape, owners[sub_group], tuple(parts))
                 offset += size
+
+    def check(self, params: list[_Param]) -> None:
+        """Compares the masters with the weights that stages 1 and 2 store by name: a layout misread would be silent.
+
+        Raises:
+            ResumeError: they differ.
+        """
+        for param in params if self.stage < 3 else ():
+            weight = self.model[0]["module"][param.name].reshape(-1)
+            for start, master in self.source(param, _MASTER, param.name).pieces():
+                piece = master[:_CHECKED]
+                if not torch.equal(piece.to(weight.dtype), weight[start : start + piece.numel()]):
+                    raise ResumeError(
+                        f"{self.folder}: the master weights of {param.name} are not those of the model beside them. "
+                        "The shards are laid out in a way that is not known here, or are of different runs"
+                    )
 
     def _indices(self, group: int | None) -> list[int]:
         """The optimizer's numbers of a group's flat tensors; of all groups in order where None."""

@@ -66,6 +66,41 @@ def write_trainer_folder(folder: Path) -> LlamaForCausalLM:
     return model
 
 
+def write_zero2_folder(folder: Path) -> dict[str, Tensor]:
+    """The same as two processes under ZeRO-2 leave it, as deepspeed/runtime/zero/stage_1_and_2.py lays it out.
+
+    Returns:
+        The parameters; exp_avg is 2 and exp_avg_sq 3 times each.
+    """
+    write_trainer_folder(folder)
+    (folder / "optimizer.pt").unlink()
+    shards = folder / f"global_step{STEP}"
+    shards.mkdir()
+    model = llama()
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    ranks: list[dict[str, Any]] = [
+        {"single_partition_of_fp32_groups": [], "group_paddings": [], "zero_stage": 2, "partition_count": [2, 2],
+         "base_optimizer_state": {"state": {}, "param_groups": []}} for _ in range(2)
+    ]  # fmt: skip
+    for i, (names, decay) in enumerate(zip(groups_of(model), (0.1, 0.0), strict=True)):
+        flat = torch.cat([params[n].view(-1) for n in names])
+        padding = 4 + flat.numel() % 2
+        halves = torch.cat([flat, torch.zeros(padding)]).chunk(2)
+        for rank, (saved, half) in enumerate(zip(ranks, halves, strict=True)):
+            own = padding if rank == 1 else 0
+            saved["single_partition_of_fp32_groups"].append(half[: half.numel() - own].clone())
+            saved["group_paddings"].append(own)
+            base = saved["base_optimizer_state"]
+            base["state"][i] = {"step": torch.tensor(10.0), "exp_avg": 2 * half, "exp_avg_sq": 3 * half}
+            base["param_groups"].append({"params": [i], "lr": 0.005, "initial_lr": 0.01, "weight_decay": decay})
+    for rank, saved in enumerate(ranks):
+        torch.save({"optimizer_state_dict": saved}, shards / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    shapes = [{n: params[n].shape for n in names} for names in groups_of(model)]
+    states = {"module": dict(params), "buffer_names": [], "param_shapes": shapes, "ds_config": {}}
+    torch.save(states, shards / "mp_rank_00_model_states.pt")
+    return params
+
+
 def write_our_folder(
     folder: Path, model: nn.Module, dtype: torch.dtype, *, step: int = STEP, best: int | None = None
 ) -> None:

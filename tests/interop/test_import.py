@@ -17,7 +17,7 @@ from launcher.files import read_json
 from launcher.interop.importing import import_checkpoint, import_notices
 from launcher.interop.zero_shards import shards_dir
 from launcher.paths import RunPaths
-from tests.interop.folders import STEP, config_of, write_trainer_folder
+from tests.interop.folders import STEP, config_of, write_trainer_folder, write_zero2_folder
 
 
 @pytest.fixture
@@ -85,6 +85,40 @@ def test_nothing_is_executed_when_a_shard_is_malicious(source: Path, run: RunPat
     with pytest.raises(ResumeError, match=r"optim_states.pt is refused, nothing in it was executed"):
         do_import(source, run)
     assert not marker.exists()
+
+
+def test_every_tensor_is_put_together_from_its_shards(tmp_path: Path, run: RunPaths) -> None:
+    source = tmp_path / f"zero/checkpoint-{STEP}"
+    params = write_zero2_folder(source)
+    folder = do_import(source, run)
+    weights, states = load_file(folder / "model.safetensors"), load_file(folder / "state/optimizer.safetensors")
+    assert weights.keys() == params.keys() and len(states) == 2 * len(params)
+    for name, param in params.items():
+        assert torch.equal(weights[name], param)
+        assert torch.equal(states[f"exp_avg.{name}"], 2 * param)
+        assert torch.equal(states[f"exp_avg_sq.{name}"], 3 * param)
+    found = manifest.read(folder)
+    assert (found.world_size, found.zero_stage) == (2, 2)
+
+
+def test_refused_when_the_masters_are_not_those_of_the_model(tmp_path: Path, run: RunPaths) -> None:
+    """A layout that was misread would otherwise train on with shuffled weights."""
+    source = tmp_path / f"zero/checkpoint-{STEP}"
+    write_zero2_folder(source)
+    path = source / f"global_step{STEP}/mp_rank_00_model_states.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["param_shapes"] = [dict(reversed(group.items())) for group in saved["param_shapes"]]
+    torch.save(saved, path)
+    with pytest.raises(ResumeError, match=r"master weights of .* are not those of the model"):
+        do_import(source, run)
+
+
+def test_named_when_a_shard_is_missing(tmp_path: Path, run: RunPaths) -> None:
+    source = tmp_path / f"zero/checkpoint-{STEP}"
+    write_zero2_folder(source)
+    (source / f"global_step{STEP}/zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(DamagedCheckpointError, match="written by 2 processes, but the shards of 1"):
+        do_import(source, run)
 
 
 def test_training_arguments_are_never_read(source: Path, run: RunPaths, tmp_path: Path) -> None:
