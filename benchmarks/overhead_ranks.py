@@ -13,7 +13,7 @@ from benchmarks.rank import build_product, finish, read_spec
 def main() -> None:
     spec = read_spec()
     run = build_product(spec["settings"])
-    from launcher import loop
+    from launcher import loop, saving
 
     batches = bare.batches(run.accelerator)
 
@@ -21,7 +21,7 @@ def main() -> None:
         """What `fit` does in every step."""
         run.watchdog.alive()
         agreed = loop.train_step(run)
-        loop.follow_save(run, agreed)
+        saving.follow_save(run, agreed)
         loop.log(run, agreed)
         loop.maybe_save(run, agreed, loop.maybe_evaluate(run))
         run.progress.advance(run.step)

@@ -17,11 +17,11 @@ class Bench:
     """One training run, its steps timed between the ends of steps: they end with a collective, on all ranks at once."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        from launcher import loop
+        from launcher import loop, saving
         from launcher.checkpoint.engine import Phase
 
         self.run = build_product(spec["settings"])
-        self.loop, self.idle = loop, Phase.IDLE
+        self.loop, self.saving, self.idle = loop, saving, Phase.IDLE
         self.num_usual: int = spec["num_usual"]
         self.max_during: int = spec["max_during"]
         self.plain_dir = Path(spec["work_dir"]) / "plain"
@@ -31,7 +31,7 @@ class Bench:
         }  # fmt: skip
 
     def step(self) -> None:
-        self.loop.follow_save(self.run, self.loop.train_step(self.run))
+        self.saving.follow_save(self.run, self.loop.train_step(self.run))
 
     def usual(self) -> list[float]:
         """The steps right before what is measured, with nothing in the background."""
@@ -54,7 +54,7 @@ class Bench:
         """The save of the loop and the step after it; then steps while the writers work."""
         usual = self.usual()
         started = time.perf_counter()
-        self.loop.save(self.run)
+        self.saving.save(self.run)
         call = time.perf_counter() - started
         self.step()
         self.found["ours"].append(lost(time.perf_counter() - started, usual))
@@ -65,7 +65,7 @@ class Bench:
         if self.run.checkpointer.phase is self.idle:
             self.found["write"].append(time.perf_counter() - started)
             during = during[:-1]  # the write ended somewhere inside it
-        self.loop.wait_for_save(self.run)
+        self.saving.wait_for_save(self.run)
         median = statistics.median(usual)
         self.found["during_write"] += [[value, value / median - 1] for value in during]
 
@@ -106,8 +106,8 @@ class Bench:
         """The unmeasured first save of each kind, with the memory it takes."""
 
         def ours() -> None:
-            self.loop.save(self.run)
-            self.loop.wait_for_save(self.run)
+            self.saving.save(self.run)
+            self.saving.wait_for_save(self.run)
 
         found = self.found
         found["memory_ours"] = self.memory(ours)
@@ -142,8 +142,8 @@ class Bench:
         path.unlink()
 
     def _save_and_wait(self) -> None:
-        self.loop.save(self.run)
-        self.loop.wait_for_save(self.run)
+        self.saving.save(self.run)
+        self.saving.wait_for_save(self.run)
 
 
 def _write_raw(path: Path, data: memoryview) -> None:

@@ -29,7 +29,7 @@ from launcher.optim import Schedule, build_optimizer
 from launcher.paths import RunPaths
 from launcher.preemption import StopRequests
 from launcher.processes import Processes
-from launcher.saving import SaveSchedule
+from launcher.save_schedule import SaveSchedule
 from launcher.training_state import TrainingState
 from launcher.watchdog import Watchdog
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def finish(run: Run) -> None:
     """After the last step: waits for the last save, publishes the model, ends. Collective."""
-    from launcher.loop import save_and_wait
+    from launcher.saving import save_and_wait
 
     saves = run.config.checkpoint.save_strategy != "no"
     if saves:

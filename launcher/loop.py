@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from launcher.checkpoint import rng
-from launcher.checkpoint.engine import Checkpointer, SaveResult, raise_failed
-from launcher.checkpoint.retention import expired_steps, our_steps
+from launcher.checkpoint.engine import Checkpointer
 from launcher.config import RunConfig
 from launcher.data import Data, StepSampler, collate, split_step
-from launcher.errors import CheckpointWriteError, NonFiniteError
+from launcher.errors import NonFiniteError
 from launcher.evaluation import evaluate
 from launcher.hub import Hub, NoHub
 from launcher.metrics import MetricsFile, NoProgress, Progress, RunFile, Trackers
@@ -24,7 +23,8 @@ from launcher.optim import Schedule
 from launcher.paths import RunPaths
 from launcher.preemption import REASONS, StopRequests
 from launcher.processes import Processes
-from launcher.saving import SaveSchedule, crosses_epoch, is_better, save_line
+from launcher.save_schedule import SaveSchedule, crosses_epoch, is_better
+from launcher.saving import follow_save, has_room, note_best, save, save_and_wait
 from launcher.training_state import TrainingState
 from launcher.watchdog import Watchdog
 
@@ -107,19 +107,29 @@ def fit(run: Run) -> str | None:
         None at the end, else the reason in REASONS for which the run stopped (and saved).
     """
     run.hub.start()
+    catch_up(run)
     while run.step < run.total_steps:
         run.watchdog.alive()
         agreed = train_step(run)
         follow_save(run, agreed)
         log(run, agreed)
+        if agreed.stop_code and run.step < run.total_steps:
+            return stop(run, REASONS[agreed.stop_code - 1])
         improved = maybe_evaluate(run)
         maybe_save(run, agreed, improved)
         run.progress.advance(run.step)
         for notice in run.hub.poll():
             run.progress.say(notice)
-        if agreed.stop_code and run.step < run.total_steps:
-            return stop(run, REASONS[agreed.stop_code - 1])
     return None
+
+
+def catch_up(run: Run) -> None:
+    """Makes up for the evaluation of the step that a request to stop left out, so that the best stays the same."""
+    history = run.state.progress.log_history
+    if not run.step or any(line.get("step") == run.step and "eval_loss" in line for line in history[-3:]):
+        return
+    if maybe_evaluate(run) and run.last_saved_step == run.step:
+        note_best(run)
 
 
 # --------------------------------------------------------------------------- one optimizer step
@@ -198,7 +208,8 @@ def update(run: Run) -> bool:
 def agree(run: Run, loss_sum: float, num_tokens: int) -> Agreement:
     """The loop's one all-reduce per step: losses, requests to stop, whether to save, how the save in flight stands."""
     undone, failed = run.checkpointer.status()
-    code = run.stop.reason_code(run.last_save_s, run.last_step_s)
+    eval_s = run.last_eval.get("eval_runtime_s", 0.0) if is_eval_due(run) else 0.0
+    code = run.stop.reason_code(run.last_save_s, run.last_step_s + eval_s)
     due = False
     if run.is_main:
         due = run.save_schedule.is_due(run.step, improved=False) or (
@@ -243,7 +254,7 @@ def log(run: Run, agreed: Agreement) -> None:
         line["skipped_steps"] = window.num_skipped
     p.loss_sum, p.labelled_tokens, run.window = 0.0, 0, Window()
     record(run, line)
-    if run.is_main:
+    if run.is_main and run.run_file.is_due():
         run.run_file.update(step=run.step, epoch=p.epoch, hub=run.hub.status())
 
 
@@ -256,13 +267,22 @@ def record(run: Run, line: dict[str, Any]) -> None:
         run.progress.log(line)
 
 
-def maybe_evaluate(run: Run) -> bool:
-    """Evaluates where `eval.eval_strategy` asks for it and after the last step; says whether the metric improved."""
-    config, settings = run.config, run.config.eval
-    due = run.step % settings.eval_steps == 0
+def is_eval_due(run: Run) -> bool:
+    """Whether `eval.eval_strategy` asks for an evaluation after this step; the last step always has one."""
+    settings = run.config.eval
+    if settings.eval_strategy == "no" or run.data.eval is None:
+        return False
+    if run.step >= run.total_steps:
+        return True
     if settings.eval_strategy == "epoch":
-        due = crosses_epoch(run.step, config.train.train_batch_size, len(run.data.train))
-    if settings.eval_strategy == "no" or run.data.eval is None or not (due or run.step >= run.total_steps):
+        return crosses_epoch(run.step, run.config.train.train_batch_size, len(run.data.train))
+    return run.step % settings.eval_steps == 0
+
+
+def maybe_evaluate(run: Run) -> bool:
+    """Evaluates where it is due; says whether the metric improved."""
+    config = run.config
+    if not is_eval_due(run):
         return False
     started = time.monotonic()
     values = evaluate(run)
@@ -291,101 +311,6 @@ def maybe_save(run: Run, agreed: Agreement, improved: bool) -> None:
     is_last = run.step >= run.total_steps
     if strategy != "no" and (agreed.is_save_due or (strategy == "best" and improved) or is_last):
         save(run)
-
-
-def save(run: Run) -> None:
-    """`accelerator.save_state`, after the save before has ended and if there is room. Collective."""
-    if run.last_saved_step == run.step:
-        return
-    run.watchdog.alive()
-    waited = wait_for_save(run)
-    if waited > 1.0:
-        run.progress.say(f"step {run.step}: waited {waited:.1f} s for the save before")
-    if not run.processes.on_main(lambda: has_room(run, tell=True)):
-        on_save_ended(run, SaveResult(run.step, 0.0, error="not enough disk space", found_no_room=True))
-        return
-    note_best(run)
-    run.last_saved_step = run.step
-    run.save_schedule.started()
-    run.accelerator.save_state(str(run.paths.checkpoint_dir(run.step)))
-    if not run.config.checkpoint.async_save:
-        wait_for_save(run)
-
-
-def save_and_wait(run: Run) -> None:
-    """Makes sure that the state of this step is on disk, with a second attempt where the first one failed. Collective."""
-    for _ in range(2):
-        save(run)
-        wait_for_save(run)
-        if run.last_saved_step == run.step:
-            return
-
-
-def has_room(run: Run, tell: bool = False) -> bool:
-    """Whether the disk has room for one more checkpoint; main process.
-
-    Raises:
-        CheckpointWriteError: output_dir is not there any more.
-    """
-    try:
-        needed, free = run.checkpointer.missing_bytes()
-    except OSError as error:
-        raise CheckpointWriteError(
-            f"output_dir={run.paths.root} cannot be reached any more: {error}. Step {run.step} could not be saved; when it "
-            "is there again, the same command goes on from its last checkpoint"
-        ) from error
-    if free < needed and tell:
-        run.progress.say(
-            f"WARNING step {run.step}: no checkpoint saved: it needs {needed:,} bytes and {run.paths.root} has "
-            f"{free:,} free. Training goes on and saves as soon as there is room; the earlier checkpoints are whole"
-        )
-    return free >= needed
-
-
-def note_best(run: Run) -> None:
-    """Makes the checkpoint that is about to be saved the best one, if its evaluation says so."""
-    p = run.state.progress
-    run.previous_best = (p.best_metric, p.best_step)
-    metric = run.last_eval.get(run.config.checkpoint.metric_key) if run.last_eval.get("step") == run.step else None
-    if is_better(run.config, metric, p.best_metric):
-        p.best_metric, p.best_step = metric, run.step
-
-
-def wait_for_save(run: Run) -> float:
-    """Waits until no save is in flight; seconds. Collective."""
-    started = time.monotonic()
-    result = run.checkpointer.wait(run.watchdog.alive)
-    if result is not None:
-        on_save_ended(run, result)
-    return time.monotonic() - started
-
-
-def follow_save(run: Run, agreed: Agreement) -> None:
-    """Moves the save in flight on, with what the processes agreed on. Collective."""
-    result = run.checkpointer.advance(agreed.num_undone, agreed.num_failed)
-    if result is not None:
-        on_save_ended(run, result)
-
-
-def on_save_ended(run: Run, result: SaveResult) -> None:
-    """A save was committed (metrics, Hub, retention) or failed (nothing of it remains)."""
-    run.save_schedule.ended(result)
-    p = run.state.progress
-    if result.error is not None:
-        if p.best_step == result.step:
-            p.best_metric, p.best_step = run.previous_best
-        if run.last_saved_step == result.step:
-            run.last_saved_step = 0
-        if run.config.checkpoint.on_error == "stop":
-            raise_failed(result)
-        run.progress.say(f"WARNING the save of step {result.step} failed: {result.error}. Training goes on")
-        return
-    run.last_save_s = result.write_s
-    if run.is_main:
-        run.metrics.append(save_line(result))
-        run.hub.checkpoint_committed(result.step, run.paths.checkpoint_dir(result.step))
-        old = expired_steps(our_steps(run.paths), run.config.checkpoint.save_total_limit, p.best_step)
-        run.checkpointer.expire([run.paths.checkpoint_dir(step) for step in old])
 
 
 def stop(run: Run, reason: str) -> str:

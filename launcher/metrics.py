@@ -35,19 +35,28 @@ class MetricsFile:
             files.replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
+_RUN_FILE_S = 5.0
+
+
 class RunFile:
     """run.json: the authority on how a run stands. Main process only."""
 
     def __init__(self, paths: RunPaths, world_size: int) -> None:
         self._path = paths.run_state
+        self._written = 0.0
         self._fields: dict[str, Any] = {
             "state": "running", "reason": None, "exit_code": None, "step": 0, "total_steps": None, "epoch": 0.0,
             "world_size": world_size, "host": host(), "pid": os.getpid(), "job_id": os.environ.get("SLURM_JOB_ID"),
             "started_at": time.time(), "attempt": os.environ.get("LAUNCHER_ATTEMPT"),
         }  # fmt: skip
 
+    def is_due(self) -> bool:
+        """Whether the last write is long enough ago for mere progress: each one waits for the disk."""
+        return time.monotonic() - self._written >= _RUN_FILE_S
+
     def update(self, **fields: Any) -> None:
         """Changes fields and replaces the file atomically; a full disk is survived, since nothing depends on it."""
+        self._written = time.monotonic()
         self._fields |= {**fields, "updated_at": time.time()}
         with contextlib.suppress(OSError):
             files.write_json(self._path, self._fields)

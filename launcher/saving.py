@@ -1,89 +1,112 @@
-"""When to save, which checkpoints stay, which one is the best. Decisions only; the writing is checkpoint/'s."""
+"""A save as the loop lives it: room, hand-over, what became of it, which checkpoint is the best, which may go."""
 
 from __future__ import annotations
 
-import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
-from launcher.checkpoint.engine import SaveResult
-from launcher.config import RunConfig
+from launcher.checkpoint.engine import SaveResult, raise_failed
+from launcher.checkpoint.retention import expired_steps, our_steps
+from launcher.errors import CheckpointWriteError
+from launcher.save_schedule import is_better, save_line
 
-_FIRST_AUTO_SAVE_S = 60.0
-_RETRY_S = 30.0
-
-
-def is_better(config: RunConfig, metric: float | None, best: float | None) -> bool:
-    """Whether a metric beats the best so far; NaN and infinities never do."""
-    if metric is None or not math.isfinite(metric):
-        return False
-    if best is None:
-        return True
-    return metric > best if config.checkpoint.is_greater_better else metric < best
+if TYPE_CHECKING:
+    from launcher.loop import Agreement, Run
 
 
-def crosses_epoch(step: int, batch_size: int, num_rows: int) -> bool:
-    """Whether the end of an epoch lies in this step (counted from 1)."""
-    return step * batch_size // num_rows > (step - 1) * batch_size // num_rows
+def save(run: Run) -> None:
+    """`accelerator.save_state`, after the save before has ended and if there is room. Collective."""
+    if run.last_saved_step == run.step:
+        return
+    run.watchdog.alive()
+    waited = wait_for_save(run)
+    if waited > 1.0:
+        run.progress.say(f"step {run.step}: waited {waited:.1f} s for the save before")
+    if not run.processes.on_main(lambda: has_room(run, tell=True)):
+        on_save_ended(run, SaveResult(run.step, 0.0, error="not enough disk space", found_no_room=True))
+        return
+    note_best(run)
+    run.last_saved_step = run.step
+    run.save_schedule.started()
+    run.accelerator.save_state(str(run.paths.checkpoint_dir(run.step)))
+    if not run.config.checkpoint.async_save:
+        wait_for_save(run)
 
 
-class SaveSchedule:
-    """Decides on the main process whether a save is due after a step; the others are told."""
-
-    def __init__(self, config: RunConfig, num_rows: int) -> None:
-        self._checkpoint, self._batch, self._num_rows = config.checkpoint, config.train.train_batch_size, num_rows
-        self._last_save = time.monotonic()
-        self._cost_s: float | None = None
-        self._num_failures = 0  # in a row
-        self._retry_at = math.inf
-        self.is_waiting_for_room = False
-
-    def interval_s(self) -> float:
-        """Young and Daly's interval sqrt(2 · mtbf · cost), no shorter than what max_overhead allows."""
-        if self._cost_s is None:
-            return _FIRST_AUTO_SAVE_S
-        shortest = self._cost_s / self._checkpoint.max_overhead if self._checkpoint.max_overhead else math.inf
-        return max(math.sqrt(2 * self._checkpoint.mtbf_s * self._cost_s), shortest)
-
-    def is_due(self, step: int, *, improved: bool) -> bool:
-        """Whether the strategy, the clock or a failed save asks for one now."""
-        ck, now = self._checkpoint, time.monotonic()
-        if ck.save_strategy == "no":
-            return False
-        if now >= self._retry_at:
-            return True
-        if ck.save_every_s is not None and now - self._last_save >= ck.save_every_s:
-            return True
-        if ck.save_strategy == "best":
-            return improved
-        if ck.save_strategy == "epoch":
-            return crosses_epoch(step, self._batch, self._num_rows)
-        if isinstance(ck.save_steps, int):
-            return step % ck.save_steps == 0
-        return now - self._last_save >= self.interval_s()
-
-    def started(self) -> None:
-        self._last_save = time.monotonic()
-
-    def ended(self, result: SaveResult) -> None:
-        """Notes what a save cost, or that it has to be made up for.
-
-        A failed save is repeated at the next step (a writer that was killed is a new one then), after that every half
-        minute. One that found no room is due as soon as there is.
-        """
-        if result.error is None:
-            self._cost_s = max(result.stall_s, 1e-3)
-            self._num_failures, self._retry_at, self.is_waiting_for_room = 0, math.inf, False
-        else:
-            self._num_failures += 1
-            is_first = self._num_failures == 1 and not result.found_no_room
-            self._retry_at = time.monotonic() + (0.0 if is_first else _RETRY_S)
-            self.is_waiting_for_room = result.found_no_room
+def save_and_wait(run: Run) -> None:
+    """Makes sure that this step's state is on disk, with a second attempt where the first one failed. Collective."""
+    for _ in range(2):
+        save(run)
+        wait_for_save(run)
+        if run.last_saved_step == run.step:
+            return
 
 
-def save_line(result: SaveResult) -> dict[str, Any]:
-    """The line of metrics.jsonl for a committed save."""
-    return {
-        "step": result.step, "checkpoint": f"checkpoint-{result.step}", "save_stall_s": round(result.stall_s, 4),
-        "save_write_s": round(result.write_s, 4), "bytes": result.num_bytes,
-    }  # fmt: skip
+def has_room(run: Run, tell: bool = False) -> bool:
+    """Whether the disk has room for one more checkpoint; main process.
+
+    Raises:
+        CheckpointWriteError: output_dir is not there any more.
+    """
+    try:
+        needed, free = run.checkpointer.missing_bytes()
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"output_dir={run.paths.root} cannot be reached any more: {error}. Step {run.step} could not be saved; "
+            "when it is there again, the same command goes on from its last checkpoint"
+        ) from error
+    if free < needed and tell:
+        run.progress.say(
+            f"WARNING step {run.step}: no checkpoint saved: it needs {needed:,} bytes and {run.paths.root} has "
+            f"{free:,} free. Training goes on and saves as soon as there is room; the earlier checkpoints are whole"
+        )
+    return free >= needed
+
+
+def note_best(run: Run) -> None:
+    """Makes this step's checkpoint the best one, if its evaluation says so.
+
+    One that only a request to stop brought about is none that an undisturbed run would choose from.
+    """
+    p = run.state.progress
+    run.previous_best = (p.best_metric, p.best_step)
+    metric = run.last_eval.get(run.config.checkpoint.metric_key) if run.last_eval.get("step") == run.step else None
+    if run.save_schedule.is_regular(run.step, run.total_steps) and is_better(run.config, metric, p.best_metric):
+        p.best_metric, p.best_step = metric, run.step
+
+
+def wait_for_save(run: Run) -> float:
+    """Waits until no save is in flight; seconds. Collective."""
+    started = time.monotonic()
+    result = run.checkpointer.wait(run.watchdog.alive)
+    if result is not None:
+        on_save_ended(run, result)
+    return time.monotonic() - started
+
+
+def follow_save(run: Run, agreed: Agreement) -> None:
+    """Moves the save in flight on, with what the processes agreed on. Collective."""
+    result = run.checkpointer.advance(agreed.num_undone, agreed.num_failed)
+    if result is not None:
+        on_save_ended(run, result)
+
+
+def on_save_ended(run: Run, result: SaveResult) -> None:
+    """A save was committed (metrics, Hub, retention) or failed (nothing of it remains)."""
+    run.save_schedule.ended(result)
+    p = run.state.progress
+    if result.error is not None:
+        if p.best_step == result.step:
+            p.best_metric, p.best_step = run.previous_best
+        if run.last_saved_step == result.step:
+            run.last_saved_step = 0
+        if run.config.checkpoint.on_error == "stop":
+            raise_failed(result)
+        run.progress.say(f"WARNING the save of step {result.step} failed: {result.error}. Training goes on")
+        return
+    run.last_save_s = result.write_s
+    if run.is_main:
+        run.metrics.append(save_line(result))
+        run.hub.checkpoint_committed(result.step, run.paths.checkpoint_dir(result.step))
+        old = expired_steps(our_steps(run.paths), run.config.checkpoint.save_total_limit, p.best_step)
+        run.checkpointer.expire([run.paths.checkpoint_dir(step) for step in old])

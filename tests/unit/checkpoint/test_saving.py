@@ -10,7 +10,7 @@ import pytest
 from launcher import saving
 from launcher.checkpoint.engine import SaveResult
 from launcher.config import RunConfig, parse_config
-from launcher.saving import SaveSchedule, crosses_epoch, is_better
+from launcher.save_schedule import SaveSchedule, crosses_epoch, is_better
 
 
 class Clock:
