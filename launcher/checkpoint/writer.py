@@ -77,6 +77,8 @@ class Writer:
         """Main process only, once every process has written: hash, manifest last, rename, fsync of the parent."""
         started = time.monotonic()
         folder, target = Path(command["dir"]), Path(command["target"])
+        if target.exists():
+            raise FileExistsError(f"{target} exists already and is not of this run: move it away")
         built = manifest.build(
             folder, step=command["step"], world_size=command["world_size"], zero_stage=command["zero_stage"]
         )
