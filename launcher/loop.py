@@ -230,6 +230,7 @@ def check_finite(run: Run, agreed: Agreement, is_applied: bool) -> None:
     if math.isfinite(agreed.loss_sum) and (is_applied or run.config.mixed_precision == "fp16"):
         return
     if run.config.train.on_nonfinite == "stop":
+        wait_for_save(run)  # every process is here, and what is being written is of before
         raise NonFiniteError(
             f"step {run.step}: loss sum {agreed.loss_sum}, gradient norm {run.window.grad_norm}. The weights of the "
             "step before are unharmed and the last checkpoint is whole. A lower optim.learning_rate or "

@@ -1,7 +1,8 @@
-"""An optimizer with faults, chosen by `optim.name`, so that a test can say what goes wrong at which step of which rank.
+"""An optimizer with faults, chosen by `optim.name`: a test says what goes wrong at which step of which rank.
 
-FAULTS is a JSON list of {"rank", "step" (counted from 1, in this process), "kind", "seconds"?, "once"?: a file that
-marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang, quota (no file may grow beyond "bytes"; -1: any).
+FAULTS is a JSON list of {"rank", "step" (counted from 1, in this process), "kind", "seconds"?, "bytes"?, "once"?: a
+file that marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang, quota (no file may grow beyond "bytes";
+-1: any), nan (in the gradients of that step, while its loss is a number).
 """
 
 from __future__ import annotations
@@ -17,15 +18,36 @@ from typing import Any
 import torch
 
 
+def _faults() -> list[dict[str, Any]]:
+    """Those of this rank."""
+    rank = int(os.environ.get("RANK", 0))
+    return [fault for fault in json.loads(os.environ.get("FAULTS", "[]")) if fault.get("rank", rank) == rank]
+
+
 class FaultyAdamW(torch.optim.AdamW):
     """AdamW, bit for bit, that calls the faults first."""
 
     _num_steps = 0
 
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.param_groups[0]["is_first"] = True
+        self._nans = [fault["step"] for fault in _faults() if fault["kind"] == "nan"]
+        if self._nans:
+            self._cross_entropy = torch.nn.functional.cross_entropy
+            torch.nn.functional.cross_entropy = self._spoiled  # type: ignore[assignment]
+
+    def _spoiled(self, logits: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
+        loss = self._cross_entropy(logits, *args, **settings)
+        if self._num_steps + 1 in self._nans:
+            self._nans.remove(self._num_steps + 1)
+            loss = loss + torch.sqrt((logits * 0).sum())  # 0, with the derivative inf · 0
+        return loss
+
     def step(self, closure: Any = None) -> Any:
-        self._num_steps += 1
-        for fault in json.loads(os.environ.get("FAULTS", "[]")):
-            if fault.get("rank", int(os.environ.get("RANK", 0))) == int(os.environ.get("RANK", 0)):
+        if any(group.get("is_first") and group["params"] for group in self.param_groups):  # DeepSpeed steps each alone
+            self._num_steps += 1
+            for fault in _faults():
                 self._maybe(fault)
         return super().step(closure)
 
