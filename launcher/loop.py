@@ -24,7 +24,7 @@ from launcher.paths import RunPaths
 from launcher.preemption import REASONS, StopRequests
 from launcher.processes import Processes
 from launcher.save_schedule import SaveSchedule, crosses_epoch, is_better
-from launcher.saving import follow_save, has_room, note_best, save, save_and_wait
+from launcher.saving import follow_save, has_room, note_best, save, save_and_wait, wait_for_save
 from launcher.training_state import TrainingState
 from launcher.watchdog import Watchdog
 

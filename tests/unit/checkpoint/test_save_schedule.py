@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher import saving
+from launcher import save_schedule
 from launcher.checkpoint.engine import SaveResult
 from launcher.config import RunConfig, parse_config
 from launcher.save_schedule import SaveSchedule, crosses_epoch, is_better
@@ -24,7 +24,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(saving, "time", made)
+    monkeypatch.setattr(save_schedule, "time", made)
     return made
 
 
