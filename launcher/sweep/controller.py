@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -96,24 +95,11 @@ def sweep_lock(paths: SweepPaths) -> Iterator[None]:
             "Wait for it, stop it, or set another output_dir=…"
         )
     held = lock.RunLock(paths.lock)
-    with _one_at_a_time(paths.root):
-        held.acquire([os.getpid()])
+    held.acquire([os.getpid()])
     try:
         yield
     finally:
         held.release()
-
-
-@contextmanager
-def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Keeps two controllers from taking over the same stale lock, each removing the other's new one."""
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # a file system without flock
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 @dataclass
