@@ -43,7 +43,10 @@ class Launch:
     def wait_for_step(self, step: int) -> None:
         def is_there() -> bool:
             assert self.process.poll() is None, f"ended with {self.process.returncode}\n{self.text()}"
-            return self.run_state().get("state") == "running" and max(lines(self.paths), default=0) >= step
+            state = self.run_state()
+            if state.get("state") != "running" or not is_running(state["pid"]):  # left by a run that was killed
+                return False
+            return max(lines(self.paths), default=0) >= step
 
         wait_until(is_there, f"step {step}", 180.0)
 
