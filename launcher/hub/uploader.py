@@ -128,7 +128,6 @@ class Uploader:
             return
         is_permanent = fault.kind == "permanent"
         text = f"{fault.message}. {fault.cure}" if is_permanent else fault.message
-        self._set_status("blocked" if is_permanent else "waiting", item=names, tried_at=tried_at, last_error=text)
         told = f"{fault.kind} {fault.cure}"
         if fault.kind != "conflict" and told != self._told:
             self._told = told
@@ -136,6 +135,8 @@ class Uploader:
                 self._spool.tell(f"Hub: ERROR: {names} cannot be pushed: {text}. The training goes on without.")
             else:
                 self._spool.tell(f"Hub: {names} waits, will be tried until it works: {text}")
+        # After the message: whoever sees this status finds the reason told.
+        self._set_status("blocked" if is_permanent else "waiting", item=names, tried_at=tried_at, last_error=text)
 
     def _done(self, items: list[Item], pushed: Any, took_s: float) -> None:
         for item in items:
