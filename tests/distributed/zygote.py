@@ -90,7 +90,6 @@ def _serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers.integrations import deepspeed as integration  # noqa: F401
 
-
     del accelerate
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
