@@ -18,7 +18,7 @@ from types import FrameType
 
 from launcher import files, lock
 from launcher.config import RunConfig, run_length
-from launcher.devices import visible_gpus
+from launcher.devices import num_cores, visible_gpus
 from launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankFailedError, RunLockedError, UserError
 from launcher.hub import send_left_over
 from launcher.paths import RunPaths
@@ -69,7 +69,7 @@ def accelerate_command(
 
 def _threads(local_processes: int) -> int:
     given = os.environ.get("OMP_NUM_THREADS")
-    return int(given) if given else max(1, len(os.sched_getaffinity(0)) // max(1, local_processes))
+    return int(given) if given else max(1, num_cores() // max(1, local_processes))
 
 
 def free_port() -> int:

@@ -28,6 +28,7 @@ from launcher.model import build_model, static_files
 from launcher.optim import Schedule, build_optimizer
 from launcher.paths import RunPaths
 from launcher.preemption import StopRequests
+from launcher.process import host
 from launcher.processes import Processes
 from launcher.save_schedule import SaveSchedule
 from launcher.training_state import TrainingState
@@ -42,7 +43,7 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
     """
     paths = RunPaths(Path(config.output_dir).expanduser().resolve())
     lock = RunLock(paths.lock)
-    pids = [pid for host, pid in processes.gather((resume_host(), os.getpid())) if host == resume_host()]
+    pids = [pid for where, pid in processes.gather((host(), os.getpid())) if where == host()]
 
     def open_it() -> None:
         try:
@@ -54,10 +55,6 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
 
     processes.on_main(open_it)
     return paths, lock
-
-
-def resume_host() -> str:
-    return os.uname().nodename
 
 
 def find_resume_point(config: RunConfig, paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.agent import is_finished
-from launcher.compose import Arguments, compose, compose_arguments, split_arguments
+from launcher.cli.arguments import parse_settings
+from launcher.compose import Arguments, compose, compose_arguments
 from launcher.config import RunConfig
 from launcher.errors import EXIT_DONE, UserError
 from launcher.paths import RunPaths
@@ -57,12 +58,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:
     )  # fmt: skip
     parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: one array of jobs")
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
-    parser.add_argument("--config-dir", metavar="DIR", help="configs of your own; ./conf is looked into anyway")
-    parser.add_argument("--config-file", metavar="FILE", help="a run's config.yaml instead of overrides")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=argparse.SUPPRESS)
-    options, unknown = parser.parse_known_intermixed_args(list(argv))
-    split_arguments(unknown)  # refuses options that are none
-    return options, Arguments(tuple(options.overrides), options.config_dir, options.config_file)
+    return parse_settings(parser, argv)
 
 
 def _compose_for_slurm(arguments: Arguments) -> RunConfig:

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launcher.compose import Arguments, compose_arguments, split_arguments
+from launcher.cli.arguments import parse_settings
+from launcher.compose import Arguments, compose_arguments
 from launcher.config import RunConfig, to_dict
 from launcher.errors import EXIT_DONE, ConfigError, UserError
 from launcher.rules import notices
@@ -53,12 +54,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:
     parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: every combination of the values given")
     parser.add_argument("--cfg", choices=("job",), help="print the composed settings and run nothing")
     parser.add_argument("--resolve", action="store_true", help="with --cfg: implied, settings are printed resolved")
-    parser.add_argument("--config-dir", metavar="DIR", help="configs of your own; ./conf is looked into anyway")
-    parser.add_argument("--config-file", metavar="FILE", help="a run's config.yaml instead of overrides")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=argparse.SUPPRESS)
-    options, unknown = parser.parse_known_intermixed_args(list(argv))
-    split_arguments(unknown)  # refuses options that are none
-    return options, Arguments(tuple(options.overrides), options.config_dir, options.config_file)
+    return parse_settings(parser, argv)
 
 
 def as_argv(arguments: Arguments) -> list[str]:
