@@ -3,8 +3,8 @@
 A save goes through three phases. All processes change phase together, because they only do so in `advance`, with sums
 over all processes that the loop's one all-reduce per step brings:
 
-    IDLE → WRITING: every writer puts its ranges into `.tmp-checkpoint-N` → COMMITTING: the main process's writer reads
-    everything back, hashes it, writes the manifest, renames → IDLE
+    IDLE → WRITING: every writer puts its ranges into `.tmp-checkpoint-N` → HASHING: every writer reads its share of the
+    files back → COMMITTING: the main process's writer writes the manifest and renames → IDLE
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _MARGIN_BYTES = 16 * 2**20
 class Phase(enum.Enum):
     IDLE = "idle"
     WRITING = "writing"
+    HASHING = "hashing"
     COMMITTING = "committing"
 
 
@@ -56,7 +57,9 @@ class _InFlight:
     step: int
     started: float
     stall_s: float
-    commit: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, int]
+    commit: dict[str, Any]
+    hashed: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Checkpointer:
@@ -148,7 +151,7 @@ class Checkpointer:
             "world_size": self._processes.world_size, "zero_stage": self._zero_stage, "files": list(sizes),
         }  # fmt: skip
         self.phase = Phase.WRITING
-        self._flight = _InFlight(step, started, 0.0, commit)
+        self._flight = _InFlight(step, started, 0.0, sizes, commit)
         if not self._cuda:
             self.finish_snapshot()
         self._flight.stall_s = time.monotonic() - started
@@ -209,7 +212,9 @@ class Checkpointer:
             self._own_error = answer["error"]
         else:
             self._own_work_done = True
-            if event == "committed":
+            if event == "hashed":
+                flight.hashed = answer["entries"]
+            elif event == "committed":
                 flight.commit["bytes"] = answer["bytes"]
 
     def advance(self, num_undone: float, num_failed: float) -> SaveResult | None:
@@ -231,14 +236,23 @@ class Checkpointer:
             self._end()
             return SaveResult(flight.step, flight.stall_s, error=errors[0] if errors else "unknown")
         if self.phase is Phase.WRITING:
+            self.phase = Phase.HASHING
+            share = _shares(flight.sizes, self._processes.world_size)[self._processes.rank]
+            self._begin({"cmd": "hash", "step": flight.step, "dir": flight.commit["dir"], "files": share})
+            return None
+        if self.phase is Phase.HASHING:
             self.phase = Phase.COMMITTING
+            hashed = [entry for part in self._processes.gather(flight.hashed) for entry in part]
             if main:
-                self._own_work_done = False
-                self._try_send(flight.commit)
+                self._begin({**flight.commit, "hashed": hashed})
             return None
         self._end()
         write_s = time.monotonic() - flight.started
         return SaveResult(flight.step, flight.stall_s, write_s, flight.commit.get("bytes", 0))
+
+    def _begin(self, command: dict[str, Any]) -> None:
+        self._own_work_done = False
+        self._try_send(command)
 
     def _end(self) -> None:
         self.phase, self._flight, self._unsent = Phase.IDLE, None, None
@@ -272,6 +286,17 @@ class Checkpointer:
         self.finish_snapshot()
         self._writer.stop()
         self._buffer.close()
+
+
+def _shares(sizes: dict[str, int], count: int) -> list[list[str]]:
+    """Deals files out to processes, about the same number of bytes to each."""
+    shares: list[list[str]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for path in sorted(sizes, key=lambda path: -sizes[path]):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(path)
+        loads[lightest] += sizes[path]
+    return shares
 
 
 def raise_failed(result: SaveResult) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from launcher import files
 from launcher.errors import DamagedCheckpointError
 
 FORMAT = "launcher-checkpoint"
@@ -18,6 +19,7 @@ FORMAT_VERSION = 1
 NAME = "manifest.json"
 _HASH = "manifest_sha256"
 CHUNK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,13 @@ class FileEntry:
     bytes: int
     sha256: str
     chunk_sha256: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "chunk_sha256": list(self.chunk_sha256)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> FileEntry:
+        return cls(str(raw["path"]), int(raw["bytes"]), str(raw["sha256"]), tuple(raw["chunk_sha256"]))
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,7 @@ class Manifest:
         return sum(f.bytes for f in self.files)
 
     def to_json(self) -> bytes:
-        files = [{**vars(f), "chunk_sha256": list(f.chunk_sha256)} for f in self.files]
-        value = {"format": FORMAT, **vars(self), "files": files}
+        value = {"format": FORMAT, **vars(self), "files": [entry.to_dict() for entry in self.files]}
         return (json.dumps({**value, _HASH: _own_hash(value)}, indent=1) + "\n").encode()
 
 
@@ -59,40 +67,50 @@ def _own_hash(value: dict[str, Any]) -> str:
 
 
 def hash_file(path: Path) -> FileEntry:
-    """Reads every byte once.
+    """Reads every byte once, past the page cache where the file system can do that.
 
     Returns: an entry whose path is only the file's name.
     """
-    whole, chunks, size = hashlib.sha256(), [], 0
-    with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, os.fstat(file.fileno()).st_size))))  # zeroing costs time
-        while filled := _fill(file, buffer):
-            chunk = buffer[:filled]
-            whole.update(chunk)
-            chunks.append(hashlib.sha256(chunk).hexdigest() if size or filled == CHUNK_BYTES else "")
-            size += filled
-    if chunks == [""]:  # a file of one chunk: its hash is the file's
+    size = path.stat().st_size
+    whole, chunks = hashlib.sha256(), []
+    chunk, read = hashlib.sha256(), 0
+    for block in files.read_blocks(path, min(_BLOCK_BYTES, CHUNK_BYTES)):
+        whole.update(block)
+        read += len(block)
+        if size > CHUNK_BYTES:  # else the file's hash is that of its only chunk
+            chunk.update(block)
+            if read % CHUNK_BYTES == 0 or read == size:
+                chunks.append(chunk.hexdigest())
+                chunk = hashlib.sha256()
+    if read != size:
+        raise OSError(errno.EIO, f"{read} of {size} bytes could be read", str(path))
+    if 0 < size <= CHUNK_BYTES:
         chunks = [whole.hexdigest()]
     return FileEntry(path.name, size, whole.hexdigest(), tuple(chunks))
 
 
-def _fill(file: Any, buffer: memoryview) -> int:
-    filled = 0
-    while filled < len(buffer) and (n := file.readinto(buffer[filled:])):
-        filled += n
-    return filled
-
-
-def build(folder: Path, *, step: int, world_size: int, zero_stage: int, threads: int = 2) -> Manifest:
-    """Hashes every file below `folder`, as it is read back from the file system."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
+def hash_files(folder: Path, paths: Iterable[str], threads: int = 2) -> list[FileEntry]:
+    """Hashes files of a folder, as they are read back from the file system. `paths` are relative to it."""
+    ordered = list(paths)
     with ThreadPoolExecutor(threads) as pool:  # hashlib releases the GIL
-        hashed = list(pool.map(hash_file, paths))
-    entries = tuple(
-        FileEntry(p.relative_to(folder).as_posix(), e.bytes, e.sha256, e.chunk_sha256)
-        for p, e in zip(paths, hashed, strict=True)
-    )
-    return Manifest(step, world_size, zero_stage, entries)
+        hashed = pool.map(lambda path: hash_file(folder / path), ordered)
+        return [replace(entry, path=path) for entry, path in zip(hashed, ordered, strict=True)]
+
+
+def build(folder: Path, *, step: int, world_size: int, zero_stage: int, hashed: Iterable[FileEntry] = ()) -> Manifest:
+    """Lists every file below `folder`; hashes those that are not among `hashed`.
+
+    Raises:
+        OSError: one of `hashed` has another length than it had.
+    """
+    known = {entry.path: entry for entry in hashed}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
+    names = [p.relative_to(folder).as_posix() for p in paths]
+    for name, path in zip(names, paths, strict=True):
+        if name in known and path.stat().st_size != known[name].bytes:
+            raise OSError(errno.EIO, "its length has changed since it was hashed", str(path))
+    known |= {entry.path: entry for entry in hash_files(folder, [n for n in names if n not in known])}
+    return Manifest(step, world_size, zero_stage, tuple(known[name] for name in names))
 
 
 def read(folder: Path) -> Manifest:
@@ -115,10 +133,8 @@ def read(folder: Path) -> Manifest:
         own_hash = raw.pop(_HASH, None)
         if set(raw) != _KEYS or (own_hash is not None and (own_hash != _own_hash(raw) or text[-1:] != b"\n")):
             raise ValueError("it does not match its own hash")
-        files = tuple(
-            FileEntry(str(f["path"]), int(f["bytes"]), str(f["sha256"]), tuple(f["chunk_sha256"])) for f in raw["files"]
-        )
-        manifest = Manifest(int(raw["step"]), int(raw["world_size"]), int(raw["zero_stage"]), files, int(version))
+        entries = tuple(map(FileEntry.from_dict, raw["files"]))
+        manifest = Manifest(int(raw["step"]), int(raw["world_size"]), int(raw["zero_stage"]), entries, int(version))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error!r}") from error
     for entry in manifest.files:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from launcher.checkpoint.layout import FileLayout, Place, TensorSpec, plan_files, weight_index
 from launcher.checkpoint.segments import Segment, TrainedState, persistent_buffers
+from launcher.files import BLOCK_BYTES
 
 SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
@@ -22,10 +23,12 @@ OPTIMIZER_STEM = "state/optimizer"
 
 @dataclass
 class Copy:
-    """One memory copy: a flat source (looked up at each save, since optimizers replace their tensors), its target
-    offset in bytes, and the dtype to store."""
+    """One memory copy: elements [low, high) of a flat source (looked up at each save, since optimizers replace their
+    tensors), its target offset in bytes, and the dtype to store."""
 
     source: Callable[[], Tensor]
+    low: int
+    high: int
     offset: int
     dtype: torch.dtype
 
@@ -44,6 +47,38 @@ class SnapshotPlan:
     def total_bytes(self) -> int:
         """Of all processes together: what the checkpoint needs on disk."""
         return sum(f.num_bytes for f in self.files)
+
+    def add(
+        self, source: Callable[[], Tensor], low: int, high: int, dtype: torch.dtype, path: str, file_offset: int
+    ) -> None:
+        """Adds elements [low, high) of a flat source, to be stored at a byte offset of a file.
+
+        They lie in the buffer as they will lie in the blocks of the file, so that the writer can hand them to the disk
+        without another copy (O_DIRECT).
+        """
+        offset = self.buffer_bytes + (file_offset - self.buffer_bytes) % BLOCK_BYTES
+        num_bytes = (high - low) * dtype.itemsize
+        self.buffer_bytes = offset + num_bytes
+        last = self.copies[-1] if self.copies else None
+        if (
+            last
+            and last.source is source
+            and last.high == low
+            and offset == last.offset + (low - last.low) * dtype.itemsize
+        ):
+            last.high = high
+        else:
+            self.copies.append(Copy(source, low, high, offset, dtype))
+        if self.ranges and self.ranges[-1][0] == path and _ends(self.ranges[-1]) == (file_offset, offset):
+            _, first_file_offset, first_offset, before = self.ranges[-1]
+            self.ranges[-1] = (path, first_file_offset, first_offset, before + num_bytes)
+        else:
+            self.ranges.append((path, file_offset, offset, num_bytes))
+
+
+def _ends(bytes_range: tuple[str, int, int, int]) -> tuple[int, int]:
+    _, file_offset, offset, num_bytes = bytes_range
+    return file_offset + num_bytes, offset + num_bytes
 
 
 def plan_snapshot(
@@ -122,34 +157,22 @@ def _plan_flat(
     plan: SnapshotPlan, segment: Segment, source: Callable[[], Tensor], dtype: torch.dtype,
     target: Callable[[str], Place],
 ) -> None:  # fmt: skip
-    """One copy of the owned part of a flat tensor, and a range of a file for each parameter in it."""
-    low = min(e.offset for e in segment.owned)
-    high = max(e.offset + e.numel for e in segment.owned)
-    item = dtype.itemsize
-    base = plan.buffer_bytes
-    plan.copies.append(Copy(lambda: source()[low:high], base, dtype))
-    plan.buffer_bytes += _aligned((high - low) * item)
+    """The owned part of a flat tensor, each parameter in it to its place."""
     for extent in segment.owned:
         place = target(extent.param)
-        at = base + (extent.offset - low) * item
-        plan.ranges.append((place.path, place.offset + extent.start * item, at, extent.numel * item))
+        end = extent.offset + extent.numel
+        plan.add(source, extent.offset, end, dtype, place.path, place.offset + extent.start * dtype.itemsize)
 
 
 def _plan_whole(plan: SnapshotPlan, tensor: Tensor, place: Place) -> None:
-    plan.copies.append(Copy(lambda: tensor.view(-1), plan.buffer_bytes, tensor.dtype))
-    plan.ranges.append((place.path, place.offset, plan.buffer_bytes, place.spec.num_bytes))
-    plan.buffer_bytes += _aligned(place.spec.num_bytes)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // 64) * 64
+    plan.add(lambda: tensor.view(-1), 0, tensor.numel(), tensor.dtype, place.path, place.offset)
 
 
 def take(plan: SnapshotPlan, buffer: Tensor) -> None:
     """Copies this process's part into the buffer (uint8); on CUDA the copies are queued on the current stream."""
     with torch.no_grad():
         for copy in plan.copies:
-            source = copy.source()
+            source = copy.source()[copy.low : copy.high]
             target = buffer[copy.offset : copy.offset + source.numel() * copy.dtype.itemsize].view(copy.dtype)
             for part, place in zip(source.split(_COPY_ITEMS), target.split(_COPY_ITEMS), strict=True):
                 place.copy_(part, non_blocking=True)

@@ -1,19 +1,21 @@
 """The writer: a low-priority process that makes snapshots durable. Standard library only, so that it starts at once.
 
-Started by `writer_client.WriterClient` as `python -m launcher.checkpoint.writer BUFFER_FD`. It shares the snapshot
-buffer (a memfd) with its rank, takes one JSON command per line on stdin and answers with one JSON line each:
+Started by `writer_client.WriterClient` as `python -m launcher.checkpoint.writer BUFFER_FD BYTES idle|nice`. It shares
+the snapshot buffer (a memfd) with its rank, takes a JSON command per line on stdin, answers with a JSON line each:
 
     {"cmd": "read", "path"}                               (the command itself is in that file: too long for a pipe)
     {"cmd": "static", "files": {path: base64}}            (no answer; sent once after each start)
     {"cmd": "write", "step", "dir", "files": {path: total bytes}, "heads": {path: base64},
      "ranges": [[path, file offset, buffer offset, bytes]], "texts": {path: text}, "statics": bool}
                                                           → {"event": "written", "step", "seconds"}
-    {"cmd": "commit", "step", "dir", "target", "world_size", "zero_stage", "files": [path]}
+    {"cmd": "hash", "step", "dir", "files": [path]}       → {"event": "hashed", "step", "entries": [manifest entry]}
+    {"cmd": "commit", "step", "dir", "target", "world_size", "zero_stage", "files": [path], "hashed": [manifest entry]}
                                                           → {"event": "committed", "step", "bytes", "seconds"}
     {"cmd": "retain", "step", "expired": [folder]}        → {"event": "retained"}
     {"cmd": "discard", "step", "dir"}                     → {"event": "discarded"}
 
 A failure answers {"event": "failed", "step", "error", "errno"}; the writer lives on. It dies with its rank.
+Every answer also says whether the command `is_starved`.
 After a crash at any point only `.tmp-checkpoint-*` and `.tmp-deleted-*` can remain besides whole checkpoints.
 """
 
@@ -35,6 +37,7 @@ from launcher.checkpoint import manifest
 from launcher.process import die_with_parent
 
 DELETED_PREFIX = ".tmp-deleted-"
+_PATIENCE_S = 20
 
 
 class Writer:
@@ -73,15 +76,21 @@ class Writer:
             files.write_file(folder / path, text.encode())
         return {"event": "written", "step": command["step"], "seconds": time.monotonic() - started}
 
+    def hash(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Reads this process's share of the files back, whoever wrote them, once every process has written."""
+        hashed = manifest.hash_files(Path(command["dir"]), command["files"])
+        return {"event": "hashed", "step": command["step"], "entries": [entry.to_dict() for entry in hashed]}
+
     def commit(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Main process only, once every process has written: hash, manifest last, rename, fsync of the parent."""
+        """Main process only, once everything is hashed: manifest last, rename, fsync of the parent."""
         started = time.monotonic()
         folder, target = Path(command["dir"]), Path(command["target"])
         if target.exists():
             raise FileExistsError(f"{target} exists already and is not of this run: move it away")
         built = manifest.build(
-            folder, step=command["step"], world_size=command["world_size"], zero_stage=command["zero_stage"]
-        )
+            folder, step=command["step"], world_size=command["world_size"], zero_stage=command["zero_stage"],
+            hashed=map(manifest.FileEntry.from_dict, command["hashed"]),
+        )  # fmt: skip
         missing = [p for p in command["files"] if p not in {f.path for f in built.files}]
         if missing:
             raise FileNotFoundError(f"not written: {', '.join(missing)}")
@@ -116,6 +125,8 @@ class Writer:
                     return []
                 case "write":
                     return [self.write(command)]
+                case "hash":
+                    return [self.hash(command)]
                 case "commit":
                     return [self.commit(command)]
                 case "retain":
@@ -136,30 +147,44 @@ class Writer:
 
 
 def _write_ranges(path: Path, size: int, ranges: list[tuple[memoryview, int]]) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    file = files.RangeWriter(path, size)
     try:
-        os.ftruncate(fd, size)  # every process sets the same length; nobody shortens
         for data, offset in ranges:
-            files.write_at(fd, data, offset, path)
-        files.fsync_file(fd, path)
+            file.write(data, offset)
+        file.sync()
     finally:
-        os.close(fd)
+        file.close()
+
+
+def _yield_to_training(only_resting_cores: bool) -> None:
+    """Lowest priority. SCHED_IDLE on top of it gives a core back the moment a rank wakes up, where a process at nice 19
+    still holds it for some milliseconds; but it cannot be left again, and cores that never rest starve it."""
+    with contextlib.suppress(OSError):  # not allowed in every container
+        os.nice(19)
+        if only_resting_cores:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def is_starved(seconds: float, cpu_s: float) -> bool:
+    """Whether a command took long for want of a core (or of a disk, which a higher priority does not harm)."""
+    return seconds > _PATIENCE_S and cpu_s < seconds / 10
 
 
 def main() -> None:
     die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the rank decides when we end: by closing our stdin, or by dying
-    with contextlib.suppress(OSError):
-        os.nice(19)
     fd, size = int(sys.argv[1]), int(sys.argv[2])
+    _yield_to_training(only_resting_cores=sys.argv[3] == "idle")
     buffer = memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
     writer = Writer(buffer)
     for line in sys.stdin:
         command = json.loads(line)
         if command["cmd"] == "read":
             command = files.read_json(Path(command["path"]))
+        started, busy = time.monotonic(), time.process_time()
         for answer in writer.execute(command):
+            answer["is_starved"] = is_starved(time.monotonic() - started, time.process_time() - busy)
             sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()
 

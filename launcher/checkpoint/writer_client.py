@@ -17,9 +17,8 @@ import torch
 from launcher.checkpoint.writer import Writer
 
 _PIPE_BYTES = 2**14
-"""What surely fits into a pipe that nobody reads at the moment; longer commands are put into a memfd."""
-"""Of the writer's stdin: the command of a save (file headers, ranges) outgrows the usual 64 KiB, and training would
-stand still until the low-priority writer has read it. The most that Linux grants everybody."""
+"""What surely fits into a pipe that nobody reads at the moment; longer commands (the file headers and ranges of a save)
+are put into a memfd: training would stand still until the low-priority writer has read them."""
 
 
 class SnapshotBuffer:
@@ -73,13 +72,19 @@ class WriterClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
         self._commands: list[int] = []
+        self._priority, self._is_of_priority = "idle", True
 
     def start(self) -> None:
-        """Starts the process if none runs (at the first save, after a death, or when the buffer is a new one)."""
-        if self._process is not None and self._process.poll() is None:
+        """Starts the process if none runs (at the first save, after a death, or when the buffer is a new one), or anew
+        where the last one hardly got a core."""
+        if self._process is not None and self._process.poll() is None and self._is_of_priority:
             return
         self.stop()
-        command = [sys.executable, "-m", "launcher.checkpoint.writer", str(self._buffer.fd), str(self._buffer.size)]
+        self._is_of_priority = True
+        command = [
+            sys.executable, "-m", "launcher.checkpoint.writer", str(self._buffer.fd), str(self._buffer.size),
+            self._priority,
+        ]  # fmt: skip
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -134,9 +139,14 @@ class WriterClient:
                 self._pending += chunk
         *lines, self._pending = self._pending.split(b"\n")
         answers = [json.loads(line) for line in lines]
+        self._take_priority(answers)
         if not answers and self._process.poll() is not None:
             raise WriterDied(self._death())
         return answers
+
+    def _take_priority(self, answers: list[dict[str, Any]]) -> None:
+        if self._priority == "idle" and any(answer["is_starved"] for answer in answers):
+            self._priority, self._is_of_priority = "nice", False
 
     def _death(self) -> str:
         assert self._process is not None

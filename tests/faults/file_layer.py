@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import signal
 import sys
@@ -29,8 +30,8 @@ from launcher.paths import RunPaths
 BEST, OLD, STEP, LIMIT = 10, 20, 30, 2
 WORLD_SIZE = 2
 _LAYOUTS = [
-    *plan_files("model", [TensorSpec("w", "F32", (64, 8)), TensorSpec("b", "F32", (100,))], {"format": "pt"}),
-    *plan_files("state/optimizer", [TensorSpec("m.w", "F32", (64, 8)), TensorSpec("m.b", "F32", (100,))], {}),
+    *plan_files("model", [TensorSpec("w", "F32", (400, 400)), TensorSpec("b", "F32", (100,))], {"format": "pt"}),
+    *plan_files("state/optimizer", [TensorSpec("m.w", "F32", (400, 400)), TensorSpec("m.b", "F32", (100,))], {}),
 ]
 _STATICS = {"config.json": b"{}", "chat/extra.json": b"[]"}
 
@@ -51,15 +52,11 @@ class OneProcess:
 
 
 def commands(paths: RunPaths, step: int, rank: int) -> list[dict[str, Any]]:
-    """What the engine tells this process's writer in one save: write; and on main then commit, retain."""
+    """What the engine tells this process's writer in one save: write; and on main then hash, commit, retain."""
     import base64
 
-    folder, ranges, position = paths.temporary_dir(step), [], 0
-    for layout in _LAYOUTS:
-        for place in layout.places:
-            half = place.spec.num_bytes // 2
-            ranges.append([place.path, place.offset + rank * half, position, half])
-            position += half
+    folder = paths.temporary_dir(step)
+    ranges = _ranges(rank)
     texts = {f"state/rng-{rank:05d}.json": f'{{"rank": {rank}}}'}
     if rank == 0:
         texts |= {"trainer_state.json": "{}", "state/state.json": json.dumps({"step": step})}
@@ -69,19 +66,35 @@ def commands(paths: RunPaths, step: int, rank: int) -> list[dict[str, Any]]:
         "cmd": "write", "step": step, "dir": str(folder), "files": sizes, "heads": heads, "ranges": ranges,
         "texts": texts, "statics": rank == 0,
     }  # fmt: skip
+    hashing = {"cmd": "hash", "step": step, "dir": str(folder), "files": list(sizes)}
     commit = {
         "cmd": "commit", "step": step, "dir": str(folder), "target": str(paths.checkpoint_dir(step)),
-        "world_size": WORLD_SIZE, "zero_stage": 2, "files": list(sizes),
+        "world_size": WORLD_SIZE, "zero_stage": 2, "files": list(sizes), "hashed": [],
     }  # fmt: skip
-    return [write, commit] if rank == 0 else [write]
+    return [write, hashing, commit] if rank == 0 else [write]
+
+
+def _ranges(rank: int) -> list[list[Any]]:
+    """Path, file offset, buffer offset, bytes: the buffer lies as the blocks of the files do, for direct writes."""
+    ranges, position = [], 0
+    for layout in _LAYOUTS:
+        for place in layout.places:
+            half = place.spec.num_bytes // 2
+            offset = place.offset + rank * half
+            position += (offset - position) % files.BLOCK_BYTES
+            ranges.append([place.path, offset, position, half])
+            position += half
+    return ranges
 
 
 def new_writer(rank: int, step: int) -> Writer:
     """A writer whose snapshot holds values that belong to this rank and step."""
     import base64
 
-    size = sum(place.spec.num_bytes // 2 for f in _LAYOUTS for place in f.places)
-    writer = Writer(memoryview(bytes([1 + rank + step]) * size))
+    _, _, position, num_bytes = _ranges(rank)[-1]
+    buffer = mmap.mmap(-1, position + num_bytes)
+    buffer.write(bytes([1 + rank + step]) * len(buffer))
+    writer = Writer(memoryview(buffer))
     writer.execute({"cmd": "static", "files": {k: base64.b64encode(v).decode() for k, v in _STATICS.items()}})
     return writer
 
@@ -119,6 +132,8 @@ def save(paths: RunPaths, step: int, best: int | None, role: str = "", arm: Call
 def _work(paths: RunPaths, writer: Writer, work: list[dict[str, Any]], best: int | None) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
     for command in work:
+        if command["cmd"] == "commit":
+            command = {**command, "hashed": answers[-1]["entries"]}
         answers += writer.execute(command)
         if answers[-1]["event"] == "failed":
             return answers
@@ -190,7 +205,7 @@ def fresh(root: Path) -> RunPaths:
     root.mkdir()
     for step in (BEST, OLD):
         answers, codes = save(paths, step, BEST)
-        assert codes == {"main": 0, "other": 0} and answers["main"][1]["event"] == "committed", answers
+        assert codes == {"main": 0, "other": 0} and answers["main"][2]["event"] == "committed", answers
     return paths
 
 

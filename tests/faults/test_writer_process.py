@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import mmap
 import os
 import signal
 import time
@@ -12,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from launcher import files
 from launcher.checkpoint import manifest
 from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult
 from launcher.checkpoint.layout import TensorSpec, plan_files
-from launcher.checkpoint.snapshot import Copy, SnapshotPlan
+from launcher.checkpoint.snapshot import SnapshotPlan
+from launcher.checkpoint.writer import is_starved
 from launcher.paths import RunPaths
 
 _NUMEL = 300_000
@@ -33,7 +38,11 @@ class FakeProcesses:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        return [m._own_error for m in self.members] if self.is_main else [value]
+        if not self.is_main:
+            return [value]
+        if isinstance(value, list):
+            return [m._flight.hashed for m in self.members if m._flight is not None]
+        return [m._own_error for m in self.members]
 
 
 class Group:
@@ -56,11 +65,9 @@ class Group:
         files = plan_files("model", [TensorSpec("w", "F32", (_NUMEL,))], {"format": "pt"})
         low, high = rank * _NUMEL // world_size, (rank + 1) * _NUMEL // world_size
         place = files[0].places[0]
-        size = (high - low) * 4
-        return SnapshotPlan(
-            files, [Copy(lambda: self.tensor[low:high], 0, torch.float32)],
-            [(place.path, place.offset + low * 4, 0, size)], size,
-        )  # fmt: skip
+        plan = SnapshotPlan(files)
+        plan.add(lambda: self.tensor, low, high, torch.float32, place.path, place.offset + low * 4)
+        return plan
 
     def save(self, step: int) -> None:
         for member in self.members:
@@ -151,13 +158,18 @@ def test_nothing_is_discarded_while_another_process_still_writes(group: Group) -
     assert _only(group.paths) == ["checkpoint-1"]
 
 
-def test_commit_fails_cleanly_when_the_main_writer_is_killed_in_it(group: Group) -> None:
+@pytest.mark.parametrize("victim, before", [(0, Phase.WRITING), (1, Phase.WRITING), (0, Phase.HASHING)])
+def test_save_fails_cleanly_when_a_writer_is_killed_while_it_hashes_or_commits(
+    group: Group, victim: int, before: Phase
+) -> None:
     group.save(1)
     assert group.finish().error is None
-    pid = group.members[0].writer_pid
+    pid = group.members[victim].writer_pid
     assert pid is not None
     group.save(2)
-    while group.members[0].phase is Phase.WRITING:
+    while group.members[0].phase is not before:
+        group.tick()
+    while group.members[0].phase is before:
         if all(m.status() == (0, 0) for m in group.members):
             os.kill(pid, signal.SIGSTOP)
         group.tick()
@@ -235,3 +247,71 @@ def test_other_bytes_than_the_snapshot_never_reach_the_disk(group: Group) -> Non
 
     saved = load_file(group.paths.checkpoint_dir(1) / "model.safetensors")["w"]
     assert torch.equal(saved, torch.arange(_NUMEL, dtype=torch.float32))
+
+
+def test_a_starved_writer_is_started_anew_with_a_share_of_busy_cores(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SCHED_IDLE on cores that never rest would put every commit off to the next save."""
+    group.save(1)
+    assert group.finish().error is None
+    pids = [m.writer_pid for m in group.members]
+    policies = [os.sched_getscheduler(pid) for pid in pids if pid is not None]
+    assert policies == [os.SCHED_IDLE, os.SCHED_IDLE]
+    client = group.members[1]._writer
+    client._take_priority([{"is_starved": True}])  # type: ignore[union-attr]
+    group.save(2)
+    assert group.finish().error is None
+    assert group.members[0].writer_pid == pids[0]
+    pid = group.members[1].writer_pid
+    assert pid is not None and pid != pids[1]
+    assert (os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)) == (os.SCHED_OTHER, 19)
+    assert is_starved(30.0, 1.0) and not is_starved(30.0, 20.0) and not is_starved(5.0, 0.01)
+
+
+def test_whole_blocks_are_written_past_the_page_cache_and_the_edges_are_right(tmp_path: Path) -> None:
+    """Two writers share the block at the border; nothing else of the file may be touched."""
+    calls: list[tuple[int, int, int]] = []
+    content = os.urandom(3 * 2**20)
+    border = 1_500_001
+    path = tmp_path / "file"
+    for low, high in ((7, border), (border, len(content) - 5)):
+        buffer = mmap.mmap(-1, high - low + files.BLOCK_BYTES)
+        shift = low % files.BLOCK_BYTES
+        buffer[shift : shift + high - low] = content[low:high]
+        file = files.RangeWriter(path, len(content))
+        with pytest.MonkeyPatch.context() as patch:
+            real = os.pwrite
+
+            def note(fd: int, data: memoryview, offset: int, real: Any = real) -> int:
+                calls.append((fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT, len(data), offset))
+                return int(real(fd, data, offset))
+
+            patch.setattr(os, "pwrite", note)
+            file.write(memoryview(buffer)[shift : shift + high - low], low)
+        file.sync()
+        file.close()
+    assert path.read_bytes() == bytes(7) + content[7:-5] + bytes(5)
+    if not any(direct for direct, *_ in calls):
+        pytest.fail(f"nothing was written with O_DIRECT: {calls}")
+    assert all(size % 4096 == 0 and offset % 4096 == 0 for direct, size, offset in calls if direct)
+
+
+def test_everything_is_written_when_the_file_system_refuses_direct_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+
+    def refuse(fd: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return int(real(fd, data, offset))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    content = os.urandom(2**20)
+    file = files.RangeWriter(tmp_path / "file", len(content))
+    file.write(memoryview(content)[:600_000], 0)
+    file.write(memoryview(content)[600_000:], 600_000)
+    file.sync()
+    file.close()
+    assert (tmp_path / "file").read_bytes() == content
