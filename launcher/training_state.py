@@ -179,12 +179,10 @@ class TrainingState:
             rng.restore(files.read_json(rng_path))
 
     def _refresh_forward_weights(self) -> None:
-        """Brings the weights of the forward pass (bf16, gathered) up to the loaded masters. Collective."""
+        """Brings ZeRO-3's partitions of the forward weights up to the loaded masters. Collective."""
         optimizer = self._optimizer_inner()
-        with torch.no_grad():
-            if hasattr(optimizer, "single_partition_of_fp32_groups"):
-                optimizer.update_lp_params()
-            elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            with torch.no_grad():
                 for i in range(len(optimizer.fp32_partitioned_groups_flat)):
                     optimizer._reassign_or_swap_out_partitioned_parameters(i)
                 if optimizer.persistent_parameters:

@@ -71,7 +71,7 @@ def load_trained_state(
     state: TrainedState, module: torch.nn.Module, folder: Path, saved: dict[str, Any], *, weights_stem: str,
     stored_name: Callable[[str], str],
 ) -> None:  # fmt: skip
-    """Fills masters, optimizer states and persistent buffers of this process from a checkpoint folder.
+    """Fills masters, optimizer states, whole forward weights and persistent buffers of this process from a folder.
 
     Args:
         saved: the `optimizer` part of state.json.
@@ -97,6 +97,8 @@ def load_trained_state(
             names = sorted({e.param for e in segment.extents}) or [first]
             stored = {n: slots.get(n, set()) for n in names}
             _load_optimizer_state(segment, states, stored, numels, scalars.get(names[0], {}))
+        for name, weight in state.forward.items():
+            weights.read_into(stored_name(name), 0, weight.view(-1))
         if weights_stem == "model":
             for name, buffer in persistent_buffers(module):
                 if name in weights.places:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -122,6 +122,8 @@ class TrainedState:
     optimizer: torch.optim.Optimizer
     partition: str
     """How the optimizer sees the parameters: `whole`, or which flat pieces of them."""
+    forward: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters that every process holds whole beside the masters (ZeRO 1 and 2), by name."""
 
 
 def collect(model: torch.nn.Module, optimizer: Any, *, rank: int, world_size: int) -> TrainedState:
@@ -152,7 +154,7 @@ def _cut(params: list[tuple[ParamInfo, int]], low: int, high: int) -> tuple[Exte
 
 
 def _zero12(optimizer: Any, names: dict[int, str], rank: int, world_size: int) -> TrainedState:
-    infos, segments = [], []
+    infos, segments, forward = [], [], {}
     for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
         layout = []
         for param, offset in zip(
@@ -161,11 +163,12 @@ def _zero12(optimizer: Any, names: dict[int, str], rank: int, world_size: int) -
             info = ParamInfo(names[id(param)], tuple(param.shape), i)
             layout.append((info, offset))
             infos.append(info)
+            forward[info.name] = param.detach()
         low = rank * master.numel()
         extents = _cut(layout, low, low + master.numel())
         segments.append(Segment(master, optimizer.optimizer, i, extents, extents, master))
     partition = f"zero1/zero2 x {world_size}"
-    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer, partition)
+    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer, partition, forward)
 
 
 def _zero3(optimizer: Any, names: dict[int, str], rank: int, world_size: int) -> TrainedState:

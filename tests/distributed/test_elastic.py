@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from launcher import files
 from launcher.paths import RunPaths
 from tests.distributed.runs import Lab, different, log_text, losses, state, tensors
 
@@ -156,6 +157,77 @@ def test_samples_of_every_step_are_the_same_at_any_size() -> None:
             taken = np.concatenate([ids for part in parts for ids in part])
             assert sorted(taken) == sorted(rows)
             assert max(len(ids) for part in parts for ids in part) <= per_device
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What `observed.py` told of one run, from all its processes."""
+
+    lines: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, folder: Path, world_size: int) -> Observed:
+        paths = list(folder.glob(f"world-{world_size}-rank-*.jsonl"))
+        assert len(paths) == world_size
+        return cls([line for path in paths for line in files.read_json_lines(path)])
+
+    def samples(self) -> dict[int, list[int]]:
+        """The rows that entered each optimizer step, over all its processes and micro-steps."""
+        found: dict[int, list[int]] = {}
+        for line in self.lines:
+            if "ids" in line:
+                found.setdefault(line["step"], []).extend(line["ids"])
+        return {step: sorted(ids) for step, ids in found.items()}
+
+
+def _observed(lab: Lab, folder: Path, size: Size, seen: Path, *more: str) -> Observed:
+    seen.mkdir()
+    observing = "optim.name=tests.distributed.observed.ObservedAdamW"
+    lab.run(folder, *size, *more, observing, env={"OBSERVED_DIR": str(seen)})
+    return Observed.of(seen, size[1])
+
+
+def test_samples_that_enter_each_step_of_a_run_are_the_same_when_continued_at_another_size(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """Seen where the batches are made, in real runs: 37 rows, 8 in a step, so epochs end inside of steps."""
+    source = ("zero2", 2)
+    undisturbed = _observed(lab, tmp_path / "undisturbed", source, tmp_path / "seen", *_NO_DROPOUT).samples()
+    assert sorted(undisturbed) == list(range(1, 21))
+    assert all(len(ids) == 8 for ids in undisturbed.values())
+    epochs = [i for step in range(1, 21) for i in undisturbed[step]]
+    assert sorted(epochs[:32]) != sorted(set(range(37)))[:32] and len(set(epochs)) == 37
+    for size in (("zero3", 3), ("ddp", 4), ("single", 1)):
+        name = "-".join(map(str, size))
+        start(RunPaths(tmp_path / "undisturbed"), tmp_path / name)
+        found = _observed(lab, tmp_path / name, size, tmp_path / f"seen-{name}", *_NO_DROPOUT).samples()
+        assert found == {step: undisturbed[step] for step in range(11, 21)}
+
+
+_LARGE = (
+    "model.config.hidden_size=512", "model.config.intermediate_size=1024", "model.config.num_hidden_layers=4",
+    "model.config.vocab_size=4096", "train.train_batch_size=4", "train.per_device_train_batch_size=1",
+)  # fmt: skip
+"""15 million parameters, so that what is measured is not lost among megabytes of other things."""
+
+
+def test_loading_takes_no_more_memory_than_the_own_share_half_as_much_again_and_one_tensor(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """At the size of the save and at others, stages and processes, masters included."""
+    short = (*_LARGE, "train.max_steps=2", "checkpoint.save_steps=1")
+    _observed(lab, tmp_path / "saved", ("zero2", 2), tmp_path / "seen", *short)
+    saved = RunPaths(tmp_path / "saved").checkpoint_dir(1)
+    for size in (("zero2", 2), ("zero3", 3), ("ddp", 2)):
+        name = "-".join(map(str, size))
+        shutil.copytree(saved, tmp_path / name / "checkpoint-1")
+        observed = _observed(lab, tmp_path / name, size, tmp_path / f"seen-{name}", *short)
+        costs = [line for line in observed.lines if "peak" in line]
+        assert len(costs) == size[1]
+        for cost in costs:
+            assert cost["share"] > 50e6
+            assert cost["peak"] < 1.5 * cost["share"] + cost["largest"], cost
+            assert cost["peak"] > 0.7 * cost["share"], f"the state was not loaded while it was watched: {cost}"
 
 
 _SGD = ("optim=sgd", "optim.name=torch.optim.SGD", "optim.learning_rate=0.3")
