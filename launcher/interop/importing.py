@@ -71,7 +71,7 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
         files.remove_tree(target)  # an earlier import that was damaged
         Writer(memoryview(b"")).commit(
             {"step": step, "dir": temporary, "target": target, "world_size": foreign.world_size,
-             "zero_stage": foreign.zero_stage, "files": []}
+             "zero_stage": foreign.zero_stage, "files": [], "hashed": []}
         )  # fmt: skip
     except OSError as error:
         raise CheckpointWriteError(f"{source} could not be imported into {paths.root}: {error}") from error

@@ -116,5 +116,5 @@ def write_our_folder(
     (temporary / "trainer_state.json").write_text(json.dumps({"global_step": step, "best_global_step": best}))
     (temporary / "state/state.json").write_text(json.dumps({"step": step}))
     Writer(memoryview(b"")).commit(
-        {"step": step, "dir": temporary, "target": folder, "world_size": 1, "zero_stage": 0, "files": []}
+        {"step": step, "dir": temporary, "target": folder, "world_size": 1, "zero_stage": 0, "files": [], "hashed": []}
     )

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.compose import compose
-from launcher.slurm import submit_run
+from launcher import cli
+from tests.distributed import faulty
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import talking_to
 
@@ -29,7 +33,8 @@ _TIMEOUT_S = 900
 class TrainingRun:
     def __init__(self, cluster: Cluster, root: Path, *overrides: str) -> None:
         self.cluster, self.root = cluster, root
-        self.job_id = submit_run(compose((*_SETTINGS, f"output_dir={root}", *overrides))).job_id
+        assert cli.main(["submit", *_SETTINGS, f"output_dir={root}", *overrides]) == 0
+        self.job_id = (root / "slurm" / "job_id").read_text().strip()
 
     def run_json(self) -> dict[str, Any]:
         path = self.root / "run.json"
@@ -133,3 +138,96 @@ def test_run_on_one_node_continues_when_it_gets_sigterm(
     run.wait_completed()
     assert "stopped and saved: signal" in run.log()
     assert use_cluster.job(run.job_id)["Restarts"] == "1"
+
+
+# --------------------------------------------------------------------------- Slurm's own time limit
+
+_LIMIT_S, _STEP_S = 180, 2.0
+"""60 steps of 2 s do not fit between the start and the stop, a minute before the limit of three minutes."""
+_SLOW_STEPS = f"""launch.env.FAULTS='[{{"kind": "sleep", "seconds": {_STEP_S}}}]'"""
+_NO_SQUEUE = "launch.setup=['unset SLURM_JOB_END_TIME', 'squeue() { echo no answer >&2; return 1; }']"
+
+
+@dataclass
+class LimitedRun:
+    """A run under a time limit of Slurm's own, and what was seen of each of its starts."""
+
+    run: TrainingRun
+    ends: dict[int, float] = field(default_factory=dict)
+    stops: dict[int, dict[str, Any]] = field(default_factory=dict)
+    states: set[str] = field(default_factory=set)
+
+    def look(self) -> bool:
+        """Notes how the job stands; True once it has ended."""
+        job, run = self.run.cluster.job(self.run.job_id), self.run.run_json()
+        start, state = int(job["Restarts"]), job["JobState"]
+        self.states.add(state)
+        if state == "RUNNING":
+            self.ends[start] = datetime.fromisoformat(job["EndTime"]).timestamp()
+            if run.get("attempt", "").startswith(f"{self.run.job_id}-{start}-") and run["state"] != "running":
+                self.stops[start] = run
+        return state not in ("RUNNING", "PENDING", "COMPLETING", "REQUEUED")
+
+    def check(self) -> None:
+        """Every start but the last saved, stopped before Slurm's limit, and was requeued; Slurm never had to end one."""
+        assert self.run.cluster.state(self.run.job_id) == "COMPLETED", self.run.log()
+        *stopped, last = sorted(self.ends)
+        assert stopped and last == int(self.run.cluster.job(self.run.job_id)["Restarts"])
+        for start in stopped:
+            assert (self.stops[start]["state"], self.stops[start]["reason"]) == ("interrupted", "time_limit")
+            assert 0 < self.stops[start]["step"] < 60
+        assert self.run.run_json()["state"] == "finished"
+        assert self.run.log().count("stopped and saved: time_limit") == len(stopped)
+        assert not self.states & {"TIMEOUT", "FAILED", "CANCELLED", "NODE_FAIL", "PREEMPTED"}
+        slurm_log = (self.run.cluster.root / "slurmctld.log").read_text()
+        assert f"Time limit exhausted for JobId={self.run.job_id}" not in slurm_log
+
+    def spare_s(self) -> list[float]:
+        """Between the end of each stop and Slurm's limit."""
+        return [
+            self.ends[start] - stop["updated_at"] for start, stop in self.stops.items() if stop["state"] != "finished"
+        ]
+
+    def tensors(self) -> dict[str, str]:
+        """The digests of the final weights, and of the weights and the optimizer's state of the last checkpoint."""
+        files = [self.run.root / "model.safetensors", *sorted((self.run.root / "checkpoint-60").rglob("*.safetensors"))]
+        return {str(p.relative_to(self.run.root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LimitedRun]]:
+    """An undisturbed run, then both ways to stop for the limit at once: their time is mostly sleep."""
+    folder = tmp_path_factory.mktemp("limited")
+    shutil.copy(faulty.__file__, folder / "faulty.py")  # part of the code that a job takes along
+    with talking_to(cluster, folder):
+
+        def submit(name: str, *overrides: str) -> LimitedRun:
+            return LimitedRun(TrainingRun(cluster, folder / name, "optim.name=faulty.FaultyAdamW", *overrides))
+
+        runs = {"undisturbed": submit("undisturbed")}
+        runs["undisturbed"].run.wait_completed()
+        limit = f"launch.sbatch.time='00:{_LIMIT_S // 60:02}:00'"
+        runs["end_time"] = submit("end_time", limit, _SLOW_STEPS)
+        runs["backstop"] = submit("backstop", limit, _SLOW_STEPS, _NO_SQUEUE)
+        both = (runs["end_time"], runs["backstop"])
+        wait_for(
+            lambda: all([run.look() for run in both]), _TIMEOUT_S, lambda: "".join(run.run.log() for run in both), 0.5
+        )
+        yield runs
+
+
+def test_weights_and_state_are_identical_when_slurms_time_limit_is_near(limited: dict[str, LimitedRun]) -> None:
+    """The main process knows the end of its job from Slurm, and stops save_s + step_s + 60 s before it."""
+    limited["end_time"].check()
+    assert all(60 - _STEP_S < spare < 60 + 3 * _STEP_S for spare in limited["end_time"].spare_s())
+    assert limited["end_time"].tensors() == limited["undisturbed"].tensors()
+
+
+def test_weights_and_state_are_identical_when_only_slurms_signal_tells_of_the_limit(
+    limited: dict[str, LimitedRun],
+) -> None:
+    """No end time is to be had: SIGUSR1 comes from Slurm itself, one to two minutes before the limit."""
+    limited["backstop"].check()
+    assert all(30 < spare < 120 for spare in limited["backstop"].spare_s())
+    assert "no answer" in limited["backstop"].run.log()
+    assert limited["backstop"].tensors() == limited["undisturbed"].tensors()
