@@ -173,11 +173,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_or(path: Path, default: Any) -> Any:
-    """The content of a JSON file, or `default` where it is missing or broken."""
+    """The content of a JSON file, or `default` where it is missing, broken, or of another type than `default`."""
     try:
-        return read_json(path)
-    except (OSError, ValueError):
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError):
         return default
+    return value if default is None or isinstance(value, type(default)) else default
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -63,7 +63,7 @@ def run_metric(root: Path) -> Metric:
         checkpoint = CheckpointConfig(
             metric_for_best_model=own["metric_for_best_model"], greater_is_better=own["greater_is_better"]
         )
-    except (OSError, yaml.YAMLError, LookupError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return Metric.of(CheckpointConfig(), "steps")
     return Metric.of(checkpoint, "no" if strategy is False else strategy)
 

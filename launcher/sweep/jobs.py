@@ -134,7 +134,7 @@ class SweepTable:
 
     def __init__(self, paths: SweepPaths) -> None:
         self._paths = paths
-        data = files.read_json_or(paths.table, {})
+        data = _read_table(paths.table)
         self.metric = Metric(**data["metric"]) if "metric" in data else None
         self.info: dict[str, Any] = data.get("info", {})
         self.jobs: dict[str, dict[str, Any]] = data.get("jobs", {})
@@ -163,4 +163,13 @@ class SweepTable:
 
 
 def is_sweep(path: Path) -> bool:
-    return SweepPaths(path).table.is_file()
+    """Whether a folder holds a sweep.json of ours."""
+    return bool(_read_table(SweepPaths(path).table))
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """What `SweepTable.write` wrote; {} where it is missing, broken or of another tool's."""
+    data: dict[str, Any] = files.read_json_or(path, {})
+    metric = data.get("metric")
+    is_ours = isinstance(metric, dict) and metric.keys() == {"key", "is_greater_better"}
+    return data if is_ours and isinstance(data.get("jobs"), dict) else {}

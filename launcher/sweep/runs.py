@@ -68,6 +68,13 @@ class RunStatus:
     updated_at: float | None = None
 
 
+_FROM_RUN_JSON: dict[str, tuple[type, ...]] = {
+    "state": (str,), "reason": (str,), "exit_code": (int,), "step": (int,), "total_steps": (int,),
+    "epoch": (int, float), "hub": (dict,), "host": (str,), "job_id": (str,), "updated_at": (int, float),
+}  # fmt: skip
+"""A value of another type is left out: run.json may be of another tool's, and status shows many folders at once."""
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is the output_dir of a run that has started."""
     paths = RunPaths(path)
@@ -79,12 +86,12 @@ def read_run(root: Path, metric: Metric | None) -> RunStatus:
     paths = RunPaths(root)
     info = files.read_json_or(paths.run_state, {})
     status = RunStatus(dir=str(root), metric=metric.key if metric else None)
-    for name in ("state", "reason", "exit_code", "step", "total_steps", "epoch", "hub", "host", "job_id", "updated_at"):
-        if info.get(name) is not None:
+    for name, types in _FROM_RUN_JSON.items():
+        if isinstance(info.get(name), types):
             setattr(status, name, info[name])
     holder = lock.holder(paths.lock)
     if holder is not None:
-        status.state, status.host = RUNNING, holder.get("host", status.host)
+        status.state, status.host = RUNNING, str(holder.get("host", status.host or "unknown"))
     elif status.state == RUNNING:
         status.state, status.reason = INTERRUPTED, "crash"
     status.checkpoints = [step for step, _ in paths.checkpoint_dirs()]
@@ -101,11 +108,16 @@ def _read_metrics(path: Path, metric: Metric | None, status: RunStatus) -> None:
         if metric is None or not isinstance(value, (int, float)) or math.isnan(value):
             continue
         if metric.key == "loss" or metric.is_better(value, status.best_metric):
-            status.best_metric, status.best_step = float(value), line.get("step")
-    status.loss, status.tokens_per_second = last_train.get("loss"), last_train.get("tokens_per_second")
+            status.best_metric, status.best_step = float(value), _number(line, "step")
+    status.loss, status.tokens_per_second = _number(last_train, "loss"), _number(last_train, "tokens_per_second")
     if status.state != FINISHED:  # the lines are newer than run.json
-        status.step = max(status.step, int(last_train.get("step") or 0))
-        status.epoch = last_train.get("epoch", status.epoch)
+        status.step = max(status.step, _number(last_train, "step") or 0)
+        status.epoch = _number(last_train, "epoch") or status.epoch
+
+
+def _number(line: dict[str, Any], key: str) -> Any:
+    value = line.get(key)
+    return value if isinstance(value, (int, float)) else None
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -103,3 +103,53 @@ def test_tail_reads_each_line_once_and_all_again_when_the_file_is_replaced(tmp_p
     (tmp_path / "new").write_text('{"step": 1}\n{"step": 4}\n{"step": 5}\n{"step": 6}\n')
     (tmp_path / "new").replace(path)
     assert [line["step"] for line in tail.new_lines()] == [1, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "garbage", "null", "[]", "5", '{"state": 5}', '{"state": "running", "step": "x", "total_steps": [], "hub": 5}',
+     '{"host": 7, "job_id": 9, "updated_at": "yesterday"}', '{"epoch": {}, "exit_code": "x", "reason": []}'],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["run.json", "sweep.json", ".lock", "config.yaml", "logs/job.json"])
+def test_odd_file_hides_no_other_run(
+    name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other tools have a run.json or sweep.json too, and a folder above them must still be shown."""
+    make_run(tmp_path / "good", state="finished")
+    odd = make_run(tmp_path / "odd", state="finished")
+    (odd / "logs").mkdir()
+    (odd / name).write_text(content)
+    for folder in (odd, tmp_path):
+        assert status.main([str(folder), "--json"]) == 0
+        json.loads(capsys.readouterr().out)
+        assert status.main([str(folder)]) == 0
+        shown = capsys.readouterr().out
+    assert f"finished     {tmp_path / 'good'}" in shown
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": "a", "loss": None, "tokens_per_second": "x", "epoch": []},
+        {"step": None, "eval_loss": True},
+        {"loss": {}},
+    ],
+)
+def test_odd_line_of_metrics_is_no_error(
+    line: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert status.main([str(run)]) == status.main([str(run), "--json"]) == 0
+    assert status.main([str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    "content", ['{"jobs": 5}', '{"jobs": {}, "metric": 7}', '{"metric": {"key": "x"}, "jobs": {}}']
+)
+def test_somebody_elses_sweep_json_makes_no_sweep(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep.json").write_text(content)
+    assert status.main([str(tmp_path)]) == 0
+    assert "no runs and no sweeps" in capsys.readouterr().out
