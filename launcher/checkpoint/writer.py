@@ -37,7 +37,7 @@ from launcher.checkpoint import manifest
 from launcher.process import die_with_parent
 
 DELETED_PREFIX = ".tmp-deleted-"
-_PATIENCE_S = 20
+_PATIENCE_S = 5.0
 
 
 class Writer:
@@ -165,9 +165,12 @@ def _yield_to_training(only_resting_cores: bool) -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def is_starved(seconds: float, cpu_s: float) -> bool:
-    """Whether a command took long for want of a core (or of a disk, which a higher priority does not harm)."""
-    return seconds > _PATIENCE_S and cpu_s < seconds / 10
+def _waited_for_core_s() -> float:
+    """How long the kernel has made this thread wait for a core so far; 0 where it does not count that."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def main() -> None:
@@ -178,13 +181,15 @@ def main() -> None:
     _yield_to_training(only_resting_cores=sys.argv[3] == "idle")
     buffer = memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
     writer = Writer(buffer)
+    waited = _waited_for_core_s()
     for line in sys.stdin:
         command = json.loads(line)
         if command["cmd"] == "read":
             command = files.read_json(Path(command["path"]))
-        started, busy = time.monotonic(), time.process_time()
-        for answer in writer.execute(command):
-            answer["is_starved"] = is_starved(time.monotonic() - started, time.process_time() - busy)
+        answers = writer.execute(command)
+        waited, waited_before = _waited_for_core_s(), waited
+        for answer in answers:
+            answer["is_starved"] = waited - waited_before > _PATIENCE_S
             sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()
 
