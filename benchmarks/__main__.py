@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import save_stall, step_overhead
+from benchmarks import hub_overhead, save_stall, step_overhead
 
 
 def main() -> None:
@@ -13,6 +13,7 @@ def main() -> None:
     arguments = ["--quick"] if parser.parse_args().quick else []
     save_stall.main(arguments)
     step_overhead.main(arguments)
+    hub_overhead.main(arguments)
 
 
 if __name__ == "__main__":
