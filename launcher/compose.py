@@ -19,7 +19,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from launcher.config import RunConfig, parse_config
 from launcher.errors import ConfigError, UserError
@@ -95,7 +95,9 @@ def read_config(path: Path) -> RunConfig:
         data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except Exception as error:  # YAML's and OmegaConf's errors have no common class
         raise UserError(f"--config-file {path} cannot be read: {error}") from error
-    return parse_config({str(k): v for k, v in data.items()} if isinstance(data, dict) else {})
+    if not isinstance(data, dict) or None in data.values():
+        raise UserError(f"--config-file {path} holds no settings of a run. It must be a config.yaml as a run leaves it")
+    return parse_config({str(k): v for k, v in data.items()})
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> RunConfig:
@@ -164,8 +166,18 @@ def to_plain(composed: DictConfig) -> dict[str, Any]:
     try:
         data = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{error.full_key or 'the config'}: {_first_line(error)}"]) from error
+        raise ConfigError([f"{error.full_key or 'the config'}: {_first_line(error)}{_mend(error)}"]) from error
     return {str(key): value for key, value in data.items()} if isinstance(data, dict) else {}
+
+
+def _mend(error: OmegaConfBaseException) -> str:
+    """How to write what bash and Hydra both read as their own."""
+    if not isinstance(error, InterpolationKeyError):
+        return ""
+    name = str(error).partition("'")[2].partition("'")[0]
+    if not str(error.full_key).startswith(("launch.setup", "launch.env")):
+        return f". For a variable of the environment: ${{oc.env:{name}}}"
+    return f". ${{{name}}} is read by Hydra. For the shell's variable, write ${name} without braces"
 
 
 # --------------------------------------------------------------------------- Hydra

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from launcher.config import RunConfig, looks_like_token
+from launcher.sbatch import is_option
 from launcher.schema import did_you_mean, is_open, near_miss, valid_keys
 
 _ELSEWHERE = {
@@ -29,10 +31,20 @@ _ELSEWHERE = {
     "deepspeed": "Set strategy=zero2, and DeepSpeed's own settings in strategy.deepspeed",
     "warmup_ratio": "Set scheduler.warmup_steps to a fraction below 1",
     "eval_split_ratio": "Set data.eval_split to a fraction",
+    "nodes": "Set launch.num_machines",
+    "num_nodes": "Set launch.num_machines",
+    "nnodes": "Set launch.num_machines",
+    "ntasks": "Set launch.num_processes, over all nodes",
+    "ntasks_per_node": "Set launch.num_processes, over all nodes",
+    "nproc_per_node": "Set launch.num_processes, over all nodes",
+    "gpus": "Set launch.gpus_per_node",
     "token": "There is no key for a token: set HF_TOKEN or run `hf auth login`",
     "hub_token": "There is no key for a token: set HF_TOKEN or run `hf auth login`",
 }
 """Names that users bring along from elsewhere."""
+
+_KEY = re.compile(r"[+~]{0,2}[\w@/:]+(-+\w+)*(\.\w+(-+\w+)*)*", re.ASCII)
+"""What can stand before the = of an override."""
 
 _OFF_CHOICES = ("off", "no", "none")
 """What a group's choice is called where YAML made False of it."""
@@ -95,6 +107,10 @@ def parse_override(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         key, _, value = text.partition("=")
+        if not _KEY.fullmatch(key):
+            raise ValueError(
+                f"{key} in {text!r} is not a key: letters, digits, _, - inside a word, joined by dots"
+            ) from error
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         reason = str(error).partition("\nSee https")[0].partition("\n")[0].strip()
         raise ValueError(
@@ -169,6 +185,8 @@ def _unknown(override: Override, keys: dict[str, Any]) -> tuple[str, str | None]
     what = f"{key} is not a setting (got {value})"
     if leaf in _ELSEWHERE:
         return f"{what}. {_ELSEWHERE[leaf]}", None
+    if key in (leaf, f"launch.{leaf}") and is_option(leaf) and leaf != "output":
+        return f"{what}. Did you mean launch.sbatch.{leaf}={value}?", f"launch.sbatch.{leaf}"
     same_leaf = [name for name in keys if name.rpartition(".")[2] == leaf and name != key]
     meant = near_miss(key, keys)
     if same_leaf and (meant is None or "." not in key or meant not in same_leaf):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher import sbatch
 from launcher.config import (
     MIXED_PRECISION,
     CheckpointConfig,
@@ -39,10 +40,28 @@ def contradictions(config: RunConfig, explicit: Collection[str] = ()) -> list[st
 
 def notices(config: RunConfig) -> list[str]:
     """What a user should know before the run starts although nothing is wrong."""
+    return [*_eval_notices(config), *_slurm_notices(config)]
+
+
+def _eval_notices(config: RunConfig) -> Iterator[str]:
     given = [key for key in ("eval_files", "eval_split") if getattr(config.data, key)]
     if given and config.eval.eval_strategy == "no":
-        return [f"data.{given[0]} is not used: eval.eval_strategy=no. To evaluate: eval.eval_strategy=steps"]
-    return []
+        yield f"data.{given[0]} is not used: eval.eval_strategy=no. To evaluate: eval.eval_strategy=steps"
+
+
+def _slurm_notices(config: RunConfig) -> Iterator[str]:
+    launch = config.launch
+    for key in launch.sbatch:
+        if not sbatch.is_option(key):
+            meant = sbatch.meant_option(key)
+            hint = f" Did you mean launch.sbatch.{meant}?" if meant else " Options have their long names"
+            yield f"launch.sbatch.{key} is no option of sbatch that is known here; it is passed on.{hint}"
+    num_gpus = (launch.gpus_per_node or 0) * launch.num_machines
+    if launch.num_processes and launch.num_processes < num_gpus:
+        yield (
+            f"launch.num_processes={launch.num_processes} leaves {num_gpus - launch.num_processes} of {num_gpus} GPUs "
+            f"without a process. To use all: launch.num_processes={num_gpus}"
+        )
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
@@ -250,14 +269,47 @@ def _launch_problems(config: RunConfig) -> Iterator[str]:
             f"launch.machine_rank={launch.machine_rank} must be below launch.num_machines={launch.num_machines}: "
             "the first machine is 0"
         )
-    if isinstance(launch.sbatch.get("time"), int):
+    if launch.main_process_port is not None and launch.main_process_port > 65535:
         yield (
-            f"launch.sbatch.time={launch.sbatch['time']} is a number: YAML reads 12:00:00 as 43200. "
-            "Quote it: launch.sbatch.time=\"'12:00:00'\""
+            f"launch.main_process_port must be at most 65535 (got {launch.main_process_port}). "
+            "For a free one: launch.main_process_port=null"
+        )
+    for name, text in launch.env.items():
+        if not isinstance(text, str):
+            yield f"launch.env.{name} must be text (got {text!r}). For an empty one: launch.env.{name}=\"''\""
+    yield from _sbatch_problems(launch.sbatch)
+
+
+def _sbatch_problems(options: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in options.items():
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)):
+            yield f"launch.sbatch.{key} must be one value or a list of them (got {value!r})"
+        elif key.replace("_", "-") in ("time", "time-min") and value is not None and not sbatch.is_time(value):
+            yield _time_problem(key, value)
+
+
+def _time_problem(key: str, value: Any) -> str:
+    example = f"launch.sbatch.{key}=\"'12:00:00'\""
+    if type(value) is int:
+        return (
+            f"launch.sbatch.{key}={value} is a number: YAML reads 12:00:00 as 43200. Quote it: {example}, or for "
+            f"{value} minutes launch.sbatch.{key}=\"'{value}'\""
+        )
+    return (
+        f"launch.sbatch.{key} must be a time as Slurm writes it (got {value!r}): MINUTES, MINUTES:SECONDS, "
+        f"HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES:SECONDS, UNLIMITED. Example: {example}"
+    )
+
+
+def _folder_problems(config: RunConfig) -> Iterator[str]:
+    if not config.output_dir.strip():
+        yield (
+            "output_dir is empty (an unset variable of the shell?): the run would be strewn over this folder. "
+            f"Set output_dir=outputs/{config.run_name or 'run'}"
         )
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model_problems, _data_problems, _eval_problems, _precision_problems, _checkpoint_problems, _hub_problems,
-    _secret_problems, _launch_problems,
+    _secret_problems, _launch_problems, _folder_problems,
 )  # fmt: skip

@@ -125,7 +125,9 @@ def _normalised(value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
     if type(value) is int and str in bases and int not in bases and float not in bases:
         return str(value)  # run_name=7
     if isinstance(value, dict) and dict[str, str] in _kinds(hint):  # environment variables
-        return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items()}
+        plain = (bool, int, float)
+        return {k: str(v).lower() if v is True or v is False else str(v) if isinstance(v, plain) else v
+                for k, v in value.items()}  # fmt: skip
     if isinstance(value, list) and list in bases:
         (item,) = (typing.get_args(kind)[0] for kind in _kinds(hint) if _base(kind) is list)
         return [str(v) if item is str and type(v) in (int, float) else v for v in value]
@@ -140,15 +142,26 @@ def _problem(key: str, value: Any, hint: Any, setting: dataclasses.Field[Any]) -
         mend = ""
         if str in kinds and isinstance(value, (bool, int, float)):
             mend = f""". Quote it: '{key}="{value}"'"""
-        elif isinstance(setting.default, (bool, int, float, str)):
-            mend = f". The default is {key}={str(setting.default).lower()}"
+        elif any(_base(kind) is dict for kind in kinds):
+            mend = f". Set {key}.NAME=VALUE"
+        elif any(_base(kind) is list for kind in kinds):
+            mend = f'. Example: \'{key}=["A", "B"]\''
+        else:
+            mend = _default(key, setting)
         return f"{key} must be {names} (got {value!r}){mend}"
     choices, minimum = setting.metadata["choices"], setting.metadata["minimum"]
     if choices and value is not None and value not in choices:
         return f"{key} must be one of {', '.join(choices)} (got {value!r}).{did_you_mean(str(value), choices)}"
     if minimum is not None and isinstance(value, (int, float)) and not value >= minimum:
-        return f"{key} must be at least {minimum:g} (got {value})"
+        return f"{key} must be at least {minimum:g} (got {value}){_default(key, setting)}"
     return ""
+
+
+def _default(key: str, setting: dataclasses.Field[Any]) -> str:
+    if setting.default is None:
+        return f". The default is {key}=null"
+    is_plain = isinstance(setting.default, (bool, int, float, str))
+    return f". The default is {key}={str(setting.default).lower()}" if is_plain else ""
 
 
 def _fits(value: Any, kind: Any) -> bool:

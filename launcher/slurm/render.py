@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from launcher.agent import accelerate_command
 from launcher.config import RunConfig
 from launcher.errors import ConfigError
 from launcher.paths import slurm_templates_dir
+from launcher.sbatch import asks_for_gpus
 
 _BACKSTOP_S = 60
-"""Before the time limit the batch shell gets SIGUSR1, up to 60 s early. The ranks stop by themselves before that."""
+"""So many seconds before the time limit, or up to 60 earlier, the batch shell gets SIGUSR1. It obeys where the ranks do
+not know the job's end; those that do stop by themselves, later than the signal mostly comes."""
 _OURS = {
     "nodes": "launch.num_machines",
     "ntasks": "launch.num_machines (one task on each node starts the processes)",
@@ -39,6 +42,12 @@ def with_slurm_defaults(config: RunConfig, run_dir: Path) -> RunConfig:
     launch = config.launch
     problems = [*_sbatch_problems(launch.sbatch), *_env_problems(launch.env), *_text_problems(config)]
     total, per_node = launch.num_processes, launch.gpus_per_node
+    own_gpus = [f"launch.sbatch.{key}={value}" for key, value in launch.sbatch.items() if asks_for_gpus(key, value)]
+    if own_gpus and total is None and not per_node:
+        problems.append(
+            f"{own_gpus[0]} asks for GPUs, but the number of processes follows from launch.gpus_per_node. Set that "
+            "instead, or launch.num_processes=N (over all nodes) beside it"
+        )
     if total is None:
         total = 1 if config.strategy.name == "single" else launch.num_machines * (per_node or 1)
     elif per_node and total > per_node * launch.num_machines:
@@ -71,14 +80,37 @@ def _sbatch_problems(sbatch: Mapping[str, Any]) -> list[str]:
 
 
 def _env_problems(env: Mapping[str, str]) -> list[str]:
-    wrong = [name for name in env if not name.isidentifier()]
+    wrong = [name for name in env if not (name.isidentifier() and name.isascii())]
     return [f"launch.env.{name} is no name of an environment variable (letters, digits and _)" for name in wrong]
 
 
 def _text_problems(config: RunConfig) -> list[str]:
     """Values that the script could not hold on one line."""
     texts = {"output_dir": config.output_dir, "run_name": config.run_name, "launch.container": config.launch.container}
-    return [f"{key} must be one line (got {text!r})" for key, text in texts.items() if text and "\n" in text]
+    problems = [f"{key} must be one line (got {text!r})" for key, text in texts.items() if text and "\n" in text]
+    return [*problems, *_setup_problems(config.launch.setup), *_mount_problems(config)]
+
+
+def _setup_problems(setup: Sequence[str]) -> list[str]:
+    """What bash says to the lines, before a job has waited for its start only to end at once."""
+    read = subprocess.run(("bash", "-n"), input="\n".join(setup) + "\n", capture_output=True, text=True, check=False)
+    if read.returncode == 0:
+        return []
+    said = read.stderr.strip().splitlines()[0].removeprefix("bash: ")
+    return [f"launch.setup cannot be read by bash: {said} (got {list(setup)!r}). Each line is one of a bash script"]
+
+
+def _mount_problems(config: RunConfig) -> list[str]:
+    """pyxis separates mounts by commas and their parts by colons, with no way to quote either."""
+    if not config.launch.container:
+        return []
+    folders = {"output_dir": config.output_dir, "the working directory": str(Path.cwd())}
+    return [
+        f"{key}={folder} cannot be mounted into launch.container={config.launch.container}: it holds a colon or a "
+        "comma. Choose another folder, or launch.container=null"
+        for key, folder in folders.items()
+        if set(folder) & {":", ","}
+    ]
 
 
 def sbatch_lines(config: RunConfig, log: str, array: str | None = None) -> list[str]:

@@ -15,8 +15,9 @@ import yaml
 
 from launcher import files, lock
 from launcher.config import LaunchConfig, RunConfig, to_dict
-from launcher.errors import RunLockedError, SlurmError
+from launcher.errors import RunLockedError, SlurmError, UserError
 from launcher.paths import RunPaths
+from launcher.sbatch import meant_option
 from launcher.slurm.queue import ask_slurm, live_jobs
 from launcher.slurm.render import launch_lines, render, sbatch_lines, with_slurm_defaults
 from launcher.slurm.snapshot import Snapshot, take_snapshot
@@ -182,6 +183,16 @@ def _plan_array(jobs: list[ArrayJob], root: Path, max_parallel: int | None, snap
 
 
 def _write(plan: _Plan, snapshot: Snapshot) -> None:
+    try:
+        _write_files(plan, snapshot)
+    except OSError as error:
+        raise UserError(
+            f"output_dir={plan.script.parent.parent} cannot be written: {error}. Set output_dir to a folder on a file "
+            "system that all nodes share"
+        ) from error
+
+
+def _write_files(plan: _Plan, snapshot: Snapshot) -> None:
     for job in plan.jobs:
         paths = RunPaths(job.run_dir)
         paths.slurm_dir.mkdir(parents=True, exist_ok=True)
@@ -212,12 +223,28 @@ def _sbatch(script: Path) -> str:
     done = ask_slurm("sbatch", "--parsable", str(script))
     if done.returncode != 0:
         raise SlurmError(
-            f"Slurm refused the job:\n{done.stderr.strip()}\nOptions are set as launch.sbatch.OPTION=VALUE "
+            f"Slurm refused the job:\n{done.stderr.strip()}\n{_mend(done.stderr)}"
+            "Options are set as launch.sbatch.OPTION=VALUE "
             f"(launch.sbatch.partition=…, launch.sbatch.time=\"'12:00:00'\"). The script is {script}"
         )
     job_id = done.stdout.strip().split(";")[0]
+    if not job_id.isdecimal():  # test-only, help, version
+        raise SlurmError(
+            f"sbatch accepted the script but gave no job id: {(done.stdout + done.stderr).strip()}\n"
+            "Leave options that submit nothing out of launch.sbatch"
+        )
     _check_can_start(job_id)
     return job_id
+
+
+def _mend(refusal: str) -> str:
+    """A line on what is to be set otherwise, where Slurm's words allow a guess, else ''."""
+    if unknown := re.search(r"(?:unrecognized|ambiguous) option '--([\w-]+)", refusal):
+        meant = meant_option(unknown[1])
+        return f"Did you mean launch.sbatch.{meant}?\n" if meant else ""
+    if "generic resource" in refusal:
+        return "No node has such GPUs. Set launch.gpus_per_node=0 for none, or another launch.sbatch.partition\n"
+    return ""
 
 
 def _check_can_start(job_id: str) -> None:

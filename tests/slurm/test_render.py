@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher import cli
 from launcher.config import LaunchConfig, RunConfig, StrategyConfig
 from launcher.errors import ConfigError
 from launcher.paths import slurm_templates_dir
@@ -132,3 +133,107 @@ def test_jobs_that_ask_for_other_nodes_get_an_array_of_their_own(tmp_path: Path)
     texts = render_arrays([job("a"), job("b", num_machines=2), job("c")], tmp_path)
     assert [text.split("#SBATCH --array=")[1].split("\n")[0] for text in texts] == ["0-1", "0-0"]
     assert f"  {tmp_path}/a\n  {tmp_path}/c\n" in texts[0]
+
+
+# --------------------------------------------------------------------------- what a user mistypes, with --dry-run
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """What is printed for settings that are wrong; nothing else is."""
+    assert cli.main(["submit", "--dry-run", *overrides]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "raceback" not in shown.err
+    return shown.err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "launch.sbatch.time=lots",
+            ["launch.sbatch.time", "'lots'", "DAYS-HOURS", "launch.sbatch.time=\"'12:00:00'\""],
+        ),
+        ("launch.sbatch.time=12h", ["'12h'", "launch.sbatch.time=\"'12:00:00'\""]),
+        ("launch.sbatch.time=", ["''", "launch.sbatch.time=\"'12:00:00'\""]),
+        ("launch.sbatch.time-min=soon", ["launch.sbatch.time-min", "'soon'"]),
+        ("launch.sbatch.time=90", ["launch.sbatch.time=\"'90'\"", "90 minutes", "launch.sbatch.time=\"'12:00:00'\""]),
+        ("launch.sbatch.foo.bar=1", ["launch.sbatch.foo", "{'bar': 1}", "one value"]),
+        ("launch.gpus_per_node=a100:4", ["'a100:4'", "launch.gpus_per_node=null"]),
+        ("launch.num_machines=0", ["at least 1", "launch.num_machines=1"]),
+        ("launch.sbatch=gpu", ["launch.sbatch.NAME=VALUE"]),
+        ("launch.setup=5", ["launch.setup=["]),
+        ("launch.sbatch.nodes=2", ["launch.num_machines", "launch.sbatch.nodes"]),
+        ("launch.sbatch.gres=gpu:4", ["launch.sbatch.gres=gpu:4", "launch.gpus_per_node", "launch.num_processes"]),
+        ("launch.sbatch.gpus=4", ["launch.sbatch.gpus=4", "launch.gpus_per_node"]),
+        ("launch.partition=gpu", ["launch.sbatch.partition=gpu"]),
+        ("launch.time=1:00:00", ["launch.sbatch.time=1:00:00"]),
+        ("partition=gpu", ["launch.sbatch.partition=gpu"]),
+        ("launch.nodes=2", ["launch.num_machines"]),
+        ("launch.env.A=null", ["launch.env.A", "None", "text"]),
+        ("launch.env.A.B=1", ["launch.env.A", "text"]),
+        ("launch.env.A-B=1", ["launch.env.A-B", "letters, digits and _"]),
+        ("launch.main_process_port=99999999", ["launch.main_process_port", "65535"]),
+        ("launch.setup=['echo ${HOME}']", ["launch.setup[0]", "$HOME"]),
+        ("launch.setup=['if true; then']", ["launch.setup", "syntax error", "if true; then"]),
+        ("launch.setup=['echo \"never closed']", ["launch.setup", "line 1"]),
+        ("output_dir=", ["output_dir", "empty", "output_dir=outputs/"]),
+        ("output_dir='a\nb'", ["output_dir", "one line"]),
+        ("launch.sbatch.--qos=low", ["launch.sbatch.--qos", "not a key"]),
+        ("launch.sbatch.my part=gpu", ["launch.sbatch.my part", "not a key"]),
+    ],
+)
+def test_mistake_names_key_value_and_mend(override: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = refusal(capsys, "experiment=arithmetic", "launch.num_processes=null", override)
+    assert [word for word in words if word not in shown] == [], shown
+
+
+def test_every_mistake_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = refusal(capsys, "launch.sbatch.time=lots", "launch.env.A=null", "output_dir=", "launch.partition=gpu")
+    for word in ("launch.sbatch.time", "launch.env.A", "output_dir is empty", "launch.sbatch.partition=gpu"):
+        assert word in shown
+
+
+@pytest.mark.parametrize("time", ["90", "90:30", "12:00:00", "1-0", "1-12:30", "2-00:00:00", "INFINITE", "unlimited"])
+def test_every_time_that_slurm_reads_is_taken(time: str) -> None:
+    assert f"--time={time}" in sbatch_options(RunConfig(launch=LaunchConfig(sbatch={"time": time})))
+    assert cli.main(["submit", "--dry-run", f"launch.sbatch.time='{time}'"]) == 0
+
+
+def test_unknown_option_of_sbatch_is_noticed_and_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """A newer Slurm may know it."""
+    assert cli.main(["submit", "--dry-run", "launch.sbatch.partion=gpu", "launch.sbatch.cpus_per_task=4"]) == 0
+    shown = capsys.readouterr()
+    assert "--partion=gpu" in shown.out
+    assert "launch.sbatch.partion" in shown.err and "Did you mean launch.sbatch.partition?" in shown.err
+    assert "cpus" not in shown.err
+
+
+def test_gpus_without_a_process_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["submit", "--dry-run", "launch.gpus_per_node=8", "launch.num_processes=2"]) == 0
+    assert "launch.num_processes=8" in capsys.readouterr().err
+
+
+def test_setup_of_several_lines_is_taken() -> None:
+    lines = ["if true; then", "  export A='it is \"quoted\" $HOME'", "fi"]
+    text = render_run(RunConfig(launch=LaunchConfig(setup=lines)))
+    assert "\n".join(lines) in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("output_dir", ["a:b", "a,b"])
+def test_folder_that_a_container_cannot_mount_is_refused(output_dir: str) -> None:
+    with pytest.raises(ConfigError, match=r"output_dir=.* launch\.container"):
+        render_run(RunConfig(output_dir=output_dir, launch=LaunchConfig(container="/images/torch.sqsh")))
+
+
+@pytest.mark.parametrize("image", ["nvcr.io#nvidia/pytorch:24.01-py3", "/images/with space 'and' quotes.sqsh"])
+def test_container_is_one_word_for_srun(image: str) -> None:
+    text = render_run(RunConfig(launch=LaunchConfig(container=image)))
+    (line,) = [line for line in text.splitlines() if line.strip().startswith('srun --nodes="$SLURM')]
+    shown = subprocess.run(
+        ["bash", "-c", line.replace("srun", "printf '%s\\n'", 1).rstrip("\\")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"--container-image={image}" in shown.stdout.splitlines()
