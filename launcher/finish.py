@@ -16,17 +16,23 @@ if TYPE_CHECKING:
 
 def finish(run: Run) -> None:
     """After the last step: waits for the last save, publishes the model, ends. Collective."""
-    from launcher.saving import save_and_wait
+    from launcher.saving import is_name_taken, save_and_wait
 
     saves = run.config.checkpoint.save_strategy != "no"
-    if saves:
+    is_hindered = saves and run.processes.on_main(lambda: is_name_taken(run))
+    if saves and not is_hindered:
         save_and_wait(run)  # the last step is being saved; a run resumed past its end from another folder was not
-    if saves and run.last_saved_step != run.step:
+    if saves and not is_hindered and run.last_saved_step != run.step:
         raise CheckpointWriteError(
             f"training reached step {run.step} but its checkpoint could not be saved (see above). "
             "The earlier checkpoints are whole: make room and run the same command again to finish"
         )
-    source = chosen_checkpoint(run) if saves else write_model_only(run)
+    source = chosen_checkpoint(run) if saves else None
+    if is_hindered and source == run.paths.checkpoint_dir(run.step):
+        run.progress.say(f"{source.name} is not of this run and stays: of step {run.step} only the model is kept")
+        source = None
+    is_temporary = source is None
+    source = source or write_model_only(run)
     run.watchdog.pause()
     if run.is_main:  # the others are done: copying and uploading may take longer than a collective waits
         try:
@@ -36,7 +42,7 @@ def finish(run: Run) -> None:
                 f"the model could not be copied to {run.paths.root}: {error}. It is whole in {source}: make room and "
                 "run the same command again to finish"
             ) from error
-        if not saves:
+        if is_temporary:
             files.remove_tree(source)
         p = run.state.progress
         run.run_file.update(

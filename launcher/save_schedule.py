@@ -72,7 +72,8 @@ class SaveSchedule:
         return not isinstance(ck.save_steps, int) or step % ck.save_steps == 0
 
     def started(self) -> None:
-        self._last_save = time.monotonic()
+        """A save is under way, a repeated one included: the next steps do not ask for another."""
+        self._last_save, self._retry_at = time.monotonic(), math.inf
 
     def ended(self, result: SaveResult) -> None:
         """Notes what a save cost, or that it has to be made up for.

@@ -22,6 +22,10 @@ def save(run: Run) -> None:
     waited = wait_for_save(run)
     if waited > 1.0:
         run.progress.say(f"step {run.step}: waited {waited:.1f} s for the save before")
+    if run.processes.on_main(lambda: is_name_taken(run)):
+        name = run.paths.checkpoint_dir(run.step).name
+        on_save_ended(run, SaveResult(run.step, 0.0, error=f"{name} is there already and is not of this run"))
+        return
     if not run.processes.on_main(lambda: has_room(run, tell=True)):
         on_save_ended(run, SaveResult(run.step, 0.0, error="not enough disk space", found_no_room=True))
         return
@@ -40,6 +44,11 @@ def save_and_wait(run: Run) -> None:
         wait_for_save(run)
         if run.last_saved_step == run.step:
             return
+
+
+def is_name_taken(run: Run) -> bool:
+    """Whether a folder that is not ours has the name of this step's checkpoint: it is never moved; main process."""
+    return run.last_saved_step != run.step and run.paths.checkpoint_dir(run.step).exists()
 
 
 def has_room(run: Run, tell: bool = False) -> bool:

@@ -82,6 +82,8 @@ def test_a_failed_save_is_repeated_at_once_and_then_every_half_minute(clock: Clo
     schedule = SaveSchedule(config(save_steps=1000), 100)
     schedule.ended(SaveResult(5, 0.1, error="killed"))
     assert schedule.is_due(6, improved=False)
+    schedule.started()
+    assert not schedule.is_due(7, improved=False), "the repeated save is under way"
     schedule.ended(SaveResult(6, 0.1, error="killed"))
     assert not schedule.is_due(7, improved=False)
     clock.now += 30
