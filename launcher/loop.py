@@ -319,5 +319,7 @@ def stop(run: Run, reason: str) -> str:
     run.progress.say(f"step {run.step}: stopping ({reason})")
     if run.config.checkpoint.save_strategy != "no":
         save_and_wait(run)
+        if run.last_saved_step != run.step:
+            run.progress.say(f"WARNING step {run.step} could not be saved: the next start goes on from the one before")
     run.stop.clear()
     return reason
