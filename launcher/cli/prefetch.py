@@ -32,8 +32,10 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     config = compose_arguments([*options.overrides, *rest])
     found = False
-    for name, revision in _models(config):
-        _say(f"model {name}", str(fetch_model(name, revision, with_code=config.model.trust_remote_code)))
+    with_code = config.model.trust_remote_code
+    for what, name, revision in _models(config):
+        folder = fetch_model(name, revision, with_weights=what == "model", with_code=with_code)
+        _say(f"{what} {name}", str(folder))
         found = True
     for name, subset, splits in _datasets(config):
         _fetch_dataset(name, subset, splits)
@@ -52,10 +54,14 @@ def _say(what: str, where: str) -> None:
     print(f"{what}: {where}", flush=True)
 
 
-def _models(config: RunConfig) -> list[tuple[str, str | None]]:
+def _models(config: RunConfig) -> list[tuple[str, str, str | None]]:
+    """("model" or "tokenizer", name, revision) of what is on the Hub."""
     model = config.model
-    named = [(model.model_name_or_path, model.revision), (model.tokenizer_name_or_path, None)]
-    return [(name, revision) for name, revision in named if name and not is_local_path(name)]
+    named = [
+        ("model", model.model_name_or_path, model.revision),
+        ("tokenizer", model.tokenizer_name_or_path, None),
+    ]
+    return [(what, name, revision) for what, name, revision in named if name and not is_local_path(name)]
 
 
 def _datasets(config: RunConfig) -> list[tuple[str, str | None, list[str]]]:

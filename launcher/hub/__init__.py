@@ -72,8 +72,9 @@ def build_hub(config: RunConfig, paths: RunPaths) -> Hub:
 def fetch_checkpoint(uri: str, paths: RunPaths) -> Path:
     """Downloads `hf://ORG/NAME[@revision]` into `output_dir/checkpoint-N` and verifies every file of it.
 
-    Only the files that the manifest names are fetched, whole: which byte ranges a process needs is decided when they
-    are read. No code is run and nothing is unpickled. A download that was cut off goes on where it stopped.
+    Only the files that the manifest names are fetched, each once and whole: which byte ranges a process needs is
+    decided when they are read. No code is run and nothing is unpickled. After a kill the files that are there and
+    right are not fetched again.
 
     Raises:
         ResumeError: there is no checkpoint of ours at that place, or it may not be read.
@@ -99,18 +100,22 @@ def maybe_fetch_checkpoint(uri: str, paths: RunPaths) -> Path | None:
         return None
 
 
-def fetch_model(name: str, revision: str | None, *, with_code: bool = False) -> Path:
-    """Downloads a model's config, tokenizer and safetensors weights into the client's cache; returns the folder there.
+def fetch_model(name: str, revision: str | None, *, with_weights: bool = True, with_code: bool = False) -> Path:
+    """Downloads a model's config, tokenizer and weights into the client's cache; returns the folder there.
+
+    Only what lies at the top of the repository: no checkpoints, no other formats.
 
     Args:
+        with_weights: False where only the tokenizer is wanted.
         with_code: also the Python files that come with it, for `model.trust_remote_code`.
 
     Raises:
-        ResumeError: it is not there or may not be read. HubError: the Hub cannot be reached.
+        ResumeError: it is not there or may not be read. UserError: it has no weights. HubError: the Hub cannot be
+            reached.
     """
     from launcher.hub.fetch import download_model
 
-    return download_model(name, revision, with_code)
+    return download_model(name, revision, with_weights=with_weights, with_code=with_code)
 
 
 def pushed_checkpoints(paths: RunPaths) -> dict[int, str]:

@@ -1,23 +1,33 @@
-"""Checkpoints from the Hub: `hf://ORG/NAME[@revision]` to a verified folder."""
+"""Checkpoints from the Hub: `hf://ORG/NAME[@revision]` to a verified folder. Models for `launcher prefetch`.
+
+Of a repository exactly the files that one manifest names are asked for, each once for all processes: output_dir is
+shared, and together they read every byte of the weights and optimizer states, whatever their number.
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 import shutil
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher import files
 from launcher.checkpoint import manifest
-from launcher.errors import DamagedCheckpointError, ResumeError
-from launcher.paths import RunPaths
+from launcher.errors import DamagedCheckpointError, ResumeError, UserError
+from launcher.paths import CheckpointPaths, RunPaths
 
 _URI = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>.+))?$")
-_MODEL_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_TOKENIZER_FILE = re.compile(r"^([^/]+\.(json|txt|model|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja)$")
+_WEIGHTS_FILE = re.compile(r"^(?!consolidated)[^/]+\.safetensors$")  # Mistral's own format has the same weights again
+_PICKLED_WEIGHTS_FILE = re.compile(r"^pytorch_model[^/]*\.bin$")
+_CODE_FILE = re.compile(r"^[^/]+\.py$")
+_MAX_DOWNLOADS = 8
 _BUCKET_PREFIX = "hf://buckets/"
 _BUCKET_URI = re.compile(r"^hf://buckets/([\w.-]+/[\w.-]+)(?:/(checkpoint-\d+))?/?$")
 _FOLDER = re.compile(r"^(last-checkpoint|checkpoint-\d+)$")
@@ -111,8 +121,15 @@ def fetch(uri: str, paths: RunPaths) -> Path:
         target = paths.checkpoint_dir(wanted.step)
         if target.is_dir() and manifest.verify(target) == []:
             return target
-        for entry in wanted.files:
-            _fetch_file(api, source.repo_id, commit, folder, entry, download_dir)
+        _refuse_model_only(wanted, folder, uri, source.repo_id)
+        for abandoned in (download_dir / ".cache").rglob("*.incomplete"):  # a killed client's, never used again
+            abandoned.unlink()
+        with ThreadPoolExecutor(_MAX_DOWNLOADS) as pool:  # the first error gives up what has not begun
+            largest_first = sorted(wanted.files, key=lambda entry: -entry.bytes)
+            for _ in pool.map(
+                lambda e: _fetch_file(api, source.repo_id, commit, folder, e, download_dir), largest_first
+            ):
+                pass
     return _move_into_place(checkpoint, target, download_dir)
 
 
@@ -137,12 +154,25 @@ def _fetch_from_bucket(uri: str, paths: RunPaths) -> Path:
         checkpoint.mkdir(parents=True, exist_ok=True)
         api.download_bucket_files(bucket, [(f"{folder}/{manifest.NAME}", checkpoint / manifest.NAME)])
         wanted = manifest.read(checkpoint)
+        _refuse_model_only(wanted, folder, uri, None)
         missing = [e for e in wanted.files if not _is_right(checkpoint / e.path, e)]
         api.download_bucket_files(bucket, [(f"{folder}/{e.path}", checkpoint / e.path) for e in missing])
     for entry in missing:
         if not _is_right(checkpoint / entry.path, entry):
             raise DamagedCheckpointError(f"{folder}/{entry.path} of {uri} is not what its manifest says")
     return _move_into_place(checkpoint, paths.checkpoint_dir(wanted.step), download_dir)
+
+
+def _refuse_model_only(wanted: manifest.Manifest, folder: str, uri: str, repo_id: str | None) -> None:
+    """Says before the download what resume would say after it."""
+    state = CheckpointPaths(Path()).run_state.as_posix()
+    if any(entry.path == state for entry in wanted.files):
+        return
+    cure = f". To train on from the weights at its top: model.model_name_or_path={repo_id}" if repo_id else ""
+    raise ResumeError(
+        f"checkpoint.resume_from_checkpoint={uri}: {folder} holds only the model (it was saved with "
+        f"checkpoint.save_only_model=true) and cannot be resumed{cure}"
+    )
 
 
 def _is_right(path: Path, entry: manifest.FileEntry) -> bool:
@@ -188,13 +218,28 @@ def _move_into_place(checkpoint: Path, target: Path, download_dir: Path) -> Path
     return target
 
 
-def download_model(name: str, revision: str | None, with_code: bool) -> Path:
+def model_files(paths: Iterable[str], *, with_weights: bool, with_code: bool) -> list[str]:
+    """Of a repository's files those at the top that from_pretrained reads; .bin only where there is no safetensors.
+
+    What lies in folders are our own checkpoints, and the same weights in other formats.
+    """
+    listed = list(paths)
+    kinds = [_TOKENIZER_FILE, *([_CODE_FILE] if with_code else [])]
+    if with_weights:
+        kinds.append(_WEIGHTS_FILE if any(map(_WEIGHTS_FILE.match, listed)) else _PICKLED_WEIGHTS_FILE)
+    return [path for path in listed if any(kind.match(path) for kind in kinds)]
+
+
+def download_model(name: str, revision: str | None, *, with_weights: bool, with_code: bool) -> Path:
     """See `launcher.hub.fetch_model`."""
     from huggingface_hub import snapshot_download
 
     from launcher.hub.remote import connect, readable_errors
 
-    connect(timeout_s=60.0)
-    patterns = [*_MODEL_PATTERNS, "*.py"] if with_code else _MODEL_PATTERNS
+    api = connect(timeout_s=60.0)
     with readable_errors(name):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        listed = [s.rfilename for s in api.model_info(name, revision=revision).siblings or []]
+        wanted = model_files(listed, with_weights=with_weights, with_code=with_code)
+        if with_weights and not any(p.endswith((".safetensors", ".bin")) for p in wanted):
+            raise UserError(f"model.model_name_or_path={name}: the repository has no weights at its top")
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(path) for path in wanted]))

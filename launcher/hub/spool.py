@@ -199,9 +199,11 @@ class Spool:
 
     def pending(self) -> list[str]:
         """Plain names of what has not arrived, oldest first."""
-        found = [*self.names(self.active_dir), *self.names(self.queue_dir)]
+        # In the order in which an item goes through them, so that none moves past us.
+        copied = [t.name for t in self._copies if t.is_alive()]
+        found = {*self.names(self.queue_dir)} | {*self.names(self.active_dir)}
         plain = [name.split("-", 1)[1] for name in sorted(found)]
-        return plain + [t.name for t in self._copies if t.is_alive()]
+        return plain + [name for name in copied if name not in plain]
 
     def discard(self, home: Path) -> bool:
         """Gives an item up; its files are deleted later. False if the other side was faster."""

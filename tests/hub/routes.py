@@ -59,6 +59,7 @@ class Routes:
     # ------------------------------------------------------------------ routes
 
     def route(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+        path = path.replace("/api/datasets/", "/api/models/datasets/", 1)  # data sets are repos named datasets/ORG/NAME
         for method, pattern, handler in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method:
@@ -109,7 +110,7 @@ class Routes:
         commit = repo.resolve(revision or "main")
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         return {
-            "id": name,
+            "id": name.removeprefix("datasets/"),
             "modelId": name,
             "sha": commit.oid,
             "private": repo.private,
@@ -345,7 +346,9 @@ class Routes:
 
     def bucket_paths_info(self, name: str, *, query: dict[str, str], body: bytes) -> Any:
         bucket = self._bucket(name)
-        return [self._describe_in_bucket(bucket, p) for p in json.loads(body)["paths"] if p in bucket.files]
+        paths = json.loads(body)["paths"]
+        self.hub.paths_asked += paths
+        return [self._describe_in_bucket(bucket, p) for p in paths if p in bucket.files]
 
     def bucket_batch(self, name: str, *, query: dict[str, str], body: bytes) -> Any:
         self._must_write()
@@ -373,7 +376,7 @@ class Routes:
         return 200, headers, self.hub.store.read_xet(xet_hash, size)
 
 
-_REPO = r"([\w.-]+/[\w.-]+)"
+_REPO = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
 ROUTES = [
     (("POST", "DELETE"), "/__faults", "faults"),
     (("GET",), "/__state", "state"),

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.hub.routes import Routes
-from tests.hub.state import ApiError, Bucket, Repo, Store
+from tests.hub.state import LFS_SUFFIXES, ApiError, Blob, Bucket, Repo, Store, git_id
 
 WRITE_TOKEN = "hf_" + "w" * 34
 READ_TOKEN = "hf_" + "r" * 34
@@ -60,6 +60,7 @@ class HubServer:
         self.tokens = {WRITE_TOKEN: "write", READ_TOKEN: "read"}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.paths_asked: list[str] = []
         self.uploaded_bytes = 0
         self.bytes_per_s = bytes_per_s
         self.max_commits_per_hour: int | None = None
@@ -90,6 +91,16 @@ class HubServer:
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.search(pattern, line)) for line in self.requests)
+
+    def add_repo(self, name: str, files: dict[str, bytes]) -> Repo:
+        """A repository with these files in one commit; a data set's name is datasets/ORG/NAME."""
+        repo = self.repos[name] = Repo(name)
+        blobs = {}
+        for path, data in files.items():
+            is_lfs = path.endswith(LFS_SUFFIXES)
+            blobs[path] = Blob(self.store.put(data), len(data), git_id(data), is_lfs)
+        repo.add_commit(repo.branches, "main", "initial commit", blobs, None)
+        return repo
 
     def read(self, repo: str, path: str, revision: str = "main") -> bytes:
         blob = self.repos[repo].resolve(revision).files[path]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,18 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoint import manifest
-from launcher.hub.spool import checkpoint_item
-from tests.hub.helpers import REPO, make_checkpoint, make_config, prepare_spool, upload_all
+from launcher.hub.spool import checkpoint_item, model_item
+from tests.hub.helpers import (
+    REPO,
+    make_checkpoint,
+    make_config,
+    prepare_spool,
+    upload_all,
+    wait_until,
+    write_model,
+)
 from tests.hub.server import HubServer
-from tests.hub.state import Blob
+from tests.hub.state import Blob, git_id
 
 _FETCH = """
 import json, sys
@@ -133,3 +143,104 @@ def test_checkpoint_comes_back_from_a_bucket(hub: HubServer, xet_env: dict[str, 
     assert_same(fresh / "checkpoint-10", run / "checkpoint-10")
     answer = fetch("hf://buckets/org/store/checkpoint-20", fresh, xet_env)
     assert answer["error"] == "NothingThereError"
+
+
+def _asked_for(hub: HubServer) -> set[str]:
+    """Files that were asked for since the last look, by GET or HEAD."""
+    found = [re.fullmatch(r"(?:GET|HEAD) /.+?/resolve/[^/]+/(.+)", line) for line in hub.requests]
+    hub.requests.clear()
+    return {match[1] for match in found if match}
+
+
+def _push(run: Path, env: dict[str, str], strategy: str, *steps: int, **hub: str) -> None:
+    spool = prepare_spool(run, make_config(run, hub_strategy=strategy, **hub))
+    for step in steps:
+        spool.add(checkpoint_item(step, make_checkpoint(run, step)))
+    write_model(run, steps[-1])
+    spool.add(model_item(run, None))
+    upload_all(spool, env)
+
+
+def _files(folder: Path, name: str) -> set[str]:
+    return {f"{name}/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*") if p.is_file()}
+
+
+def test_only_the_files_of_one_checkpoint_are_asked_for(hub: HubServer, env_of: dict[str, str], tmp_path: Path) -> None:
+    """Not the model at the top, the card and its picture, other checkpoints, or what somebody put beside them."""
+    run = tmp_path / "run"
+    _push(run, env_of, "all_checkpoints", 10, 20)
+    repo = hub.repos[REPO]
+    note = Blob(hub.store.put(b"mine"), 4, git_id(b"mine"), False)
+    added = {"checkpoint-20/notes.txt": note, "checkpoint-20/state/rng-00007.json": note, "plots/note.txt": note}
+    repo.add_commit(repo.branches, "main", "mine", {**repo.files, **added}, repo.branches["main"])
+    assert {"README.md", "model.safetensors", "checkpoint-10/model.safetensors"} <= set(repo.files)
+    hub.requests.clear()
+    for uri, step in ((f"hf://{REPO}", 20), (f"hf://{REPO}@step-10", 10)):
+        fresh = tmp_path / f"fresh-{step}"
+        assert fetch(uri, fresh, env_of) == {"path": str(fresh / f"checkpoint-{step}")}
+        downloads = [line for line in hub.requests if re.match(r"GET /.+/resolve/", line)]
+        assert len(downloads) == len(set(downloads))
+        name = f"checkpoint-{step}"
+        assert _asked_for(hub) == _files(run / name, name) == _files(fresh / name, name)
+
+
+def test_only_the_last_checkpoint_is_asked_for(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _push(run, env, "checkpoint", 10)
+    hub.requests.clear()
+    fetch(f"hf://{REPO}", tmp_path / "fresh", env)
+    assert _asked_for(hub) == _files(run / "checkpoint-10", "last-checkpoint")
+
+
+def test_nothing_but_the_manifest_is_asked_for_when_only_the_model_was_saved(
+    hub: HubServer, env: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    folder = make_checkpoint(run, 10)
+    shutil.rmtree(folder / "state")
+    (folder / manifest.NAME).unlink()
+    (folder / manifest.NAME).write_bytes(manifest.build(folder, step=10, world_size=1, zero_stage=0).to_json())
+    spool = prepare_spool(run, make_config(run, hub_strategy="checkpoint"))
+    spool.add(checkpoint_item(10, folder))
+    upload_all(spool, env)
+    hub.requests.clear()
+    answer = fetch(f"hf://{REPO}", tmp_path / "fresh", env)
+    assert answer["error"] == "ResumeError" and f"model.model_name_or_path={REPO}" in answer["text"]
+    assert _asked_for(hub) == {"last-checkpoint/manifest.json"}
+
+
+def test_download_goes_on_when_it_was_killed(hub: HubServer, env_of: dict[str, str], tmp_path: Path) -> None:
+    """Promise 1, for the start of a run: a kill costs the files that were on their way, no others."""
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    _push(run, env_of, "all_checkpoints", 10)
+    hub.requests.clear()
+    hub.fail("(GET|HEAD) .*/checkpoint-10/state/optimizer.safetensors", hang=20.0, times=None)
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    command = [sys.executable, "-c", _FETCH, f"hf://{REPO}", str(fresh)]
+    with subprocess.Popen(command, env={**inherited, **env_of}) as fetching:
+        missing = {*_files(run / "checkpoint-10", "checkpoint-10")} - {"checkpoint-10/state/optimizer.safetensors"}
+
+        def is_all_else_there() -> bool:
+            folders = list((fresh / ".hub" / "fetch").glob("*"))
+            return bool(folders) and all((folders[0] / path).is_file() for path in missing)
+
+        wait_until(is_all_else_there)
+        fetching.kill()
+    assert not (fresh / "checkpoint-10").exists()
+    hub.heal()
+    abandoned = next((fresh / ".hub" / "fetch").glob("*")) / ".cache" / "huggingface" / "download" / "x.incomplete"
+    abandoned.write_bytes(b"half of it")
+    hub.requests.clear()
+    assert fetch(f"hf://{REPO}", fresh, env_of) == {"path": str(fresh / "checkpoint-10")}
+    assert _asked_for(hub) == {"checkpoint-10/state/optimizer.safetensors"}
+    assert_same(fresh / "checkpoint-10", run / "checkpoint-10")
+    assert not (fresh / ".hub" / "fetch").exists()
+
+
+def test_only_one_checkpoint_of_a_bucket_is_fetched(hub: HubServer, xet_env: dict[str, str], tmp_path: Path) -> None:
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    _push(run, xet_env, "all_checkpoints", 10, 20, bucket="org/store")
+    hub.requests.clear()
+    hub.paths_asked.clear()
+    assert fetch("hf://buckets/org/store", fresh, xet_env) == {"path": str(fresh / "checkpoint-20")}
+    assert _files(fresh / "checkpoint-20", "checkpoint-20") == set(hub.paths_asked)

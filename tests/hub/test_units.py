@@ -10,10 +10,10 @@ import pytest
 from launcher.errors import ResumeError
 from launcher.hub.curve import draw_curve
 from launcher.hub.faults import Backoff, classify, next_commit_delay_s, redact
-from launcher.hub.fetch import choose_folder, parse_uri
+from launcher.hub.fetch import choose_folder, model_files, parse_uri
 from launcher.hub.layout import outdated_folders, stale_paths, wanted_files
-from launcher.hub.spool import checkpoint_item, model_item
-from tests.hub.helpers import make_checkpoint, write_model
+from launcher.hub.spool import Spool, checkpoint_item, model_item
+from tests.hub.helpers import make_checkpoint, make_config, prepare_spool, write_model
 
 
 def test_commits_stay_below_the_limit_when_saves_never_stop() -> None:
@@ -126,3 +126,30 @@ def test_curve_is_a_png_and_the_same_every_time() -> None:
     image.load()
     assert image.size == (720, 360)
     assert draw_curve([(1, 2.0)], []) and draw_curve([], [(5, 1e9), (6, 1e-9)])
+
+
+def test_pending_upload_is_seen_when_it_is_claimed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run))
+    spool.add(checkpoint_item(10, make_checkpoint(run, 10)))
+    names = Spool.names
+
+    def claimed_after_reading(self: Spool, folder: Path) -> list[str]:
+        found = names(self, folder)
+        for name in names(self, self.queue_dir):
+            (self.queue_dir / name).rename(self.active_dir / name)
+        return found
+
+    monkeypatch.setattr(Spool, "names", claimed_after_reading)
+    assert spool.pending() == ["checkpoint-10"]
+
+
+def test_model_files_are_those_at_the_top() -> None:
+    here = ["config.json", "model.safetensors.index.json", "tokenizer.model", "additional_chat_templates/tool.jinja"]
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    elsewhere = ["checkpoint-10/model.safetensors", "last-checkpoint/config.json", "onnx/model.onnx", "original/x.json"]
+    doubles = ["consolidated.safetensors", "pytorch_model.bin", "README.md"]
+    listed = [*here, *weights, *elsewhere, *doubles, "modeling.py"]
+    assert model_files(listed, with_weights=True, with_code=False) == [*here, *weights]
+    assert model_files(listed, with_weights=False, with_code=True) == [*here, "modeling.py"]
+    assert model_files(["pytorch_model.bin"], with_weights=True, with_code=False) == ["pytorch_model.bin"]
