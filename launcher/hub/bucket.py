@@ -10,22 +10,31 @@ A folder without its marker is not complete. A marker goes away before, and come
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hf_xet
 from huggingface_hub import HfApi
+from huggingface_hub._buckets import _BucketAddFile
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._xet import get_xet_session
 
 from launcher.checkpoint import manifest
 from launcher.hub.layout import BUCKET_MARKER as MARKER
 from launcher.hub.layout import HashCache, LocalFile, best_step, outdated_folders
+from launcher.hub.remote import Throttle
 from launcher.hub.spool import Item, UploadSettings, reached
 
 LATEST = "latest.json"
 MAX_FILES_PER_CALL = 100
+CAPPED_CALL_BYTES = 8 * 2**20
+"""With a bandwidth cap a call takes no further file beyond these: what a finished call sent survives a kill."""
+_SLICE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,10 @@ class Stored:
 class BucketTarget:
     """Pushes by comparing hashes; sizes and times are never trusted."""
 
-    def __init__(self, api: HfApi, settings: UploadSettings, journal: dict[str, Any]) -> None:
+    def __init__(self, api: HfApi, settings: UploadSettings, journal: dict[str, Any], throttle: Throttle) -> None:
         self._api = api
         self._settings = settings
+        self._throttle = throttle
         self._journal = journal
         self._hashes = HashCache()
         self.card_level = 0
@@ -100,8 +110,6 @@ class BucketTarget:
 
     def _equal_content(self, wanted: dict[str, LocalFile], there: dict[str, str], candidates: set[str]) -> set[str]:
         """Of files that a killed upload may have left, those whose content is right: by hash, which reads them."""
-        import hf_xet
-
         paths = sorted(p for p in candidates if p in there)
         infos = hf_xet.hash_files([str(wanted[p].source) for p in paths]) if paths else []
         return {p for p, info in zip(paths, infos, strict=True) if info.hash == there[p]}
@@ -125,8 +133,36 @@ class BucketTarget:
 
     def _add(self, files: dict[str, Any]) -> None:
         pairs = [(source, path) for path, source in files.items()]
+        if self._throttle.is_capped:
+            for group in _capped_groups(pairs):
+                self._add_slowly(group)
+            return
         for start in range(0, len(pairs), MAX_FILES_PER_CALL):
             self._api.batch_bucket_files(self.name, add=pairs[start : start + MAX_FILES_PER_CALL])
+
+    def _add_slowly(self, pairs: Sequence[tuple[Any, str]]) -> None:
+        """Hands the bytes over no faster than the cap allows.
+
+        hf_xet has no cap of its own. It cuts what it is given into blocks of at most 64 MB and sends each as fast as
+        the link allows, so the cap holds on average over such a block. Bytes that Xet need not send count as well.
+        """
+        api, headers = self._api, build_hf_headers()
+        group = {
+            "token_refresh_url": f"{api.endpoint}/api/buckets/{self.name}/xet-write-token",
+            "token_refresh_headers": headers,
+            "custom_headers": {k: v for k, v in headers.items() if k.lower() != "authorization"},
+        }
+        operations = [_BucketAddFile(source, path) for source, path in pairs]
+        session: Any = get_xet_session()  # type: ignore[no-untyped-call]
+        with session.new_upload_commit(**group) as commit:
+            for operation in operations:
+                stream = commit.start_upload_stream(name=operation.destination, sha256=hf_xet.SKIP_SHA256)
+                for piece in _slices(operation.source):
+                    self._throttle.pass_through(len(piece))
+                    stream.write(piece)
+                stored = stream.finish().xet_info
+                operation.xet_hash, operation.size = stored.hash, stored.file_size
+        api._batch_bucket_files(self.name, add=[*operations])
 
     def _delete(self, paths: list[str]) -> None:
         if paths:
@@ -149,3 +185,24 @@ class BucketTarget:
     def maybe_squash(self, now: float, save_journal: Callable[[], None]) -> bool:
         """A bucket keeps no history."""
         return False
+
+
+def _capped_groups(pairs: Sequence[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
+    group: list[tuple[Any, str]] = []
+    used = 0
+    for source, path in pairs:
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        if group and (used + size > CAPPED_CALL_BYTES or len(group) == MAX_FILES_PER_CALL):
+            yield group
+            group, used = [], 0
+        group.append((source, path))
+        used += size
+    if group:
+        yield group
+
+
+def _slices(source: Any) -> Iterator[bytes]:
+    """The content of a file, or bytes themselves, in small pieces."""
+    with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+        while piece := file.read(_SLICE_BYTES):
+            yield piece

@@ -13,7 +13,8 @@ _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 def client_environment(settings: UploadSettings) -> dict[str, str]:
     """Variables for a process that uploads.
 
-    hf_xet has clocks of its own and no bandwidth cap, so with a cap repositories are pushed over plain HTTP.
+    hf_xet has clocks of its own and no bandwidth cap, so with a cap repositories are pushed over plain HTTP; buckets
+    know only Xet, and are given their bytes slowly.
     """
     seconds = f"{settings.timeout_s:.0f}s"
     env = {

@@ -48,6 +48,7 @@ class Throttle:
 
     def __init__(self, bytes_per_s: float | None) -> None:
         self._bytes_per_s = bytes_per_s
+        self.is_capped = bytes_per_s is not None
         self._lock = threading.Lock()
         self._free_at = time.monotonic()
         self.sent_bytes = 0

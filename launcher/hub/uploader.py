@@ -244,7 +244,7 @@ def build_target(settings: UploadSettings, journal: dict[str, Any], throttle: Th
     if settings.bucket is not None:
         from launcher.hub.bucket import BucketTarget
 
-        target: Target = BucketTarget(api, settings, journal)
+        target: Target = BucketTarget(api, settings, journal, throttle)
         return target
     from launcher.hub.repo import RepoTarget
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from launcher.hub.spool import checkpoint_item, model_item
-from tests.hub.helpers import UploaderUnderTest, make_checkpoint, make_config, prepare_spool, upload_all, write_model
+from tests.hub.helpers import (
+    UploaderUnderTest,
+    make_checkpoint,
+    make_config,
+    prepare_spool,
+    upload_all,
+    wait_until,
+    write_model,
+)
 from tests.hub.server import HubServer
 
 BUCKET = "org/store"
@@ -70,3 +78,35 @@ def test_folder_is_not_complete_when_uploader_is_killed(
     upload_all(spool, xet_env)
     assert "model/complete.json" in hub.buckets[BUCKET].files
     assert read(hub, "model/model.safetensors") == (run / "model.safetensors").read_bytes()
+
+
+def test_bandwidth_is_capped(hub: HubServer, xet_env: dict[str, str], tmp_path: Path) -> None:
+    run, cap = tmp_path / "run", 300_000.0
+    spool = prepare_spool(run, make_config(run, hub_strategy="all_checkpoints", bucket=BUCKET, max_bytes_per_s=cap))
+    for step in (10, 20):
+        spool.add(checkpoint_item(step, make_checkpoint(run, step, num_bytes=300_000)))
+    upload_all(spool, xet_env)
+    files = hub.buckets[BUCKET].files
+    first, last = (files[f"checkpoint-{step}/state/optimizer.safetensors"][2] for step in (10, 20))
+    num_bytes = sum(size for path, (_, size, _) in files.items() if path.startswith("checkpoint-20/"))
+    assert num_bytes > 600_000
+    assert last - first > 0.8 * num_bytes / cap  # between the two arrivals lie the bytes of checkpoint-20
+    for path in (run / "checkpoint-20").rglob("*"):
+        if path.is_file():
+            assert read(hub, path.relative_to(run).as_posix()) == path.read_bytes()
+
+
+def test_finished_files_are_not_sent_again_when_a_capped_upload_is_killed(
+    hub: HubServer, xet_env: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = make_config(run, hub_strategy="all_checkpoints", bucket=BUCKET, max_bytes_per_s=5e6)
+    spool = prepare_spool(run, config)
+    spool.add(checkpoint_item(10, make_checkpoint(run, 10, num_bytes=9_000_000)))
+    with UploaderUnderTest(spool, xet_env):
+        wait_until(lambda: BUCKET in hub.buckets and "checkpoint-10/model.safetensors" in hub.buckets[BUCKET].files)
+    sent = hub.buckets[BUCKET].files["checkpoint-10/model.safetensors"]
+    assert "checkpoint-10/complete.json" not in hub.buckets[BUCKET].files
+    upload_all(spool, xet_env)
+    assert hub.buckets[BUCKET].files["checkpoint-10/model.safetensors"] == sent  # with the time of its arrival
+    assert "checkpoint-10/complete.json" in hub.buckets[BUCKET].files
