@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from launcher.hub.faults import Backoff, Fault, classify, next_commit_delay_s
 from launcher.hub.remote import Throttle, connect
 from launcher.hub.spool import Item, Spool, UploadSettings, reached
+from launcher.process import yield_cores
 
 IDLE_S = 0.3
 MAX_BATCH = 20
@@ -272,7 +273,7 @@ def listen(uploader: Uploader) -> None:
 
 def main(argv: list[str]) -> int:
     parent = os.getppid()
-    os.nice(19)
+    yield_cores()
     spool = Spool(Path(argv[0]))
     settings = spool.read_settings()
     with spool.uploader_lock(wait_s=5.0) as is_mine:

@@ -195,6 +195,8 @@ def test_uploader_is_nice_and_without_torch(hub: HubServer, trainer_env: dict[st
     assert sync._uploader._process is not None
     pid = sync._uploader._process.pid
     assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+    group = Path(f"/proc/{pid}/autogroup")  # not in every kernel; it is in a session of its own
+    assert not group.exists() or group.read_text().endswith("nice 19\n")
     assert "torch" not in Path(f"/proc/{pid}/maps").read_text()
     sync.finish(None, max_wait_s=0.0)
     assert not Path(f"/proc/{pid}").exists()
