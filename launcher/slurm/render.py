@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,8 @@ def _text_problems(config: RunConfig) -> list[str]:
 
 def _setup_problems(setup: Sequence[str]) -> list[str]:
     """What bash says to the lines, before a job has waited for its start only to end at once."""
+    if not setup or shutil.which("bash") is None:
+        return []
     read = subprocess.run(("bash", "-n"), input="\n".join(setup) + "\n", capture_output=True, text=True, check=False)
     if read.returncode == 0:
         return []

@@ -243,7 +243,7 @@ def _mend(refusal: str) -> str:
         meant = meant_option(unknown[1])
         return f"Did you mean launch.sbatch.{meant}?\n" if meant else ""
     if "generic resource" in refusal:
-        return "No node has such GPUs. Set launch.gpus_per_node=0 for none, or another launch.sbatch.partition\n"
+        return "No node has what was asked for. No GPUs: launch.gpus_per_node=0; elsewhere: launch.sbatch.partition=…\n"
     return ""
 
 

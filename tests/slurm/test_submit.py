@@ -31,7 +31,7 @@ from tests.slurm.conftest import StandInRun, SubmitStandIn, stand_in_launch
         ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
         ({"partion": "low"}, "unrecognized option '--partion=low'"),
         ({"partion": "low"}, "Did you mean launch.sbatch.partition?"),
-        ({"gres": "gpu:2"}, "launch.gpus_per_node=0"),
+        ({"gres": "fpga:2"}, "launch.gpus_per_node=0"),
         ({"test-only": True}, "sbatch accepted the script but gave no job id"),
         ({"time": "2:00:00"}, "asked for: TimeLimit=02:00:00"),
         ({"cpus-per-task": 400}, "Slurm would never start the job: PartitionConfig"),
