@@ -24,7 +24,7 @@ from launcher.paths import RunPaths
 from launcher.preemption import REASONS, StopRequests
 from launcher.processes import Processes
 from launcher.save_schedule import SaveSchedule, crosses_epoch, is_better
-from launcher.saving import follow_save, has_room, note_best, save, save_and_wait, wait_for_save
+from launcher.saving import expected_save_s, follow_save, has_room, note_best, save, save_and_wait, wait_for_save
 from launcher.training_state import TrainingState
 from launcher.watchdog import Watchdog
 
@@ -58,7 +58,7 @@ class Run:
     window: Window = field(default_factory=lambda: Window())
     last_saved_step: int = 0
     last_eval: dict[str, Any] = field(default_factory=dict)
-    last_save_s: float = 0.0
+    last_save_s: float | None = None
     last_step_s: float = 0.0
     previous_best: tuple[float | None, int | None] = (None, None)
 
@@ -209,7 +209,7 @@ def agree(run: Run, loss_sum: float, num_tokens: int) -> Agreement:
     """The loop's one all-reduce per step: losses, requests to stop, whether to save, how the save in flight stands."""
     undone, failed = run.checkpointer.status()
     eval_s = run.last_eval.get("eval_runtime_s", 0.0) if is_eval_due(run) else 0.0
-    code = run.stop.reason_code(run.last_save_s, run.last_step_s + eval_s)
+    code = run.stop.reason_code(expected_save_s(run), run.last_step_s + eval_s)
     due = False
     if run.is_main:
         due = run.save_schedule.is_due(run.step, improved=False) or (

@@ -28,6 +28,11 @@ class MetricsFile:
         ):  # a full disk must not end a run
             file.write(json.dumps(line) + "\n")
 
+    def last(self, key: str) -> Any:
+        """The newest value of a key, also of an earlier start; None where there is none."""
+        values = [line[key] for line in files.read_json_lines(self._path) if key in line]
+        return values[-1] if values else None
+
     def trim(self, step: int) -> None:
         """Removes lines beyond `step`, and one that a crash cut off."""
         if self._path.is_file():

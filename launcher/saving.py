@@ -13,6 +13,9 @@ from launcher.save_schedule import is_better, save_line
 if TYPE_CHECKING:
     from launcher.loop import Agreement, Run
 
+_ASSUMED_BYTES_PER_S = 200e6
+"""Of a slow shared disk: with it a first save that comes only when the job's end is near is begun in time."""
+
 
 def save(run: Run) -> None:
     """`accelerator.save_state`, after the save before has ended and if there is room. Collective."""
@@ -49,6 +52,16 @@ def save_and_wait(run: Run) -> None:
 def is_name_taken(run: Run) -> bool:
     """Whether a folder that is not ours has the name of this step's checkpoint: it is never moved; main process."""
     return run.last_saved_step != run.step and run.paths.checkpoint_dir(run.step).exists()
+
+
+def expected_save_s(run: Run) -> float:
+    """Seconds of the last save, of an earlier start too; before there is any, by size. For the main process."""
+    if not run.is_main or run.config.checkpoint.save_strategy == "no":
+        return 0.0
+    if run.last_save_s is None:
+        measured = run.metrics.last("save_write_s")
+        run.last_save_s = run.checkpointer.plan.total_bytes / _ASSUMED_BYTES_PER_S if measured is None else measured
+    return run.last_save_s
 
 
 def has_room(run: Run, tell: bool = False) -> bool:

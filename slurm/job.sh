@@ -39,11 +39,10 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
 export LAUNCHER_SUPERVISED=1         # STOP is ours to remove at the start, and run.json ours to complete
 export PET_SIGNALS_TO_HANDLE=SIGHUP  # torchrun leaves SIGTERM ignored, as `node` below sets it
 export PET_SHUTDOWN_TIMEOUT=5        # seconds that torchrun gives the other ranks once one has failed
+export SLURM_TIME_FORMAT=%s # not the user's own, which the job inherits: seconds since the epoch
 end_time=$(squeue -h -j "$job" -o %e)
-if [[ $end_time == *T* ]]; then # else it has none
-  LAUNCHER_JOB_END_TIME=$(date -d "$end_time" +%s)
-  export LAUNCHER_JOB_END_TIME
-fi
+[[ $end_time =~ ^[0-9]+$ ]] || end_time=${SLURM_JOB_END_TIME:-} # of newer versions; may be empty: it has none
+export LAUNCHER_JOB_END_TIME=$end_time
 
 # ---------------------------------------------------------------- what runs on the nodes
 
@@ -194,7 +193,11 @@ requeue() { # the ranks have saved what they could and ended
 # ---------------------------------------------------------------- the job
 
 say "job $job, start $((requeues + 1)), on $SLURM_JOB_NODELIST, output_dir $run_dir"
-trap 'again=1; request_stop time_limit' USR1
+on_limit_signal() { # Slurm's own warning comes up to two minutes before the limit, too early for ranks that know the end
+  again=1
+  ((end_time && end_time - $(date +%s) < 150)) || request_stop time_limit
+}
+trap on_limit_signal USR1
 trap 'again=1; request_stop "$(stop_reason)"' TERM
 rm -f "$run_dir/STOP"
 check_nodes start

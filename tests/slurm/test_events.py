@@ -60,9 +60,18 @@ def stopped(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
             "refused": submit("refused", sbatch={"requeue": False}),
             "bounded": submit("bounded", max_requeues=0),
             "time_limit": submit(
-                "time_limit", 25, sbatch={"time": 1, "signal": "B:USR1@0"}, env={"STAND_IN_MARGIN_S": "57"}
+                "time_limit",
+                25,
+                sbatch={"time": "1", "signal": "B:USR1@0"},
+                env={"STAND_IN_MARGIN_S": "57", "SLURM_TIME_FORMAT": "relative"},
             ),
-            "backstop": submit("backstop", 150, step_s=0.4, sbatch={"time": 1}),
+            "backstop": submit(
+                "backstop",
+                150,
+                step_s=0.4,
+                sbatch={"time": "1"},
+                setup=["unset SLURM_JOB_END_TIME", "squeue() { false; }"],
+            ),
         }
         for name in ("term", "requeue", "cancel", "stop_file", "refused", "bounded"):
             runs[name].wait_step(5)
@@ -135,7 +144,7 @@ def test_job_stops_for_the_time_limit_when_only_the_backstop_signal_comes(stoppe
 @pytest.mark.slow
 def test_job_continues_when_the_time_limit_comes_unannounced(submit_stand_in: SubmitStandIn) -> None:
     """No stop of its own and no SIGUSR1: only the SIGTERM that Slurm sends KillWait before the kill."""
-    run = submit_stand_in(num_steps=900, sbatch={"time": 1, "signal": "B:USR1@0"}, env={"STAND_IN_MARGIN_S": "-900"})
+    run = submit_stand_in(num_steps=900, sbatch={"time": "1", "signal": "B:USR1@0"}, env={"STAND_IN_MARGIN_S": "-900"})
     run.wait_completed(240)
     assert run.reasons() == ["time_limit", None]
 
@@ -209,3 +218,10 @@ def test_job_runs_the_code_of_its_submission_when_it_is_edited_later(submit_stan
     file, value = (run.root / "imported").read_text().split()
     assert value == "submitted"
     assert Path(file).is_relative_to(run.root / "code")
+
+
+def test_job_runs_when_output_dir_and_values_hold_spaces_and_quotes(submit_stand_in: SubmitStandIn) -> None:
+    words = 'it\'s "so" $HOME `id`'
+    run = submit_stand_in(output_dir='a b\'s "c"', num_steps=3, env={"WORDS": words}, setup=['echo "<$WORDS>"'])
+    run.wait_completed()
+    assert f"<{words}>" in run.log()
