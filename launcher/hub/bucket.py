@@ -20,9 +20,6 @@ from typing import Any
 
 import hf_xet
 from huggingface_hub import HfApi
-from huggingface_hub._buckets import _BucketAddFile
-from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._xet import get_xet_session
 
 from launcher.checkpoint import manifest
 from launcher.hub.layout import BUCKET_MARKER as MARKER
@@ -146,6 +143,11 @@ class BucketTarget:
         hf_xet has no cap of its own. It cuts what it is given into blocks of at most 64 MB and sends each as fast as
         the link allows, so the cap holds on average over such a block. Bytes that Xet need not send count as well.
         """
+        # The client's own parts: needed for a cap only, so that a newer client can at most break that.
+        from huggingface_hub._buckets import _BucketAddFile
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._xet import get_xet_session
+
         api, headers = self._api, build_hf_headers()
         group = {
             "token_refresh_url": f"{api.endpoint}/api/buckets/{self.name}/xet-write-token",
