@@ -78,7 +78,9 @@ def test_all_mistakes_are_reported_at_once_with_their_jobs(tmp_path: Path) -> No
     with pytest.raises(ConfigError) as caught:
         make_plan([f"output_dir={tmp_path}", "seed=1,-2", "optim.learning_rate=a,0.1"], None)
     text = str(caught.value)
-    assert "seed must be at least 0 (got -2). The default is seed=42 (in optim.learning_rate=a,seed=-2 and 1 more)" in text
+    assert (
+        "seed must be at least 0 (got -2). The default is seed=42 (in optim.learning_rate=a,seed=-2 and 1 more)" in text
+    )
     assert "optim.learning_rate" in text and "'a'" in text
     with pytest.raises(ConfigError, match="zerro2"):
         make_plan([f"output_dir={tmp_path}", "strategy=ddp,zerro2"], None)
