@@ -35,8 +35,8 @@ def launches(stage: int, is_quick: bool) -> list[tuple[str, int]]:
     if is_quick:
         return [("stall_product", 1), ("stall_trainer", 1)][:: 1 if stage == 2 else -1]
     if stage == 2:
-        return [("stall_product", 4), ("stall_trainer", 4), ("stall_product", 4)]
-    return [("stall_trainer", 2), ("stall_product", 8), ("stall_trainer", 2)]
+        return [("stall_product", 3), ("stall_trainer", 4), ("stall_product", 3)]
+    return [("stall_trainer", 2), ("stall_product", 6), ("stall_trainer", 2)]
 
 
 def product_spec(work_dir: Path, strategy: str, num_processes: int, num_repetitions: int, **other: Any) -> Found:
@@ -77,7 +77,7 @@ def measure_stage(work_dir: Path, stage: int, is_quick: bool) -> Found:
 def measure_free_core(work_dir: Path, is_quick: bool) -> Found:
     """One process, so that the writer has a core to itself; every step until the write has ended."""
     _say("one process beside a free core")
-    spec = product_spec(work_dir, "zero2", 1, 1 if is_quick else 8, kinds=["ours"], max_during=200)
+    spec = product_spec(work_dir, "zero2", 1, 1 if is_quick else 6, kinds=["ours"], max_during=200)
     return start_ranks("stall_product", 1, spec)
 
 

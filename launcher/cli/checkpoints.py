@@ -17,7 +17,8 @@ from launcher.paths import CheckpointPaths, RunPaths
 def list_checkpoints(root: Path) -> list[dict[str, Any]]:
     """One entry per `checkpoint-N` folder of ours, by rising step; reads manifests and small JSON files only."""
     paths = RunPaths(root)
-    pushed = files.read_json_or(paths.run_state, {}).get("hub", {}).get("pushed", [])
+    hub = files.read_json_or(paths.run_state, {}).get("hub")
+    pushed = (hub.get("pushed") or []) if isinstance(hub, dict) else []
     rows: list[dict[str, Any]] = []
     for step, folder in paths.checkpoint_dirs():
         try:
@@ -29,8 +30,10 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
             rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {error}"})
             continue
         trainer = files.read_json_or(CheckpointPaths(folder).trainer_state, {})
+        history = trainer.get("log_history")
         metrics = {
-            k: v for line in trainer.get("log_history", []) if line.get("step") == step for k, v in line.items()
+            k: v for line in (history if isinstance(history, list) else [])
+            if isinstance(line, dict) and line.get("step") == step for k, v in line.items()
             if k == "loss" or (k.startswith("eval_") and k != "eval_runtime_s")
         }  # fmt: skip
         rows.append(
