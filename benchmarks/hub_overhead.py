@@ -1,6 +1,6 @@
 """What pushing to the Hub during training costs it: `launcher train` with a slow Hub beside the same run without.
 
-    python benchmarks/hub_overhead.py [--quick] [--json FILE]
+    python benchmarks/hub_overhead.py [--quick] [--rounds N] [--json FILE]
 
 The demo on one process, so that the uploader has a core; a server on this machine that speaks the Hub's protocol takes
 1 MB/s, so that an upload is under way nearly all the time. Runs with and without take turns. Every run must make the
@@ -97,8 +97,8 @@ def hub_server(data_dir: Path) -> Iterator[tuple[str, str]]:
         server.communicate()
 
 
-def measure(work_dir: Path, is_quick: bool) -> dict[str, Any]:
-    num_steps, rounds = (120, 1) if is_quick else (240, 4)
+def measure(work_dir: Path, is_quick: bool, rounds: int) -> dict[str, Any]:
+    num_steps, rounds = (120, 1) if is_quick else (240, rounds)
     found: dict[str, Any] = {"machine": machine(work_dir), "without": [], "with": [], "rounds": [], "took": []}
     weights = set()
     with hub_server(work_dir / "server") as hub:
@@ -132,12 +132,13 @@ def as_text(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short run of each kind")
+    parser.add_argument("--rounds", type=int, default=4, help="runs of each kind")
     parser.add_argument(
         "--json", type=Path, help="where the raw numbers go; default benchmarks/results/hub_overhead.json"
     )
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        found = measure(Path(name), arguments.quick)
+        found = measure(Path(name), arguments.quick, arguments.rounds)
     report("hub_overhead", found, as_text(found), arguments.json)
 
 
