@@ -209,7 +209,8 @@ def agree(run: Run, loss_sum: float, num_tokens: int) -> Agreement:
     """The loop's one all-reduce per step: losses, requests to stop, whether to save, how the save in flight stands."""
     undone, failed = run.checkpointer.status()
     eval_s = run.last_eval.get("eval_runtime_s", 0.0) if is_eval_due(run) else 0.0
-    code = run.stop.reason_code(expected_save_s(run), run.last_step_s + eval_s)
+    save_s = expected_save_s(run) if run.stop.knows_end else 0.0
+    code = run.stop.reason_code(save_s, run.last_step_s + eval_s)
     due = False
     if run.is_main:
         due = run.save_schedule.is_due(run.step, improved=False) or (

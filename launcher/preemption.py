@@ -42,6 +42,11 @@ class StopRequests:
             os._exit(130)
         self._signalled = True
 
+    @property
+    def knows_end(self) -> bool:
+        """Whether the job has an end that it knows of."""
+        return self._end_time is not None
+
     def reason_code(self, save_s: float, step_s: float) -> int:
         """1 + the index in REASONS, or 0: nobody asked.
 

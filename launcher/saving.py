@@ -25,12 +25,9 @@ def save(run: Run) -> None:
     waited = wait_for_save(run)
     if waited > 1.0:
         run.progress.say(f"step {run.step}: waited {waited:.1f} s for the save before")
-    if run.processes.on_main(lambda: is_name_taken(run)):
-        name = run.paths.checkpoint_dir(run.step).name
-        on_save_ended(run, SaveResult(run.step, 0.0, error=f"{name} is there already and is not of this run"))
-        return
-    if not run.processes.on_main(lambda: has_room(run, tell=True)):
-        on_save_ended(run, SaveResult(run.step, 0.0, error="not enough disk space", found_no_room=True))
+    hindered = run.processes.on_main(lambda: hindrance(run))
+    if hindered is not None:
+        on_save_ended(run, hindered)
         return
     note_best(run)
     run.last_saved_step = run.step
@@ -47,6 +44,16 @@ def save_and_wait(run: Run) -> None:
         wait_for_save(run)
         if run.last_saved_step == run.step:
             return
+
+
+def hindrance(run: Run) -> SaveResult | None:
+    """Why this step's save cannot even begin, as its result; main process."""
+    if is_name_taken(run):
+        name = run.paths.checkpoint_dir(run.step).name
+        return SaveResult(run.step, 0.0, error=f"{name} is there already and is not of this run")
+    if not has_room(run, tell=True):
+        return SaveResult(run.step, 0.0, error="not enough disk space", found_no_room=True)
+    return None
 
 
 def is_name_taken(run: Run) -> bool:

@@ -125,8 +125,7 @@ def _normalised(value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
     if type(value) is int and str in bases and int not in bases and float not in bases:
         return str(value)  # run_name=7
     if isinstance(value, dict) and dict[str, str] in _kinds(hint):  # environment variables
-        plain = (bool, int, float)
-        return {k: str(v).lower() if v is True or v is False else str(v) if isinstance(v, plain) else v
+        return {k: str(v).lower() if isinstance(v, bool) else str(v) if isinstance(v, (int, float)) else v
                 for k, v in value.items()}  # fmt: skip
     if isinstance(value, list) and list in bases:
         (item,) = (typing.get_args(kind)[0] for kind in _kinds(hint) if _base(kind) is list)

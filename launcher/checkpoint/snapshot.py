@@ -32,6 +32,11 @@ class Copy:
     offset: int
     dtype: torch.dtype
 
+    @property
+    def end(self) -> int:
+        """Where the next byte of the buffer is free."""
+        return self.offset + (self.high - self.low) * self.dtype.itemsize
+
 
 @dataclass
 class SnapshotPlan:
@@ -60,12 +65,7 @@ class SnapshotPlan:
         num_bytes = (high - low) * dtype.itemsize
         self.buffer_bytes = offset + num_bytes
         last = self.copies[-1] if self.copies else None
-        if (
-            last
-            and last.source is source
-            and last.high == low
-            and offset == last.offset + (low - last.low) * dtype.itemsize
-        ):
+        if last and last.source is source and (last.high, last.end) == (low, offset):
             last.high = high
         else:
             self.copies.append(Copy(source, low, high, offset, dtype))

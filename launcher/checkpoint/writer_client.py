@@ -72,15 +72,15 @@ class WriterClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
         self._commands: list[int] = []
-        self._priority, self._is_of_priority = "idle", True
+        self._priority = self._own_priority = "idle"  # of the next process, of the one that runs
 
     def start(self) -> None:
         """Starts the process if none runs (at the first save, after a death, or when the buffer is a new one), or anew
         where the last one hardly got a core."""
-        if self._process is not None and self._process.poll() is None and self._is_of_priority:
+        if self._process is not None and self._process.poll() is None and self._own_priority == self._priority:
             return
         self.stop()
-        self._is_of_priority = True
+        self._own_priority = self._priority
         command = [
             sys.executable, "-m", "launcher.checkpoint.writer", str(self._buffer.fd), str(self._buffer.size),
             self._priority,
@@ -139,14 +139,11 @@ class WriterClient:
                 self._pending += chunk
         *lines, self._pending = self._pending.split(b"\n")
         answers = [json.loads(line) for line in lines]
-        self._take_priority(answers)
+        if any(answer["is_starved"] for answer in answers):
+            self._priority = "nice"
         if not answers and self._process.poll() is not None:
             raise WriterDied(self._death())
         return answers
-
-    def _take_priority(self, answers: list[dict[str, Any]]) -> None:
-        if self._priority == "idle" and any(answer["is_starved"] for answer in answers):
-            self._priority, self._is_of_priority = "nice", False
 
     def _death(self) -> str:
         assert self._process is not None

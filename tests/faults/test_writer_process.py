@@ -266,8 +266,8 @@ def test_a_starved_writer_is_started_anew_with_a_share_of_busy_cores(
         [sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, core)
     )
     try:
-        for member in group.members:  # the text gives the starved one something to do
-            member.save(2, {f"state/rng-{member._processes.rank}.json": " " * 50_000_000})
+        group.members[0].save(2, {})
+        group.members[1].save(2, {"state/rng-1.json": " " * 50_000_000})  # something to do for the starved one
         started = time.monotonic()
         while time.monotonic() - started < 8:
             group.tick()
@@ -280,7 +280,10 @@ def test_a_starved_writer_is_started_anew_with_a_share_of_busy_cores(
     group.save(3)
     assert group.finish().error is None
     assert _whole(group.paths) == [1, 2, 3]
-    assert group.members[0].writer_pid == other
+    first = group.members[0].writer_pid
+    assert first is not None
+    # On a machine that is busy with something else the other one may be starved as well; else it is still the same.
+    assert (first == other) == (os.sched_getscheduler(first) == os.SCHED_IDLE)
     pid = group.members[1].writer_pid
     assert pid is not None and pid != starved
     assert (os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)) == (os.SCHED_OTHER, 19)
