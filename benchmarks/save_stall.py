@@ -30,27 +30,25 @@ _NAMES = {
 }  # fmt: skip
 
 
-def launches(stage: int, is_quick: bool) -> list[tuple[str, int]]:
-    """Which ranks are started in which order, each with its number of measured saves."""
+def launches(is_quick: bool) -> list[tuple[str, int]]:
+    """Which ranks are started in which order, each with its number of repetitions."""
     if is_quick:
-        return [("stall_product", 1), ("stall_trainer", 1)][:: 1 if stage == 2 else -1]
-    if stage == 2:
-        return [("stall_product", 3), ("stall_trainer", 4), ("stall_product", 3)]
-    return [("stall_trainer", 2), ("stall_product", 6), ("stall_trainer", 2)]
+        return [("stall_product", 1), ("stall_trainer", 1)]
+    return [("stall_product", 7), ("stall_trainer", 6), ("stall_product", 7)]
 
 
 def product_spec(work_dir: Path, strategy: str, num_processes: int, num_repetitions: int, **other: Any) -> Found:
     return {
         "work_dir": str(work_dir), "settings": run_settings(work_dir / "run", MODEL, strategy, num_processes),
-        "kinds": ["ours", "plain", "copy"], "num_repetitions": num_repetitions, "num_usual": 4, "num_idle_writes": 0,
-        "max_during": 4, "keep": False, **other,
+        "kinds": ["ours", "plain", "copy", "ours"], "num_repetitions": num_repetitions, "num_usual": 4,
+        "num_idle_writes": 0, "max_during": 4, "keep": False, **other,
     }  # fmt: skip
 
 
 def measure_stage(work_dir: Path, stage: int, is_quick: bool) -> Found:
     """The stalls under one ZeRO stage, and (not quick) resumes from what the last run left."""
     found: Found = {}
-    order = launches(stage, is_quick)
+    order = launches(is_quick)
     last = max(i for i, (module, _) in enumerate(order) if module == "stall_product")
     for i, (module, num_repetitions) in enumerate(order):
         if module == "stall_product":
@@ -61,13 +59,13 @@ def measure_stage(work_dir: Path, stage: int, is_quick: bool) -> Found:
                 "work_dir": str(work_dir), "model": MODEL, "zero_stage": stage, "num_repetitions": num_repetitions,
                 "num_usual": 4,
             }  # fmt: skip
-        _say(f"ZeRO-{stage}: {module}, {num_repetitions} saves of each kind")
+        _say(f"ZeRO-{stage}: {module}, {num_repetitions} repetitions")
         for key, value in start_ranks(module, 2, spec).items():
             key = "usual_trainer" if module == "stall_trainer" and key == "usual" else key
             found[key] = found.get(key, []) + value if isinstance(value, list) else value
     if not is_quick:
         found["resume"] = {"ours": [], "plain": []}
-        for kind in ("ours", "plain", "plain", "ours"):
+        for kind in ("ours", "plain", "plain", "ours", "ours", "plain"):
             _say(f"ZeRO-{stage}: resume, {kind}")
             spec = {"work_dir": str(work_dir), "settings": run_settings(work_dir / "run", MODEL, f"zero{stage}", 2)}
             found["resume"][kind].append(start_ranks("resume", 2, {**spec, "kind": kind})["seconds"])

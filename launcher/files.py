@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class RangeWriter:
             self._direct_fd = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
 
     def write(self, data: memoryview, offset: int) -> None:
-        low, high = -offset % BLOCK_BYTES, len(data) - (offset + len(data)) % BLOCK_BYTES
+        low, high = whole_blocks(data, offset)
         if self._direct_fd >= 0 and high - low >= _MIN_DIRECT_BYTES:
             try:
                 write_at(self._direct_fd, data[low:high], offset + low, self._path)
@@ -91,24 +91,63 @@ class RangeWriter:
             os.close(self._direct_fd)
 
 
+def whole_blocks(data: memoryview, offset: int) -> tuple[int, int]:
+    """Which part of data that lies at an offset of a file is whole blocks of it; low > high where there is none."""
+    return -offset % BLOCK_BYTES, len(data) - (offset + len(data)) % BLOCK_BYTES
+
+
+def edges(data: memoryview, offset: int) -> Iterator[tuple[memoryview, int]]:
+    """The parts of data in blocks that it does not fill, each inside one block, with their offsets in the file."""
+    low, high = whole_blocks(data, offset)
+    cuts = (0, low, high, len(data)) if low <= high else (0, min(low, len(data)), len(data), len(data))
+    for start, end in (cuts[:2], cuts[2:]):
+        if start < end:
+            yield data[start:end], offset + start
+
+
+def check_bytes(path: Path, parts: Iterable[tuple[memoryview, int]]) -> None:
+    """Compares small parts of a file, each inside one block, with what they should be.
+
+    Raises:
+        OSError: one differs.
+    """
+    buffer = mmap.mmap(-1, BLOCK_BYTES)
+    with contextlib.ExitStack() as stack:
+        fds = _open_for_reading(path, stack)
+        for data, offset in parts:
+            start = offset % BLOCK_BYTES
+            _read_at(fds, buffer, offset - start)
+            if buffer[start : start + len(data)] != data:
+                raise OSError(errno.EIO, f"bytes {offset} to {offset + len(data)} are not what was written", str(path))
+
+
+def _open_for_reading(path: Path, stack: contextlib.ExitStack) -> list[int]:
+    """File descriptors for `_read_at`: a buffered one and, where the file system has it, a direct one."""
+    fds = [os.open(path, os.O_RDONLY)]
+    with contextlib.suppress(OSError):
+        fds.append(os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
+
+    def close() -> None:
+        for fd in fds:
+            os.close(fd)
+
+    stack.callback(close)
+    return fds
+
+
 def read_blocks(path: Path, block_bytes: int) -> Iterator[memoryview]:
     """The bytes of a file in order, `block_bytes` at a time, past the page cache where the file system can do that.
 
     What comes is what the disk holds, and nothing else is pushed out of memory for it. A block is only valid until the
     next one is asked for.
     """
-    fds = [os.open(path, os.O_RDONLY)]
-    with contextlib.suppress(OSError):
-        fds.append(os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
     buffer = mmap.mmap(-1, block_bytes)  # direct reads need whole pages
     view, offset = memoryview(buffer), 0
-    try:
+    with contextlib.ExitStack() as stack:
+        fds = _open_for_reading(path, stack)
         while count := _read_at(fds, buffer, offset):
             yield view[:count]
             offset += count
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 def _read_at(fds: list[int], buffer: mmap.mmap, offset: int) -> int:

@@ -54,7 +54,7 @@ def build_model(config: RunConfig, tokenizer: Any, *, is_resume: bool) -> nn.Mod
         else:
             # From scratch each process initialises the whole model and DeepSpeed partitions it afterwards, so that the
             # first weights are the same under every strategy.
-            with _no_init() if is_resume and not settings.peft else no_zero_init():
+            with _filled_later(config) if is_resume and not settings.peft else no_zero_init():
                 model = AutoModelForCausalLM.from_config(model_config, **arguments)
             model.tie_weights()  # left out where initialisation is
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -79,10 +79,28 @@ def build_model(config: RunConfig, tokenizer: Any, *, is_resume: bool) -> nn.Mod
     return module
 
 
-def _no_init() -> Any:
+@contextlib.contextmanager
+def _filled_later(config: RunConfig) -> Iterator[None]:
+    """For parameters that a checkpoint will fill: no initialisation, and under ZeRO-3, which partitions each of them as
+    soon as it is made, no broadcast of it before."""
     from transformers.initialization import no_init_weights
 
-    return no_init_weights()
+    with no_init_weights():
+        if config.strategy.zero_stage != 3:
+            yield
+            return
+        from deepspeed.runtime.zero.partition_parameters import Init
+
+        def partition_only(self: Any, param: nn.Parameter) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()  # type: ignore[operator]
+
+        broadcast_and_partition = Init._zero_init_param
+        Init._zero_init_param = partition_only
+        try:
+            yield
+        finally:
+            Init._zero_init_param = broadcast_and_partition
 
 
 @contextlib.contextmanager

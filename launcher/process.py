@@ -48,6 +48,17 @@ def yield_cores() -> None:
             return
 
 
+def use_resting_cores() -> None:
+    """Lets this thread run only where nobody else wants to.
+
+    SCHED_IDLE gives a core back the moment a rank wakes up, where nice 19 still holds it for some milliseconds; but it
+    cannot be left again, and cores that never rest starve it.
+    """
+    with contextlib.suppress(OSError):  # not allowed in every container
+        os.nice(19)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def start_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None where it is not running. Tells a reused pid apart."""
     try:

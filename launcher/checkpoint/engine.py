@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from launcher.checkpoint import snapshot
-from launcher.checkpoint.snapshot import SnapshotPlan
+from launcher.checkpoint.snapshot import HostCopies, SnapshotPlan
 from launcher.checkpoint.writer_client import InlineWriter, SnapshotBuffer, WriterClient, WriterDied
 from launcher.errors import CheckpointWriteError
 from launcher.files import free_bytes
@@ -83,6 +83,7 @@ class Checkpointer:
         self._writer: WriterClient | InlineWriter = kind(self._buffer, statics)
         self._plan: SnapshotPlan | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._host_copies = HostCopies()
         self._unsent: dict[str, Any] | None = None
         self._flight: _InFlight | None = None
         self._own_work_done = True
@@ -152,27 +153,30 @@ class Checkpointer:
         }  # fmt: skip
         self.phase = Phase.WRITING
         self._flight = _InFlight(step, started, 0.0, sizes, commit)
-        if not self._cuda:
-            self.finish_snapshot()
         self._flight.stall_s = time.monotonic() - started
         return self._flight.stall_s
 
     def _snapshot(self, plan: SnapshotPlan) -> None:
+        live, waiting = plan.copies[: plan.num_live], plan.copies[plan.num_live :]
+        snapshot.take(live, self._buffer.tensor)
         if not self._cuda:
-            snapshot.take(plan, self._buffer.tensor)
+            self._host_copies.begin(waiting, self._buffer.tensor)
             return
         self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            snapshot.take(plan, self._buffer.tensor)
+            snapshot.take(waiting, self._buffer.tensor)
 
     def finish_snapshot(self) -> None:
         """Waits for the copies and sends them to the writer. The loop calls it before each optimizer step: until then
-        the state cannot change, so on CUDA the copies run beside the next forward and backward."""
-        if self._unsent is None:
+        the state cannot change, so the copies run beside the next forward and backward."""
+        if self._unsent is None or self._flight is None:
             return
+        started = time.monotonic()
+        self._host_copies.finish()
         if self._stream is not None:
             self._stream.synchronize()
+        self._flight.stall_s += time.monotonic() - started
         command, self._unsent = self._unsent, None
         if self._own_error is None:
             self._try_send(command)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from launcher import process
 from launcher.checkpoint.layout import FileLayout, Place, TensorSpec, plan_files, weight_index
 from launcher.checkpoint.segments import Segment, TrainedState, persistent_buffers
 from launcher.files import BLOCK_BYTES
@@ -16,8 +20,10 @@ SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16",
 }  # fmt: skip
-_COPY_ITEMS = 2**26
+_DEVICE_COPY_ITEMS = 2**26
 """Elements copied at once: a change of dtype makes a temporary of that size on the device."""
+_HOST_COPY_ITEMS = 2**20
+"""The same on the CPU, where two share the copying and one may have to wait for the other's last."""
 OPTIMIZER_STEM = "state/optimizer"
 
 
@@ -44,6 +50,8 @@ class SnapshotPlan:
 
     files: list[FileLayout]
     copies: list[Copy] = field(default_factory=list)
+    num_live: int = 0
+    """The first so many copies are of what a forward pass may change; the others change in an optimizer step only."""
     ranges: list[tuple[str, int, int, int]] = field(default_factory=list)  # path, file offset, buffer offset, bytes
     buffer_bytes: int = 0
     index: bytes | None = None
@@ -116,11 +124,12 @@ def plan_snapshot(
     plan = SnapshotPlan(files, index=index)
     places = {place.spec.name if f.path.startswith("state/") else f"weight {place.spec.name}": place
               for f in files for place in f.places}  # fmt: skip
-    for segment in state.segments:
-        _plan_segment(plan, segment, places, dtype, stored_name, only_model)
     if rank == 0:
         for name, tensor in buffers:
             _plan_whole(plan, tensor, places[f"weight {name}"])
+    plan.num_live = len(plan.copies)
+    for segment in state.segments:
+        _plan_segment(plan, segment, places, dtype, stored_name, only_model)
     return plan
 
 
@@ -168,11 +177,45 @@ def _plan_whole(plan: SnapshotPlan, tensor: Tensor, place: Place) -> None:
     plan.add(lambda: tensor.view(-1), 0, tensor.numel(), tensor.dtype, place.path, place.offset)
 
 
-def take(plan: SnapshotPlan, buffer: Tensor) -> None:
-    """Copies this process's part into the buffer (uint8); on CUDA the copies are queued on the current stream."""
-    with torch.no_grad():
-        for copy in plan.copies:
-            source = copy.source()[copy.low : copy.high]
-            target = buffer[copy.offset : copy.offset + source.numel() * copy.dtype.itemsize].view(copy.dtype)
-            for part, place in zip(source.split(_COPY_ITEMS), target.split(_COPY_ITEMS), strict=True):
-                place.copy_(part, non_blocking=True)
+def _pieces(copies: Iterable[Copy], buffer: Tensor, max_items: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(place in the buffer, source) of everything to copy."""
+    for copy in copies:
+        source = copy.source()[copy.low : copy.high]
+        place = buffer[copy.offset : copy.end].view(copy.dtype)
+        yield from zip(place.split(max_items), source.split(max_items), strict=True)
+
+
+@torch.no_grad()
+def take(copies: Iterable[Copy], buffer: Tensor) -> None:
+    """Copies into the buffer (uint8); on CUDA the copies are queued on the current stream."""
+    for place, source in _pieces(copies, buffer, _DEVICE_COPY_ITEMS):
+        place.copy_(source, non_blocking=True)
+
+
+class HostCopies:
+    """Copies on the CPU beside the training: by a thread that only takes what the cores have to spare, and what is left
+    in the end by the one who needs it done."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, initializer=process.use_resting_cores)
+        self._left: deque[tuple[Tensor, Tensor]] = deque()
+        self._thread: Future[None] | None = None
+
+    @torch.no_grad()
+    def begin(self, copies: Iterable[Copy], buffer: Tensor) -> None:
+        self._left.extend(_pieces(copies, buffer, _HOST_COPY_ITEMS))
+        self._thread = self._pool.submit(self._work)
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while self._left:
+            with contextlib.suppress(IndexError):  # the other one took the last
+                place, source = self._left.popleft()
+                place.copy_(source)
+
+    def finish(self) -> None:
+        """Returns when everything is copied."""
+        if self._thread is not None:
+            self._work()
+            self._thread.result()
+            self._thread = None

@@ -25,7 +25,6 @@ import base64
 import contextlib
 import json
 import mmap
-import os
 import signal
 import sys
 import time
@@ -34,7 +33,7 @@ from typing import Any
 
 from launcher import files
 from launcher.checkpoint import manifest
-from launcher.process import die_with_parent
+from launcher.process import die_with_parent, use_resting_cores, yield_cores
 
 DELETED_PREFIX = ".tmp-deleted-"
 _PATIENCE_S = 5.0
@@ -46,6 +45,7 @@ class Writer:
     def __init__(self, buffer: memoryview) -> None:
         self._buffer = buffer
         self._statics: dict[str, bytes] = {}
+        self._edges: dict[Path, list[tuple[memoryview, int]]] = {}
 
     def set_buffer(self, buffer: memoryview) -> None:
         self._buffer = buffer
@@ -65,8 +65,10 @@ class Writer:
             by_file[path].append((memoryview(base64.b64decode(head)), 0))
         for path, file_offset, buffer_offset, num_bytes in command["ranges"]:
             by_file[path].append((self._buffer[buffer_offset : buffer_offset + num_bytes], file_offset))
+        self._edges = {}
         for path, ranges in by_file.items():
             if ranges:
+                self._edges[folder / path] = [edge for data, offset in ranges for edge in files.edges(data, offset)]
                 _write_ranges(folder / path, command["files"][path], ranges)
         for path, data in self._statics.items() if command["statics"] else ():
             target = folder / path
@@ -77,7 +79,14 @@ class Writer:
         return {"event": "written", "step": command["step"], "seconds": time.monotonic() - started}
 
     def hash(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Reads this process's share of the files back, whoever wrote them, once every process has written."""
+        """Reads this process's share of the files back, whoever wrote them, once every process has written.
+
+        Before that its own edges: in their blocks others wrote too, and a file system that keeps such writes of two
+        machines apart only by luck must not get a manifest.
+        """
+        edges, self._edges = self._edges, {}
+        for path, parts in edges.items():
+            files.check_bytes(path, parts)
         hashed = manifest.hash_files(Path(command["dir"]), command["files"])
         return {"event": "hashed", "step": command["step"], "entries": [entry.to_dict() for entry in hashed]}
 
@@ -156,15 +165,6 @@ def _write_ranges(path: Path, size: int, ranges: list[tuple[memoryview, int]]) -
         file.close()
 
 
-def _yield_to_training(only_resting_cores: bool) -> None:
-    """Lowest priority. SCHED_IDLE on top of it gives a core back the moment a rank wakes up, where a process at nice 19
-    still holds it for some milliseconds; but it cannot be left again, and cores that never rest starve it."""
-    with contextlib.suppress(OSError):  # not allowed in every container
-        os.nice(19)
-        if only_resting_cores:
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-
 def _waited_for_core_s() -> float:
     """How long the kernel has made this thread wait for a core so far; 0 where it does not count that."""
     try:
@@ -178,7 +178,10 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the rank decides when we end: by closing our stdin, or by dying
     fd, size = int(sys.argv[1]), int(sys.argv[2])
-    _yield_to_training(only_resting_cores=sys.argv[3] == "idle")
+    if sys.argv[3] == "idle":
+        use_resting_cores()
+    else:
+        yield_cores()
     buffer = memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
     writer = Writer(buffer)
     waited = _waited_for_core_s()

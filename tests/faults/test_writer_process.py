@@ -22,6 +22,7 @@ from launcher.checkpoint import manifest
 from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult
 from launcher.checkpoint.layout import TensorSpec, plan_files
 from launcher.checkpoint.snapshot import SnapshotPlan
+from launcher.checkpoint.writer import Writer
 from launcher.paths import RunPaths
 
 _NUMEL = 300_000
@@ -73,7 +74,11 @@ class Group:
     def save(self, step: int) -> None:
         for member in self.members:
             texts = {"state/state.json": "{}", "trainer_state.json": "{}"} if member is self.members[0] else {}
-            member.save(step, texts)
+            self.save_of(member, step, texts)
+
+    def save_of(self, member: Checkpointer, step: int, texts: dict[str, str]) -> None:
+        member.save(step, texts)
+        member.finish_snapshot()  # as the loop does before each optimizer step
 
     def tick(self) -> SaveResult | None:
         """What the loop's all-reduce does at the end of each step."""
@@ -266,8 +271,9 @@ def test_a_starved_writer_is_started_anew_with_a_share_of_busy_cores(
         [sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, core)
     )
     try:
-        group.members[0].save(2, {})
-        group.members[1].save(2, {"state/rng-1.json": " " * 50_000_000})  # something to do for the starved one
+        group.save_of(group.members[0], 2, {})
+        much = {"state/rng-1.json": " " * 50_000_000}
+        group.save_of(group.members[1], 2, much)
         started = time.monotonic()
         while time.monotonic() - started < 8:
             group.tick()
@@ -315,6 +321,44 @@ def test_whole_blocks_are_written_past_the_page_cache_and_the_edges_are_right(tm
     if not any(direct for direct, *_ in calls):
         pytest.fail(f"nothing was written with O_DIRECT: {calls}")
     assert all(size % 4096 == 0 and offset % 4096 == 0 for direct, size, offset in calls if direct)
+
+
+def test_a_save_fails_when_a_shared_block_lost_what_one_of_two_writers_wrote(tmp_path: Path) -> None:
+    """A file system that writes whole pages back may undo another machine's part of one."""
+    border, size = 10_000, 20_000
+    content = os.urandom(size)
+    writers = []
+    for low, high in ((0, border), (border, size)):
+        writers.append(Writer(memoryview(content)[low:high]))
+        ranges = [["file", low, 0, high - low]]
+        command = {
+            "cmd": "write", "step": 1, "dir": str(tmp_path), "files": {"file": size}, "heads": {}, "ranges": ranges,
+            "texts": {}, "statics": False,
+        }  # fmt: skip
+        assert [answer["event"] for answer in writers[-1].execute(command)] == ["written"]
+    assert (tmp_path / "file").read_bytes() == content
+    block = border // files.BLOCK_BYTES * files.BLOCK_BYTES
+    with (tmp_path / "file").open("r+b") as file:
+        file.seek(block)
+        file.write(content[block:border] + bytes(block + files.BLOCK_BYTES - border))
+    command = {"cmd": "hash", "step": 1, "dir": str(tmp_path), "files": ["file"]}
+    answers = [answer for writer in writers for answer in writer.execute(command)]
+    assert [answer["event"] for answer in answers] == ["hashed", "failed"]
+    assert "not what was written" in answers[1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "expected"),
+    [
+        (0, 8192, []), (0, 8193, [(8192, 1)]), (1, 8191, [(1, 4095)]), (4000, 200, [(4000, 96), (4096, 104)]),
+        (100, 50, [(100, 50)]), (4046, 50, [(4046, 50)]), (4096, 50, [(4096, 50)]), (5, 0, []),
+    ],
+)  # fmt: skip
+def test_edges_are_the_parts_in_blocks_that_others_may_write(
+    offset: int, length: int, expected: list[tuple[int, int]]
+) -> None:
+    data = memoryview(bytes(length))
+    assert [(start, len(part)) for part, start in files.edges(data, offset)] == expected
 
 
 def test_everything_is_written_when_the_file_system_refuses_direct_writes(
