@@ -93,7 +93,7 @@ def _filled_later(config: RunConfig) -> Iterator[None]:
 
         def partition_only(self: Any, param: nn.Parameter) -> None:
             self._convert_to_deepspeed_param(param)
-            param.partition()  # type: ignore[operator]
+            param.partition()  # type: ignore[attr-defined]
 
         broadcast_and_partition = Init._zero_init_param
         Init._zero_init_param = partition_only

@@ -259,6 +259,7 @@ class Checkpointer:
         self._try_send(command)
 
     def _end(self) -> None:
+        self._host_copies.finish()  # of a save that failed before they were needed
         self.phase, self._flight, self._unsent = Phase.IDLE, None, None
         self._own_error, self._own_work_done = None, True
 
