@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from launcher import files
 from launcher.checkpoint import manifest
@@ -293,6 +295,21 @@ def test_a_starved_writer_is_started_anew_with_a_share_of_busy_cores(
     pid = group.members[1].writer_pid
     assert pid is not None and pid != starved
     assert (os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)) == (os.SCHED_OTHER, 19)
+
+
+def test_a_checkpoint_holds_the_state_before_the_optimizer_step_that_follows_its_save(group: Group) -> None:
+    """Also where no core was free to copy it until then."""
+    before, gate = group.tensor.clone(), threading.Event()
+    for member in group.members:
+        member._host_copies._pool.submit(gate.wait)
+    timer = threading.Timer(0.2, gate.set)
+    timer.start()
+    group.save(1)
+    group.tensor += 1
+    assert group.finish().error is None
+    timer.join()
+    with safe_open(group.paths.checkpoint_dir(1) / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("w"), before)
 
 
 def test_whole_blocks_are_written_past_the_page_cache_and_the_edges_are_right(tmp_path: Path) -> None:
