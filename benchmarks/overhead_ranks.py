@@ -13,7 +13,8 @@ from benchmarks.rank import build_product, finish, read_spec
 def main() -> None:
     spec = read_spec()
     run = build_product(spec["settings"])
-    from launcher import loop, saving
+    from launcher.saving import saver as saving
+    from launcher.train import loop
 
     batches = bare.batches(run.accelerator)
 

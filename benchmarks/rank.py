@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import rank_setup
+from launcher.train import rank_setup
 
 if TYPE_CHECKING:
-    from launcher.loop import Run
+    from launcher.train.loop import Run
 
 
 def read_spec() -> dict[str, Any]:
@@ -25,10 +25,10 @@ def read_spec() -> dict[str, Any]:
 def build_product(settings: dict[str, Any]) -> Run:
     """The product, up to the point where `fit` would begin. Collective."""
     rank_setup.before_imports()
-    from launcher.accelerator import build_accelerator
-    from launcher.build import build_run, open_output_dir
-    from launcher.config import parse_config
-    from launcher.processes import Processes
+    from launcher.base.processes import Processes
+    from launcher.config.parse import parse_config
+    from launcher.train.accelerator import build_accelerator
+    from launcher.train.build import build_run, open_output_dir
 
     config = parse_config(settings)
     accelerator = build_accelerator(config)

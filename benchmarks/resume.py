@@ -9,12 +9,12 @@ from typing import Any
 
 from benchmarks import bare
 from benchmarks.rank import build_product, finish, read_spec
-from launcher import rank_setup
+from launcher.train import rank_setup
 
 
 def ours(spec: dict[str, Any]) -> None:
     """The product: finds the newest checkpoint, verifies every byte of it, loads it."""
-    from launcher import loop
+    from launcher.train import loop
 
     run = build_product(spec["settings"])
     assert run.step > 0, "nothing was resumed"
@@ -31,8 +31,8 @@ def plain(spec: dict[str, Any]) -> None:
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from launcher.accelerator import deepspeed_config
-    from launcher.config import parse_config
+    from launcher.config.parse import parse_config
+    from launcher.train.accelerator import deepspeed_config
 
     settings = deepspeed_config(parse_config(spec["settings"]), torch.cuda.is_available())
     accelerator = Accelerator(

@@ -17,8 +17,9 @@ class Bench:
     """One training run, its steps timed between the ends of steps: they end with a collective, on all ranks at once."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        from launcher import loop, saving
         from launcher.checkpoint.engine import Phase
+        from launcher.saving import saver as saving
+        from launcher.train import loop
 
         self.run = build_product(spec["settings"])
         self.loop, self.saving, self.idle = loop, saving, Phase.IDLE

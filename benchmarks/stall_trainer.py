@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import bare
 from benchmarks.rank import finish, lost, read_spec
-from launcher import rank_setup
+from launcher.train import rank_setup
 
 _WARM_UP_STEPS = 3
 

@@ -8,8 +8,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from launcher.config import RunConfig
-from launcher.paths import conf_dir
+from launcher.base.paths import conf_dir
+from launcher.config.settings import RunConfig
 
 TARGET = Path(__file__).with_name("config.md")
 

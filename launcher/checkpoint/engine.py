@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
+from launcher.base.errors import CheckpointWriteError
+from launcher.base.files import free_bytes
+from launcher.base.paths import RunPaths
+from launcher.base.processes import Processes
 from launcher.checkpoint import snapshot
 from launcher.checkpoint.snapshot import HostCopies, SnapshotPlan
 from launcher.checkpoint.writer_client import InlineWriter, SnapshotBuffer, WriterClient, WriterDied
-from launcher.errors import CheckpointWriteError
-from launcher.files import free_bytes
-from launcher.paths import RunPaths
-from launcher.processes import Processes
 
 _MARGIN_BYTES = 16 * 2**20
 """Kept free for metrics, logs and the manifest."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.base.errors import DamagedCheckpointError, ResumeError
 from launcher.checkpoint.layout import Place, iter_safetensors, read_places
 from launcher.checkpoint.segments import Extent, Segment, TrainedState, is_elementwise, persistent_buffers
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM
-from launcher.errors import DamagedCheckpointError, ResumeError
 
 TORCH_DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import files
-from launcher.checkpoint import manifest
-from launcher.errors import DamagedCheckpointError, ResumeError, ResumeMismatchError
-from launcher.paths import CheckpointPaths, RunPaths
-from launcher.process import RESTARTED
+from launcher.base import files, manifest
+from launcher.base.errors import DamagedCheckpointError, ResumeError, ResumeMismatchError
+from launcher.base.paths import CheckpointPaths, RunPaths
+from launcher.base.process import RESTARTED
 
 if TYPE_CHECKING:
-    from launcher.processes import Processes
+    from launcher.base.processes import Processes
 
 ROUNDING_KEYS = ("strategy", "num_processes", "per_device_train_batch_size")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from launcher.checkpoint.manifest import NAME
+from launcher.base.files import remove_tree
+from launcher.base.manifest import NAME
+from launcher.base.paths import RunPaths
 from launcher.checkpoint.writer import DELETED_PREFIX
-from launcher.files import remove_tree
-from launcher.paths import RunPaths
 
 _HALF_REPLACED = re.compile(r"^\.(.+\.tmp(-\d+)?|lock-.+)$")
 """The temporary names of `files.replace_file`, `finish.publish` and the lock."""

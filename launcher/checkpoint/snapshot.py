@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from launcher import process
+from launcher.base import process
+from launcher.base.files import BLOCK_BYTES
 from launcher.checkpoint.layout import FileLayout, Place, TensorSpec, plan_files, weight_index
 from launcher.checkpoint.segments import Segment, TrainedState, persistent_buffers
-from launcher.files import BLOCK_BYTES
 
 SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",

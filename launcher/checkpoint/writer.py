@@ -31,9 +31,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher import files
-from launcher.checkpoint import manifest
-from launcher.process import die_with_parent, use_resting_cores, yield_cores
+from launcher.base import files, manifest
+from launcher.base.process import die_with_parent, use_resting_cores, yield_cores
 
 DELETED_PREFIX = ".tmp-deleted-"
 _PATIENCE_S = 5.0

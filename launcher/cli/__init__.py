@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import __version__
-from launcher.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, UserError
+from launcher.base.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, UserError
 
 VERBS = {
     "train": "train, or go on where the run was stopped; -m: a sweep",
@@ -63,7 +63,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"launcher {__version__}")
         return EXIT_DONE
     if verb not in VERBS:
-        from launcher.schema import did_you_mean
+        from launcher.config.schema import did_you_mean
 
         meant = f" Did you mean launcher train {verb}?" if "=" in verb else did_you_mean(verb, [*VERBS, "--version"])
         raise UserError(f"{verb} is not a verb.{meant} Valid: {', '.join(VERBS)}")
@@ -86,7 +86,7 @@ example: launcher train data.train_files=chat.jsonl model.model_name_or_path=Qwe
 
 def _show(error: LauncherError) -> None:
     """The message on stderr: in colour in a terminal, plain where it is read by a program."""
-    from launcher.config import redacted
+    from launcher.config.settings import redacted
 
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         heading = f"{len(error.problems)} settings are wrong:"
@@ -107,7 +107,7 @@ def _show(error: LauncherError) -> None:
 
 def _unexpected(error: Exception) -> str:
     """An error of ours rather than the user's: a short message, and where the rest of it is."""
-    from launcher.config import redacted
+    from launcher.config.settings import redacted
 
     text = redacted("".join(traceback.format_exception(error)))
     if os.environ.get("LAUNCHER_DEBUG"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from launcher.compose import Arguments, split_arguments
+from launcher.config.compose import Arguments, split_arguments
 
 
 def parse_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher import files
-from launcher.checkpoint import manifest
-from launcher.errors import DamagedCheckpointError, UserError
-from launcher.paths import CheckpointPaths, RunPaths
+from launcher.base import files, manifest
+from launcher.base.errors import DamagedCheckpointError, UserError
+from launcher.base.paths import CheckpointPaths, RunPaths
 
 
 def list_checkpoints(root: Path) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from launcher.config import DTYPES
-from launcher.errors import EXIT_DONE, UserError
+from launcher.base.errors import EXIT_DONE, UserError
+from launcher.config.settings import DTYPES
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     checkpoint, target = options.checkpoint.expanduser(), options.target.expanduser()
     size = _num_bytes(options.max_shard_size)
     if options.format == "trainer":
-        from launcher.interop.trainer_export import export_trainer
+        from launcher.saving.interop.trainer_export import export_trainer
 
         print(
             export_trainer(
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
             )
         )
     else:
-        from launcher.interop.serving import export_safetensors
+        from launcher.saving.interop.serving import export_safetensors
 
         print(export_safetensors(checkpoint, target, dtype=options.dtype, max_shard_bytes=size))
     return EXIT_DONE

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launcher.compose import compose_arguments
-from launcher.config import RunConfig, is_local_path
-from launcher.errors import EXIT_DONE, UserError
+from launcher.base.errors import EXIT_DONE, UserError
+from launcher.base.paths import RunPaths
+from launcher.config.compose import compose_arguments
+from launcher.config.settings import RunConfig, is_local_path
 from launcher.hub import fetch_checkpoint, fetch_model
-from launcher.paths import RunPaths
 
 _EXAMPLE = """example:
   launcher prefetch model.model_name_or_path=ORG/MODEL data.dataset_name=ORG/DATA

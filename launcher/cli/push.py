@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import EXIT_DONE
+from launcher.base.errors import EXIT_DONE
 from launcher.hub.push import describe, plan_push, push
 
 _EXAMPLE = """examples:

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.config import CheckpointConfig
-from launcher.errors import EXIT_DONE, EXIT_USER
-from launcher.paths import RunPaths, checkpoint_step
+from launcher.base.errors import EXIT_DONE, EXIT_USER
+from launcher.base.paths import RunPaths, checkpoint_step
+from launcher.config.settings import CheckpointConfig
 from launcher.sweep.jobs import SweepPaths, SweepTable, is_sweep
 from launcher.sweep.runs import RUNNING, Metric, RunStatus, is_run, read_run
 from launcher.sweep.table import count_states, ranked, short, show_table, steps

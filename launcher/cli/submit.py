@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.agent import is_finished
+from launcher.agent.supervise import is_finished
+from launcher.base.errors import EXIT_DONE, UserError
+from launcher.base.paths import RunPaths
 from launcher.cli.arguments import parse_settings
-from launcher.compose import Arguments, compose, compose_arguments
-from launcher.config import RunConfig
-from launcher.errors import EXIT_DONE, UserError
-from launcher.paths import RunPaths
-from launcher.rules import notices
+from launcher.config.compose import Arguments, compose, compose_arguments
+from launcher.config.rules import notices
+from launcher.config.settings import RunConfig
 from launcher.slurm import render_run, submit_run
 
 _EPILOG = """examples:

@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.cli.arguments import parse_settings
-from launcher.compose import Arguments, compose_arguments
-from launcher.config import RunConfig, to_dict
-from launcher.errors import EXIT_DONE, ConfigError, UserError
-from launcher.rules import notices
+from launcher.config.compose import Arguments, compose_arguments
+from launcher.config.rules import notices
+from launcher.config.settings import RunConfig, to_dict
 
 _EPILOG = """examples:
   launcher train                                      the demo: a tiny model learns arithmetic
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     _check_machines(config)
     for notice in notices(config):
         print(f"launcher: {notice}", file=sys.stderr)
-    from launcher import agent
+    from launcher.agent import supervise as agent
 
     return agent.run(config, as_argv(arguments))
 

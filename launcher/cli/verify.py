@@ -6,10 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
-from launcher.checkpoint import manifest
+from launcher.base import manifest
+from launcher.base.errors import UserError
+from launcher.base.paths import RunPaths, checkpoint_step
 from launcher.checkpoint.writer import DELETED_PREFIX
-from launcher.errors import UserError
-from launcher.paths import RunPaths, checkpoint_step
 
 
 def check(folder: Path) -> list[str]:

@@ -12,15 +12,15 @@ from typing import Any, overload
 
 import numpy as np
 
-from launcher.config import DataConfig, RunConfig, expand_files
+from launcher.base.errors import ConfigError, DataError, LauncherError
+from launcher.config.schema import did_you_mean
+from launcher.config.settings import DataConfig, RunConfig, expand_files
 from launcher.data.cache import FORMAT_VERSION, TokenStore, build_store, open_store
 from launcher.data.file_hashes import FileHashes, default_cache_dir
 from launcher.data.formats import Formatter
 from launcher.data.rows import TokenRows, pack, row_lengths
 from launcher.data.sources import FileSource, GeneratorSource, HubSource, Source
 from launcher.data.tokenizer import tokenizer_key
-from launcher.errors import ConfigError, DataError, LauncherError
-from launcher.schema import did_you_mean
 
 _SOURCE_KEYS = ("train_files", "dataset_name", "dataset_config", "train_split", "generator", "weight")
 _SPLIT_STREAM, _MIX_STREAM = 1, 2  # which draws a seed is used for

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from launcher.base.errors import DataError
+from launcher.base.files import fsync_dir, read_json_or, remove_tree, rename, write_file
 from launcher.data.formats import BadRowError, Encoded, Formatter
 from launcher.data.sources import RawRow, Source
-from launcher.errors import DataError
-from launcher.files import fsync_dir, read_json_or, remove_tree, rename, write_file
 
 FORMAT_VERSION = 1
 MAX_PROBLEMS_SHOWN = 20

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.files import read_json_or, write_json
+from launcher.base.files import read_json_or, write_json
 
 _SETTLED_S = 2.0  # a file changed this recently may change again within one tick of its clock
 

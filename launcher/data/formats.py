@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.errors import ConfigError
+from launcher.base.errors import ConfigError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.base.errors import DataError
 from launcher.data.file_hashes import FileHashes
-from launcher.errors import DataError
 
 _PARQUET_BATCH_ROWS = 256
 

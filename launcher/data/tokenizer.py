@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.config import RunConfig
-from launcher.errors import ConfigError
+from launcher.base.errors import ConfigError
+from launcher.config.settings import RunConfig
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")

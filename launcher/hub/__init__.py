@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from launcher import files
-from launcher.paths import RunPaths
+from launcher.base import files
+from launcher.base.paths import RunPaths
 
 if TYPE_CHECKING:
-    from launcher.config import RunConfig
+    from launcher.config.settings import RunConfig
 
 
 class Hub(Protocol):

@@ -21,7 +21,7 @@ from typing import Any
 import hf_xet
 from huggingface_hub import HfApi
 
-from launcher.checkpoint import manifest
+from launcher.base import manifest
 from launcher.hub.layout import BUCKET_MARKER as MARKER
 from launcher.hub.layout import HashCache, LocalFile, best_step, outdated_folders
 from launcher.hub.remote import Throttle

@@ -14,14 +14,14 @@ from typing import Any
 
 import yaml
 
-from launcher import files
-from launcher.config import is_local_path
+from launcher.base import files
+from launcher.base.paths import RunPaths
+from launcher.config.settings import is_local_path
 from launcher.hub import metadata
 from launcher.hub.curve import draw_curve
 from launcher.hub.faults import redact
 from launcher.hub.layout import best_step
 from launcher.hub.spool import Item, UploadSettings
-from launcher.paths import RunPaths
 
 BEGIN = "<!-- launcher:begin (written at every push; put your own text above or below) -->"
 END = "<!-- launcher:end -->"

@@ -13,14 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher import files
-from launcher.checkpoint import manifest
-from launcher.config import RunConfig
-from launcher.errors import DamagedCheckpointError
+from launcher.base import files, manifest
+from launcher.base.errors import DamagedCheckpointError
+from launcher.base.paths import RunPaths
+from launcher.config.settings import RunConfig
 from launcher.hub.environment import uploader_environment
 from launcher.hub.progress import ProgressLine
 from launcher.hub.spool import Item, Spool, UploadSettings, checkpoint_item, model_item
-from launcher.paths import RunPaths
 
 POLL_INTERVAL_S = 0.5
 RESTART_INTERVAL_S = 30.0

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import files
-from launcher.checkpoint import manifest
-from launcher.errors import DamagedCheckpointError, ResumeError, UserError
-from launcher.paths import CheckpointPaths, RunPaths
+from launcher.base import files, manifest
+from launcher.base.errors import DamagedCheckpointError, ResumeError, UserError
+from launcher.base.paths import CheckpointPaths, RunPaths
 
 _URI = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>.+))?$")
 _TOKENIZER_FILE = re.compile(r"^([^/]+\.(json|txt|model|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja)$")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.checkpoint import manifest
+from launcher.base import manifest
 from launcher.hub.spool import Item
 
 BUCKET_MARKER = "complete.json"

@@ -15,13 +15,12 @@ from typing import Any
 
 import yaml
 
-from launcher import files
-from launcher.checkpoint import manifest
-from launcher.errors import HubError, UserError
+from launcher.base import files, manifest
+from launcher.base.errors import HubError, UserError
+from launcher.base.paths import RunPaths
 from launcher.hub.environment import client_environment
 from launcher.hub.progress import ProgressLine
 from launcher.hub.spool import Item, Spool, UploadSettings, checkpoint_item, model_item
-from launcher.paths import RunPaths
 
 PATIENCE_S = 600.0
 """How long transient faults are waited out without --follow, in seconds."""

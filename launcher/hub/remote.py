@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
 
 from launcher import __version__
-from launcher.errors import HubError, LauncherError, ResumeError
+from launcher.base.errors import HubError, LauncherError, ResumeError
 from launcher.hub.faults import classify, redact, retry_after_s
 
 CONNECT_TIMEOUT_S = 15.0

@@ -29,9 +29,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from launcher import files
-from launcher.checkpoint import manifest
-from launcher.errors import DamagedCheckpointError
+from launcher.base import files, manifest
+from launcher.base.errors import DamagedCheckpointError
 
 on_state: Callable[[str], None] | None = None
 """Called with the name of every state that is reached; the fault tests kill the process there."""

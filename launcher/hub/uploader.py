@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.base.process import yield_cores
 from launcher.hub.faults import Backoff, Fault, classify, next_commit_delay_s
 from launcher.hub.remote import Throttle, connect
 from launcher.hub.spool import Item, Spool, UploadSettings, reached
-from launcher.process import yield_cores
 
 IDLE_S = 0.3
 MAX_BATCH = 20

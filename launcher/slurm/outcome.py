@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher import files
-from launcher.errors import EXIT_FAILED, EXIT_STOPPED
-from launcher.paths import RunPaths
-from launcher.preemption import REASONS
-from launcher.process import host
-from launcher.rank_setup import earliest_error
+from launcher.base import files
+from launcher.base.errors import EXIT_FAILED, EXIT_STOPPED
+from launcher.base.paths import RunPaths
+from launcher.base.process import host
+from launcher.base.rank_reports import earliest_error
+from launcher.base.stop_requests import REASONS
 
 
 def judge(paths: RunPaths, *, attempt: str, began: float, code: int, error_dir: Path) -> tuple[str, str]:

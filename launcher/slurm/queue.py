@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from launcher.errors import SlurmUnavailableError
-from launcher.paths import RunPaths
+from launcher.base.errors import SlurmUnavailableError
+from launcher.base.paths import RunPaths
 
 _NO_ANSWER = ("Unable to contact slurm controller", "Socket timed out", "Could not establish a configuration source",
               "Protocol authentication error", "Zero Bytes were transmitted")  # fmt: skip

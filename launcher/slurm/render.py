@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.agent import accelerate_command
-from launcher.config import RunConfig
-from launcher.errors import ConfigError
-from launcher.paths import slurm_templates_dir
-from launcher.sbatch import asks_for_gpus
+from launcher.agent.supervise import accelerate_command
+from launcher.base.errors import ConfigError
+from launcher.base.paths import slurm_templates_dir
+from launcher.config.sbatch import asks_for_gpus
+from launcher.config.settings import RunConfig
 
 _BACKSTOP_S = 60
 """So many seconds before the time limit, or up to 60 earlier, the batch shell gets SIGUSR1. It obeys where the ranks do

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import files
+from launcher.base import files
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _RECORD = "snapshot.json"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from launcher import files, lock
-from launcher.config import LaunchConfig, RunConfig, to_dict
-from launcher.errors import RunLockedError, SlurmError, UserError
-from launcher.paths import RunPaths
-from launcher.sbatch import meant_option
+from launcher.base import files, lock
+from launcher.base.errors import RunLockedError, SlurmError, UserError
+from launcher.base.paths import RunPaths
+from launcher.config.sbatch import meant_option
+from launcher.config.settings import LaunchConfig, RunConfig, to_dict
 from launcher.slurm.queue import ask_slurm, live_jobs
 from launcher.slurm.render import launch_lines, render, sbatch_lines, with_slurm_defaults
 from launcher.slurm.snapshot import Snapshot, take_snapshot

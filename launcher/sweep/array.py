@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from launcher import files
-from launcher.errors import EXIT_DONE, ConfigError, SlurmUnavailableError
-from launcher.paths import RunPaths
+from launcher.base import files
+from launcher.base.errors import EXIT_DONE, ConfigError, SlurmUnavailableError
+from launcher.base.paths import RunPaths
 from launcher.slurm import ArrayJob, cancel, live_jobs, render_arrays, submit_array
 from launcher.sweep.controller import StopRequests
 from launcher.sweep.jobs import Job, job_record, needs_run, read_job

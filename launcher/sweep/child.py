@@ -12,8 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from launcher.files import replace_file
-from launcher.process import die_with_parent, host, start_ticks
+from launcher.base.files import replace_file
+from launcher.base.process import die_with_parent, host, start_ticks
 
 
 def main(arguments: list[str]) -> None:

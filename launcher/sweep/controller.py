@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from launcher import files, lock
-from launcher.errors import RunLockedError
+from launcher.base import files, lock
+from launcher.base.errors import RunLockedError
 from launcher.sweep import jobs
 from launcher.sweep.devices import Slot
 from launcher.sweep.jobs import Job, SweepPaths

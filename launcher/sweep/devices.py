@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from launcher.devices import num_cores, visible_gpus
-from launcher.errors import ConfigError
+from launcher.base.devices import num_cores, visible_gpus
+from launcher.base.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import files
-from launcher.errors import EXIT_STOPPED
-from launcher.paths import RunPaths
-from launcher.process import host, is_alive
+from launcher.base import files
+from launcher.base.errors import EXIT_STOPPED
+from launcher.base.paths import RunPaths
+from launcher.base.process import host, is_alive
 from launcher.sweep.runs import FAILED, FINISHED, INTERRUPTED, PENDING, PRUNED, RUNNING, Metric, RunStatus, read_run
 
 MAX_NAME_BYTES = 200

@@ -12,10 +12,11 @@ from typing import Any
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from launcher.compose import SELECTING_KEYS, compose_hydra, parse_overrides, to_plain
-from launcher.config import RunConfig, parse_config
-from launcher.errors import ConfigError
-from launcher.overrides import parse_override
+from launcher.base.errors import ConfigError
+from launcher.config.compose import SELECTING_KEYS, compose_hydra, parse_overrides, to_plain
+from launcher.config.overrides import parse_override
+from launcher.config.parse import parse_config
+from launcher.config.settings import RunConfig
 from launcher.sweep.jobs import Job, SweepPaths, SweepTable, job_name, job_run_name
 from launcher.sweep.runs import Metric
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, UserError
+from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, UserError
 from launcher.sweep.controller import Listed, LocalController, Source, StopRequests, sweep_lock, wait_for_old_jobs
 from launcher.sweep.devices import make_slots
 from launcher.sweep.jobs import Job, SweepTable, needs_run, read_job

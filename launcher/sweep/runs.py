@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import files, lock
-from launcher.config import CheckpointConfig
-from launcher.paths import RunPaths
+from launcher.base import files, lock
+from launcher.base.paths import RunPaths
+from launcher.config.settings import CheckpointConfig
 
 PENDING, RUNNING, INTERRUPTED = "pending", "running", "interrupted"
 FINISHED, FAILED, PRUNED = "finished", "failed", "pruned"

@@ -18,8 +18,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial, TrialState
 
-from launcher.errors import ConfigError
-from launcher.paths import RunPaths
+from launcher.base.errors import ConfigError
+from launcher.base.paths import RunPaths
 from launcher.sweep.jobs import Job, SweepTable, needs_run, read_job
 from launcher.sweep.plan import SweepPlan
 from launcher.sweep.runs import FAILED, FINISHED, PRUNED, MetricsTail, RunStatus

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from launcher import loop
-from launcher.accelerator import LauncherAccelerator
 from launcher.checkpoint import rng
+from launcher.train import loop
+from launcher.train.accelerator import LauncherAccelerator
 
 
 def _tell(line: dict[str, Any]) -> None:

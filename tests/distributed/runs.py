@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from launcher import files
-from launcher.paths import CheckpointPaths, RunPaths
+from launcher.base import files
+from launcher.base.paths import CheckpointPaths, RunPaths
 from tests.distributed.zygote import Zygote
 
 NUM_ROWS = 37

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from launcher import files
-from launcher.paths import RunPaths
+from launcher.base import files
+from launcher.base.paths import RunPaths
 from tests.distributed.runs import Lab, different, log_text, losses, state, tensors
 
 Size = tuple[str, int]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import files
+from launcher.base import files
 from launcher.cli import verify
 from tests.distributed.runs import Lab, different, kill, log_text, losses, tensors, wait_until
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.paths import RunPaths
+from launcher.base.paths import RunPaths
 from tests.distributed.runs import Lab, lines, log_text, losses, tensors
 
 _NAN = {"FAULTS": '[{"kind": "nan", "rank": 0, "step": 8}]'}

@@ -1,7 +1,7 @@
 """Starts ranks of `launcher.train` without importing torch each time: a process that has imported it all, and forks.
 
 A start under `accelerate launch` costs ten seconds of imports, so only a few tests make one. Here the ranks run the
-same `launcher.train.main` with the same environment; what is missing is the agent. `python -m tests.distributed.zygote`
+same `main` with the same environment; what is missing is the agent. `python -m tests.distributed.zygote`
 reads one JSON request per line, {"argv", "num_processes", "env", "log"}, and answers {"pids": […]} and, when the ranks
 have ended, {"codes": […]}.
 """
@@ -76,8 +76,8 @@ class Zygote:
 
 
 def _serve() -> None:
-    from launcher import rank_setup
-    from launcher.process import die_with_parent
+    from launcher.base.process import die_with_parent
+    from launcher.train import rank_setup
 
     die_with_parent()
     die = rank_setup.die_with_parent
@@ -132,9 +132,9 @@ def _become_rank(request: dict[str, Any], rank: int, count: int, port: int) -> N
             }  # fmt: skip
         os.environ |= request["env"]
         sys.argv = ["launcher.train", *request["argv"]]
-        import launcher.train
+        from launcher.train.__main__ import main
 
-        launcher.train.main()
+        main()
     finally:
         os._exit(1)
 

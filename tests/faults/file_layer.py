@@ -20,12 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher import files
-from launcher.checkpoint import manifest, retention
+from launcher.base import files, manifest
+from launcher.base.paths import RunPaths
+from launcher.checkpoint import retention
 from launcher.checkpoint.layout import TensorSpec, plan_files
 from launcher.checkpoint.resume import find
 from launcher.checkpoint.writer import Writer
-from launcher.paths import RunPaths
 
 BEST, OLD, STEP, LIMIT = 10, 20, 30, 2
 WORLD_SIZE = 2
@@ -37,7 +37,7 @@ _STATICS = {"config.json": b"{}", "chat/extra.json": b"[]"}
 
 
 class OneProcess:
-    """Stands in for `launcher.processes.Processes`, which needs torch."""
+    """Stands in for `launcher.base.processes.Processes`, which needs torch."""
 
     rank, world_size, is_main = 0, 1, True
 

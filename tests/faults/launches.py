@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher import files
-from launcher.paths import RunPaths
+from launcher.base import files
+from launcher.base.paths import RunPaths
 from tests.distributed.runs import lines, wait_until
 from tests.distributed.zygote import environment
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.base.errors import DamagedCheckpointError, ResumeError
+from launcher.base.paths import RunPaths
 from launcher.checkpoint.resume import ResumePoint, find
 from launcher.cli import verify
-from launcher.errors import DamagedCheckpointError, ResumeError
-from launcher.paths import RunPaths
 from tests.distributed.runs import Lab, different, log_text, losses
 from tests.faults.file_layer import OneProcess
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_step_is_found(run: RunPaths, capsys: pytest.Cap
 
 
 def test_a_checkpoint_that_holds_only_the_model_is_refused(run: RunPaths) -> None:
-    from launcher.checkpoint import manifest
+    from launcher.base import manifest
 
     folder = run.checkpoint_dir(20)
     shutil.rmtree(folder / "state")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint import manifest
-from launcher.paths import RunPaths
+from launcher.base import manifest
+from launcher.base.paths import RunPaths
 from tests.distributed.runs import Lab, different, kill, lines, log_text, losses, wait_until
 
 _MIB = 2**20

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.lock import holder
+from launcher.base.lock import holder
 from tests.distributed.runs import Lab, different, losses, wait_until
 from tests.faults.launches import Launch, is_running, launched
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint import manifest
-from launcher.paths import RunPaths
+from launcher.base import manifest
+from launcher.base.paths import RunPaths
 from tests.distributed.runs import Lab, different, kill, lines, log_text, losses, wait_until
 
 _STEPS = 300

@@ -19,13 +19,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from launcher import files
-from launcher.checkpoint import manifest
+from launcher.base import files, manifest
+from launcher.base.paths import RunPaths
 from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult
 from launcher.checkpoint.layout import TensorSpec, plan_files
 from launcher.checkpoint.snapshot import SnapshotPlan
 from launcher.checkpoint.writer import Writer
-from launcher.paths import RunPaths
 
 _NUMEL = 300_000
 

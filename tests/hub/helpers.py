@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from launcher.checkpoint import manifest
-from launcher.config import RunConfig, to_dict
+from launcher.base import manifest
+from launcher.base.paths import RunPaths
+from launcher.config.settings import RunConfig, to_dict
 from launcher.hub.client import build_settings
 from launcher.hub.environment import uploader_environment
 from launcher.hub.spool import Spool
-from launcher.paths import RunPaths
 from tests.hub.server import WRITE_TOKEN
 
 REPO = "org/model"

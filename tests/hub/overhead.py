@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from launcher.base.paths import RunPaths
 from launcher.hub import Hub, NoHub, build_hub
-from launcher.paths import RunPaths
 from tests.hub.helpers import hub_environment, make_checkpoint, make_config, write_model
 
 

@@ -39,7 +39,7 @@ def test_header_is_accepted_when_settings_are_odd(
     config = make_config(tmp_path, license=license, language=language, tags=["math"])
     config.model.model_name_or_path = base
     config.data.dataset_name = "/data/rows"
-    from launcher.config import to_dict
+    from launcher.config.settings import to_dict
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -86,7 +86,7 @@ def test_our_header_entries_follow_the_settings_and_theirs_stay(tmp_path: Path) 
 
 def test_results_are_the_best_ones_when_the_best_model_is_sent(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    from launcher.config import to_dict
+    from launcher.config.settings import to_dict
 
     config.checkpoint.load_best_model_at_end = True
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.base.errors import UserError
 from launcher.cli import prefetch, push
-from launcher.errors import UserError
 from launcher.hub.spool import checkpoint_item, model_item
 from tests.hub.helpers import (
     REPO,
@@ -26,7 +26,7 @@ from tests.hub.server import HubServer
 _MAIN = """
 import sys
 from launcher.cli import push
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 try:
     code = push.main(sys.argv[1:])
 except LauncherError as error:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from launcher.base.paths import RunPaths
 from launcher.hub import NoHub, build_hub, pending_uploads, pushed_checkpoints, send_left_over
 from launcher.hub.client import SpoolHub
-from launcher.paths import RunPaths
 from tests.hub.helpers import REPO, make_checkpoint, make_config, wait_until, write_model
 from tests.hub.server import HubServer
 

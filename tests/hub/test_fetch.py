@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint import manifest
+from launcher.base import manifest
 from launcher.hub.spool import checkpoint_item, model_item
 from tests.hub.helpers import (
     REPO,
@@ -29,9 +29,9 @@ from tests.hub.state import Blob, git_id
 _FETCH = """
 import json, sys
 from pathlib import Path
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.hub import fetch_checkpoint, maybe_fetch_checkpoint
-from launcher.paths import RunPaths
+from launcher.base.paths import RunPaths
 call = maybe_fetch_checkpoint if sys.argv[3:] else fetch_checkpoint
 try:
     print(json.dumps({"path": str(call(sys.argv[1], RunPaths(Path(sys.argv[2]))))}))

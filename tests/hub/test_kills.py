@@ -61,7 +61,7 @@ _TRAINER = """
 import os, signal, sys
 from pathlib import Path
 from launcher.hub import build_hub, spool
-from launcher.paths import RunPaths
+from launcher.base.paths import RunPaths
 from tests.hub.helpers import make_checkpoint, make_config
 run, wanted = Path(sys.argv[1]), sys.argv[2]
 hub = build_hub(make_config(run, hub_strategy="checkpoint"), RunPaths(run))
@@ -85,7 +85,7 @@ _NEXT = """
 import sys
 from pathlib import Path
 from launcher.hub import build_hub
-from launcher.paths import RunPaths
+from launcher.base.paths import RunPaths
 from tests.hub.helpers import make_config
 run = Path(sys.argv[1])
 hub = build_hub(make_config(run, hub_strategy="checkpoint"), RunPaths(run))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.checkpoint import manifest
+from launcher.base import manifest
 from launcher.hub.spool import checkpoint_item
 from tests.hub.helpers import REPO, make_checkpoint, make_config, prepare_spool, upload_all
 from tests.hub.server import HubServer
@@ -35,9 +35,9 @@ sys.exit(code)
 """
 _LOAD = """
 import sys
-from launcher.compose import compose_arguments
+from launcher.config.compose import compose_arguments
 from launcher.data import build_data, build_tokenizer
-from launcher.model import build_model
+from launcher.model.build import build_model
 config = compose_arguments(sys.argv[1:])
 tokenizer = build_tokenizer(config)
 data = build_data(config, tokenizer, is_builder=True, wait=lambda: None)

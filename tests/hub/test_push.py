@@ -35,7 +35,7 @@ def test_last_checkpoint_is_whole_and_replaced_when_checkpoint(
     spool = prepare_spool(run, make_config(run, hub_strategy="checkpoint"))
     first = make_checkpoint(run, 10)
     (first / "state" / "extra.safetensors").write_bytes(b"only in the first")
-    from launcher.checkpoint import manifest
+    from launcher.base import manifest
 
     (first / "manifest.json").write_bytes(manifest.build(first, step=10, world_size=1, zero_stage=0).to_json())
     for step, folder in ((10, first), (20, make_checkpoint(run, 20))):

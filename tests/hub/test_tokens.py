@@ -17,7 +17,7 @@ _RUN = """
 import sys, time
 from pathlib import Path
 from launcher.hub import build_hub, spool
-from launcher.paths import RunPaths
+from launcher.base.paths import RunPaths
 from tests.hub.helpers import make_checkpoint, make_config, write_model
 run = Path(sys.argv[1])
 hub = build_hub(make_config(run, hub_strategy="all_checkpoints"), RunPaths(run))
@@ -79,9 +79,9 @@ def test_token_is_nowhere_after_every_fault(
 
 
 def test_no_token_travels_with_a_pickled_setting(trainer_env: dict[str, str], tmp_path: Path) -> None:
+    from launcher.base.paths import RunPaths
     from launcher.hub import build_hub
     from launcher.hub.client import SpoolHub, build_settings
-    from launcher.paths import RunPaths
     from tests.hub.helpers import make_config
 
     config = make_config(tmp_path)

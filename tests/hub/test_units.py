@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ResumeError
+from launcher.base.errors import ResumeError
 from launcher.hub.curve import draw_curve
 from launcher.hub.faults import Backoff, classify, next_commit_delay_s, redact
 from launcher.hub.fetch import choose_folder, model_files, parse_uri

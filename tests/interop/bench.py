@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher import files
-from launcher.paths import RunPaths
+from launcher.base import files
+from launcher.base.paths import RunPaths
 from tests.distributed.zygote import ROOT, Zygote, environment
 
 LLAMA = {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.checkpoint.writer import Writer
-from launcher.compose import compose
-from launcher.config import RunConfig
+from launcher.config.compose import compose
+from launcher.config.settings import RunConfig
 
 STEP = 10
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from launcher import files
+from launcher.base import files
+from launcher.base.paths import RunPaths
 from launcher.cli import main
-from launcher.interop.importing import import_checkpoint
-from launcher.interop.skeleton import trainer_groups
-from launcher.paths import RunPaths
+from launcher.saving.interop.importing import import_checkpoint
+from launcher.saving.interop.skeleton import trainer_groups
 from tests.distributed.zygote import ROOT, environment
 from tests.interop.folders import config_of, llama, write_our_folder, write_trainer_folder
 
@@ -196,7 +196,7 @@ def test_help_shows_an_example_without_torch() -> None:
 _MEASURE = """
 import json, resource, sys
 from pathlib import Path
-import launcher.interop.serving as serving
+import launcher.saving.interop.serving as serving
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 serving.export_safetensors(Path(sys.argv[1]), Path(sys.argv[2]), dtype="bfloat16", max_shard_bytes=int(sys.argv[3]))

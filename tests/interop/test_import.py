@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher.checkpoint import manifest
-from launcher.errors import DamagedCheckpointError, LauncherError, ResumeError, ResumeMismatchError
-from launcher.files import read_json
-from launcher.interop.importing import import_checkpoint, import_notices
-from launcher.interop.zero_shards import shards_dir
-from launcher.paths import RunPaths
+from launcher.base import manifest
+from launcher.base.errors import DamagedCheckpointError, LauncherError, ResumeError, ResumeMismatchError
+from launcher.base.files import read_json
+from launcher.base.paths import RunPaths
+from launcher.saving.interop.importing import import_checkpoint, import_notices
+from launcher.saving.interop.zero_shards import shards_dir
 from tests.interop.folders import STEP, config_of, write_trainer_folder, write_zero2_folder
 
 
@@ -157,7 +157,7 @@ def test_the_trainers_own_folder_stays_when_it_lies_in_output_dir(run: RunPaths)
 
 
 def test_an_import_that_failed_leaves_nothing(source: Path, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher import files
+    from launcher.base import files
 
     def full(name: str, path: Path) -> None:
         if name == "fsync" and path.name == "optimizer.safetensors":

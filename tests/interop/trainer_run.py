@@ -47,9 +47,9 @@ def main() -> None:
         allow_cpu()
     from transformers import Trainer, TrainingArguments
 
-    from launcher.compose import compose
+    from launcher.config.compose import compose
     from launcher.data import StepSampler, build_data, build_tokenizer, collate
-    from launcher.model import build_model
+    from launcher.model.build import build_model
 
     config = compose(settings["overrides"])
     tokenizer = build_tokenizer(config)

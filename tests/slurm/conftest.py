@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config import LaunchConfig, RunConfig
+from launcher.config.settings import LaunchConfig, RunConfig
 from launcher.slurm import submit_run
 from tests.slurm.cluster import Cluster, missing, wait_for
 from tests.slurm.stand_in import expected_weights

@@ -87,7 +87,7 @@ def wait_for_main(root: Path) -> None:
 
 
 def refuse(message: str, code: int) -> None:
-    """As `launcher.rank_setup.fail` tells an error of the product's own."""
+    """As `launcher.train.rank_setup.fail` tells an error of the product's own."""
     report = {"rank": 0, "time": time.time(), "exit_code": code, "kind": "DataError", "is_ours": True}
     report["message"] = message
     write(Path(os.environ["LAUNCHER_ERROR_DIR"]) / "error-rank-0.json", report)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher.paths import RunPaths
+from launcher.base.paths import RunPaths
 from launcher.slurm.outcome import judge
 
 

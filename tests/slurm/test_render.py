@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
-from launcher.config import LaunchConfig, RunConfig, StrategyConfig
-from launcher.errors import ConfigError
-from launcher.paths import slurm_templates_dir
+from launcher.base.errors import ConfigError
+from launcher.base.paths import slurm_templates_dir
+from launcher.config.settings import LaunchConfig, RunConfig, StrategyConfig
 from launcher.slurm import ArrayJob, render_arrays, render_run
 
 _GOLDEN = Path(__file__).parent.parent / "golden"

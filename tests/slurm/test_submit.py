@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from launcher import cli
-from launcher.config import LaunchConfig, RunConfig
-from launcher.errors import RunLockedError, SlurmError, SlurmUnavailableError
+from launcher.base.errors import RunLockedError, SlurmError, SlurmUnavailableError
+from launcher.config.settings import LaunchConfig, RunConfig
 from launcher.slurm import ArrayJob, live_jobs, submit_array, submit_run
 from launcher.slurm.snapshot import take_snapshot
 from tests.slurm.cluster import Cluster, wait_for

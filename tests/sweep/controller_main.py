@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.sweep import jobs, main
 
 STUB = Path(__file__).with_name("stub_job.py")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ConfigError
+from launcher.base.errors import ConfigError
 from launcher.slurm import live_jobs
 from launcher.sweep import array, main
 from tests.slurm.cluster import Cluster

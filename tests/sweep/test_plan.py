@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ConfigError, UserError
-from launcher.overrides import parse_override
+from launcher.base.errors import ConfigError, UserError
+from launcher.config.overrides import parse_override
 from launcher.sweep import main
 from launcher.sweep.devices import make_slots
 from launcher.sweep.jobs import MAX_NAME_BYTES, SweepTable, job_name, job_run_name

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from launcher.base.process import host, start_ticks
 from launcher.cli import status
-from launcher.process import host, start_ticks
 from launcher.sweep.runs import Metric, MetricsTail, read_run
 from tests.sweep.runner import ROOT, SweepRunner
 

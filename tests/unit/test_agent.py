@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agent import accelerate_command, is_finished
-from launcher.config import RunConfig
-from launcher.paths import RunPaths
+from launcher.agent.supervise import accelerate_command, is_finished
+from launcher.base.paths import RunPaths
+from launcher.config.settings import RunConfig
 
 
 def test_command_gives_every_flag_when_two_nodes_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from launcher import loop
-from launcher.config import RunConfig
-from launcher.save_schedule import SaveSchedule
-from launcher.saving import note_best
-from launcher.training_state import ProgressState
+from launcher.config.settings import RunConfig
+from launcher.saving.save_schedule import SaveSchedule
+from launcher.saving.saver import note_best
+from launcher.saving.training_state import ProgressState
+from launcher.train import loop
 
 
 def run_at(step: int, history: list[dict[str, Any]], *, save_steps: int = 10) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
-from launcher.errors import EXIT_STOPPED, HubError
+from launcher.base.errors import EXIT_STOPPED, HubError
 
 _HEAVY = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
 
@@ -106,7 +106,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """In place of accelerate launch: what it would have been given."""
-    from launcher import agent as real
+    from launcher.agent import supervise as real
 
     calls: list[list[str]] = []
 
@@ -130,7 +130,7 @@ def test_slurm_config_runs_here_and_says_so(agent: list[list[str]], capsys: pyte
 
 
 def _fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    from launcher import agent as real
+    from launcher.agent import supervise as real
 
     def run(config: object, arguments: list[str]) -> int:
         raise error

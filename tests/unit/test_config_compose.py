@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from docs import generate
-from launcher.compose import compose, compose_arguments, compose_hydra, parse_overrides, to_plain
-from launcher.config import RunConfig, to_dict
-from launcher.errors import ConfigError, UserError
-from launcher.paths import conf_dir
-from launcher.rules import notices
-from launcher.schema import valid_keys
+from launcher.base.errors import ConfigError, UserError
+from launcher.base.paths import conf_dir
+from launcher.config.compose import compose, compose_arguments, compose_hydra, parse_overrides, to_plain
+from launcher.config.rules import notices
+from launcher.config.schema import valid_keys
+from launcher.config.settings import RunConfig, to_dict
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launcher.model import summed_loss
+from launcher.model.build import summed_loss
 
 
 def tiny() -> LlamaForCausalLM:

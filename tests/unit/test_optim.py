@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from launcher.config import RunConfig
-from launcher.errors import ConfigError
-from launcher.optim import Schedule, build_optimizer
+from launcher.base.errors import ConfigError
+from launcher.config.settings import RunConfig
+from launcher.model.optim import Schedule, build_optimizer
 
 TOTAL = 40
 

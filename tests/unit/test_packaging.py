@@ -40,7 +40,7 @@ def test_wheel_holds_everything_that_git_does(unpacked: Path) -> None:
 
 
 def test_wheel_composes_without_the_checkout(unpacked: Path, tmp_path: Path) -> None:
-    code = "from launcher.paths import conf_dir; print(conf_dir())"
+    code = "from launcher.base.paths import conf_dir; print(conf_dir())"
     assert run(sys.executable, "-c", code, cwd=tmp_path, path=unpacked).strip() == str(unpacked / "launcher/conf")
     printed = run(sys.executable, "-m", "launcher.cli", "train", "--cfg", "job", cwd=tmp_path, path=unpacked)
     assert "output_dir: outputs/arithmetic" in printed

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
-from launcher.compose import compose_arguments
+from launcher.config.compose import compose_arguments
 from launcher.sweep.plan import make_plan
 
 _ROOT = Path(__file__).parents[2]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from launcher.config import CheckpointConfig
-from launcher.metrics import MetricsFile
-from launcher.preemption import END_TIME, REASONS, StopRequests
-from launcher.saving import expected_save_s
+from launcher.base.stop_requests import END_TIME, REASONS, StopRequests
+from launcher.config.settings import CheckpointConfig
+from launcher.saving.saver import expected_save_s
+from launcher.train.metrics import MetricsFile
 
 
 @pytest.mark.parametrize(("left_s", "reason"), [(95.0, "time_limit"), (105.0, None)])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint import manifest
+from launcher.base import manifest
 from launcher.cli.checkpoints import list_checkpoints, main
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import lock as lock_module
-from launcher.errors import RunLockedError
-from launcher.lock import RunLock, holder
-from launcher.process import host, start_ticks
+from launcher.base import lock as lock_module
+from launcher.base.errors import RunLockedError
+from launcher.base.lock import RunLock, holder
+from launcher.base.process import host, start_ticks
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_one_of_many_gets_a_stale_lock(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"host": host(), "pid": 1, "pids": []}))
     code = (
-        "import sys, os; from pathlib import Path; from launcher import lock; lock.DYING_S = 0.0\n"
+        "import sys, os; from pathlib import Path; from launcher.base import lock; lock.DYING_S = 0.0\n"
         "sys.stdin.readline()\n"
         "try: lock.RunLock(Path(sys.argv[1])).acquire([os.getpid()]); print('mine', flush=True); sys.stdin.readline()\n"
         "except lock.RunLockedError: print('refused', flush=True)\n"

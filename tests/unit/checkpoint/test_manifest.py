@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint import manifest
-from launcher.errors import DamagedCheckpointError
+from launcher.base import manifest
+from launcher.base.errors import DamagedCheckpointError
 
 
 @pytest.fixture

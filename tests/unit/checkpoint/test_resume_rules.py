@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint import manifest
+from launcher.base import manifest
+from launcher.base.errors import DamagedCheckpointError, ResumeMismatchError
+from launcher.base.paths import RunPaths
+from launcher.base.process import RESTARTED
 from launcher.checkpoint.resume import ResumePoint, compare_settings, find
-from launcher.errors import DamagedCheckpointError, ResumeMismatchError
-from launcher.paths import RunPaths
-from launcher.process import RESTARTED
 from tests.faults.file_layer import OneProcess
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.base.paths import RunPaths
 from launcher.checkpoint.retention import expired_steps, our_steps, sweep_leftovers
-from launcher.paths import RunPaths
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, None])

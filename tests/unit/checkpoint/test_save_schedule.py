@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from launcher import save_schedule
 from launcher.checkpoint.engine import SaveResult
-from launcher.config import RunConfig, parse_config
-from launcher.save_schedule import SaveSchedule, crosses_epoch, is_better
+from launcher.config.parse import parse_config
+from launcher.config.settings import RunConfig
+from launcher.saving import save_schedule
+from launcher.saving.save_schedule import SaveSchedule, crosses_epoch, is_better
 
 
 class Clock:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config import DataConfig, RunConfig
+from launcher.config.settings import DataConfig, RunConfig
 from launcher.data import Data, build_data
 from launcher.data.tokenizer import byte_tokenizer
 

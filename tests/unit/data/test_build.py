@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from launcher.config import DataConfig, RunConfig
+from launcher.base.errors import ConfigError, DataError
+from launcher.config.settings import DataConfig, RunConfig
 from launcher.data import Data, TokenRows, build_data, collate
-from launcher.errors import ConfigError, DataError
 
 from .conftest import chat
 

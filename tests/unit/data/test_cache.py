@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher import files
+from launcher.base import files
 from launcher.data import Data
 from launcher.data import cache as cache_module
 from launcher.data.cache import TokenStore, build_store, is_whole, open_store

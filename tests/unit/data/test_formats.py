@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from launcher.base.errors import ConfigError
 from launcher.data.formats import BadRowError, Encoded, Formatter
-from launcher.errors import ConfigError
 
 from .conftest import PLAIN_TEMPLATE, REWRITING_TEMPLATE, chat
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from launcher.config import RunConfig
+from launcher.base.errors import ConfigError
+from launcher.config.settings import RunConfig
 from launcher.data import build_tokenizer
-from launcher.errors import ConfigError
 
 
 @pytest.mark.parametrize("text", ["abc", " é\n\t漢字 🎉", "", "a  b", "x <think>y</think> z", "\x00\x7f\xa0"])

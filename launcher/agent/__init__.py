@@ -1,0 +1,1 @@
+"""One machine of a run: starts accelerate launch, watches, restarts, gives the exit code."""

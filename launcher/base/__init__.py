@@ -1,0 +1,1 @@
+"""Files, paths, errors, processes, the lock: what every room stands on."""

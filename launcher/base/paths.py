@@ -1,0 +1,133 @@
+"""Every file of a run, as a property of one class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_CODE_DIR = Path(__file__).resolve().parent.parent
+
+
+def conf_dir() -> Path:
+    """The packaged conf/: beside the package in a checkout, inside it in a wheel."""
+    return _packaged("conf")
+
+
+def slurm_templates_dir() -> Path:
+    """The packaged slurm/ templates."""
+    return _packaged("slurm_templates", checkout_name="slurm")
+
+
+def _packaged(name: str, checkout_name: str | None = None) -> Path:
+    inside = _CODE_DIR / name
+    return inside if inside.is_dir() else _CODE_DIR.parent / (checkout_name or name)
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The N of a folder named exactly `checkpoint-N`, else None."""
+    match = _CHECKPOINT.match(path.name)
+    return int(match.group(1)) if match else None
+
+
+@dataclass(frozen=True)
+class CheckpointPaths:
+    """The files inside one `checkpoint-N` folder."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def trainer_state(self) -> Path:
+        return self.root / "trainer_state.json"
+
+    @property
+    def state_dir(self) -> Path:
+        return self.root / "state"
+
+    @property
+    def run_state(self) -> Path:
+        """Progress, scheduler, RNG, data position, settings fingerprint: JSON."""
+        return self.state_dir / "state.json"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files inside one `output_dir`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def run_state(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.root / "STOP"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def hub_dir(self) -> Path:
+        """The Hub spool: journal and hard links of what is not uploaded yet."""
+        return self.root / ".hub"
+
+    @property
+    def code_dir(self) -> Path:
+        return self.root / "code"
+
+    @property
+    def slurm_dir(self) -> Path:
+        return self.root / "slurm"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def checkpoint_dir(self, step: int) -> Path:
+        return self.root / f"checkpoint-{step}"
+
+    def temporary_dir(self, step: int) -> Path:
+        return self.root / f".tmp-checkpoint-{step}"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs_dir / f"rank-{rank}.log"
+
+    def rank_error(self, rank: int) -> Path:
+        """JSON: rank, host, time, kind, message, traceback of an uncaught exception."""
+        return self.logs_dir / f"error-rank-{rank}.json"
+
+    @property
+    def agent_log(self) -> Path:
+        """What `accelerate launch` and the libraries print."""
+        return self.logs_dir / "agent.log"
+
+    def stacks(self, rank: int) -> Path:
+        """Python stacks of every thread, written when a hang is detected."""
+        return self.logs_dir / f"stacks-rank-{rank}.txt"
+
+    def checkpoint_dirs(self) -> Iterator[tuple[int, Path]]:
+        """(step, folder) of everything named exactly `checkpoint-N`, by rising step."""
+        if not self.root.is_dir():
+            return
+        found = [(step, p) for p in self.root.iterdir() if (step := checkpoint_step(p)) is not None and p.is_dir()]
+        yield from sorted(found)

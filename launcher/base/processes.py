@@ -1,0 +1,74 @@
+"""The processes of a run and the few collectives the loop needs, on CPU (gloo), away from the gradients' group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.base.errors import LauncherError
+
+
+class Processes:
+    """Who I am among the processes, and how we agree. Without torch.distributed: one process, no communication."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self.rank, self.world_size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else dist.group.WORLD
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        return self.local_rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Adds up each value over all processes (float64). Collective."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._group)
+        return list(tensor.tolist())
+
+    def barrier(self) -> None:
+        """Collective."""
+        self.sum([0.0])
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value. Collective. Values are plain data made by ourselves."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` on the main process; its result, or its LauncherError, reaches every process. Collective."""
+        result: Any = None
+        error: LauncherError | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except LauncherError as raised:
+                error = raised
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank, on every process. Collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values

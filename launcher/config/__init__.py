@@ -1,0 +1,1 @@
+"""Settings, schema, rules, composition with Hydra. Imports no torch."""

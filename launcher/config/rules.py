@@ -1,0 +1,315 @@
+"""The rules between settings: every one that is broken, each with the override that mends it. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.config import sbatch
+from launcher.config.settings import (
+    MIXED_PRECISION,
+    CheckpointConfig,
+    DataConfig,
+    RunConfig,
+    expand_files,
+    is_local_path,
+    looks_like_token,
+    to_dict,
+)
+
+_SECRET_KEY = re.compile(
+    r"(^|[_.-])((hf|hub|auth|access|api)_?token|api_?key|secret(_?\w*key)?|password|passwd)$", re.I
+)
+_DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
+
+
+def contradictions(config: RunConfig, explicit: Collection[str] = ()) -> list[str]:
+    """Every rule that is broken.
+
+    Args:
+        explicit: keys that the user set for this very run. `load_best_model_at_end` comes with the recommended choice,
+            where it means "if there is a best one"; only who sets it himself is told that there cannot be one.
+    """
+    problems = [problem for rule in _RULES for problem in rule(config)]
+    if "checkpoint.load_best_model_at_end" in explicit:
+        problems += _best_model_problems(config)
+    return problems
+
+
+def notices(config: RunConfig) -> list[str]:
+    """What a user should know before the run starts although nothing is wrong."""
+    return [*_eval_notices(config), *_slurm_notices(config)]
+
+
+def _eval_notices(config: RunConfig) -> Iterator[str]:
+    given = [key for key in ("eval_files", "eval_split") if getattr(config.data, key)]
+    if given and config.eval.eval_strategy == "no":
+        yield f"data.{given[0]} is not used: eval.eval_strategy=no. To evaluate: eval.eval_strategy=steps"
+
+
+def _slurm_notices(config: RunConfig) -> Iterator[str]:
+    launch = config.launch
+    for key in launch.sbatch:
+        if not sbatch.is_option(key):
+            meant = sbatch.meant_option(key)
+            hint = f" Did you mean launch.sbatch.{meant}?" if meant else " Options have their long names"
+            yield f"launch.sbatch.{key} is no option of sbatch that is known here; it is passed on.{hint}"
+    num_gpus = (launch.gpus_per_node or 0) * launch.num_machines
+    if launch.num_processes and launch.num_processes < num_gpus:
+        yield (
+            f"launch.num_processes={launch.num_processes} leaves {num_gpus - launch.num_processes} of {num_gpus} GPUs "
+            f"without a process. To use all: launch.num_processes={num_gpus}"
+        )
+
+
+def _model_problems(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if not model.model_name_or_path and not model.config:
+        yield (
+            "model.model_name_or_path is not set and model.config is empty: nothing to train. "
+            "Set model.model_name_or_path=FOLDER_OR_HUB_ID, or model=tiny_llama to train from scratch"
+        )
+    elif model.model_name_or_path and model.config:
+        yield (
+            f"model.model_name_or_path ({model.model_name_or_path!r}) and model.config are both set. "
+            "To start from the pretrained model: model=pretrained; from scratch: model.model_name_or_path=null"
+        )
+    elif model.config and "model_type" not in model.config:
+        yield "model.config needs a model_type. Set model.config.model_type=llama, or another of transformers'"
+    yield from _missing_model("model.model_name_or_path", model.model_name_or_path, "config.json")
+    yield from _missing_model("model.tokenizer_name_or_path", model.tokenizer_name_or_path, "tokenizer_config.json")
+
+
+def _missing_model(key: str, name: str | None, file: str) -> Iterator[str]:
+    if name and is_local_path(name) and not (Path(name).expanduser() / file).is_file():
+        what = f"has no {file}" if Path(name).expanduser().is_dir() else "does not exist"
+        yield f"{key}={name} {what} (looked in {Path.cwd()}). It must be a folder that holds one, or a Hub id ORG/NAME"
+
+
+def _data_problems(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    given = [key for key in ("train_files", "dataset_name", "sources", "generator") if getattr(data, key)]
+    if not given:
+        yield "no training data. Set data.train_files=[FILE.jsonl], data.dataset_name=ORG/NAME or data=arithmetic"
+    elif len(given) > 1:
+        yield (
+            f"{' and '.join('data.' + key for key in given)} are set together; they are alternatives. "
+            "To mix several, use data.sources"
+        )
+    yield from _missing_files("data.train_files", data.train_files)
+    yield from _missing_files("data.eval_files", data.eval_files)
+    yield from _source_problems(data)
+    if isinstance(data.eval_split, float) and not 0 < data.eval_split < 1:
+        yield f"data.eval_split as a fraction must lie between 0 and 1 (got {data.eval_split})"
+    template = data.chat_template
+    if template and re.search(r"\.(jinja2?|j2|txt)$", template) and not Path(template).expanduser().is_file():
+        yield f"data.chat_template={template} does not exist (looked in {Path.cwd()})"
+    for key, value in (("data.generator", data.generator), ("eval.metric", config.eval.metric)):
+        if value and not isinstance(value.get("_target_"), str):
+            yield f"{key} needs a `_target_`: the import path of a class. Set {key}._target_=PACKAGE.MODULE.CLASS"
+
+
+def _missing_files(key: str, names: Any) -> Iterator[str]:
+    for name in [names] if isinstance(names, str) else names or []:
+        if not expand_files([str(name)]):
+            yield f"{key}: {name} does not exist (looked in {Path.cwd()})"
+        elif not _DATA_SUFFIX.search(str(name)):
+            yield f"{key}: {name} must end in .jsonl or .parquet"
+
+
+def _source_problems(data: DataConfig) -> Iterator[str]:
+    for i, source in enumerate(data.sources):
+        key = f"data.sources[{i}]"
+        if bool(source.get("train_files")) == bool(source.get("dataset_name")):
+            yield f"{key} needs either train_files or dataset_name (got {', '.join(source) or 'nothing'})"
+        yield from _missing_files(f"{key}.train_files", source.get("train_files"))
+        weight = source.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+            yield f"{key}.weight must be a number above 0 (got {weight!r})"
+
+
+def _eval_problems(config: RunConfig) -> Iterator[str]:
+    data, ev, ck = config.data, config.eval, config.checkpoint
+    if ev.eval_strategy == "no":
+        if config.scheduler.lr_scheduler_type == "reduce_lr_on_plateau":
+            yield (
+                "scheduler.lr_scheduler_type=reduce_lr_on_plateau follows an evaluation but eval.eval_strategy=no. "
+                "Set eval.eval_strategy=steps"
+            )
+        return
+    if not (data.eval_files or data.eval_split or data.generator):
+        yield (
+            f"eval.eval_strategy={ev.eval_strategy} but there is no evaluation data. Set data.eval_files=[FILE], "
+            "data.eval_split=0.01, or eval.eval_strategy=no"
+        )
+    if not ev.metric and ck.metric_key != "eval_loss":
+        yield (
+            f"checkpoint.metric_for_best_model={ck.metric_for_best_model} is measured by nothing: without eval.metric "
+            "an evaluation gives eval_loss alone. Set "
+            "checkpoint.metric_for_best_model=loss, or eval.metric._target_=CLASS"
+        )
+
+
+def _precision_problems(config: RunConfig) -> Iterator[str]:
+    wanted, implied = config.train.mixed_precision, MIXED_PRECISION[config.model.dtype]
+    if wanted is not None and wanted != implied:
+        dtype = next(d for d, p in MIXED_PRECISION.items() if p == wanted)
+        yield (
+            f"train.mixed_precision={wanted} contradicts model.dtype={config.model.dtype} (which means {implied}). "
+            f"Set model.dtype={dtype}, or train.mixed_precision=null"
+        )
+
+
+def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
+    ck = config.checkpoint
+    if ck.save_total_limit is not None and ck.save_total_limit < 1:
+        yield (
+            f"checkpoint.save_total_limit must be at least 1 (got {ck.save_total_limit}). "
+            "To keep no checkpoints: checkpoint=off"
+        )
+    if isinstance(ck.save_steps, str) and ck.save_steps != "auto":
+        yield f"checkpoint.save_steps must be a whole number or auto (got {ck.save_steps!r})"
+    if isinstance(ck.save_steps, int) and ck.save_steps < 1:
+        yield (
+            f"checkpoint.save_steps must be at least 1 (got {ck.save_steps}). To save only at the end: "
+            "checkpoint.save_strategy=epoch; never: checkpoint=off"
+        )
+    if ck.save_strategy == "best" and config.eval.eval_strategy == "no":
+        yield (
+            "checkpoint.save_strategy=best needs an evaluation to compare by, but eval.eval_strategy=no. "
+            "Set eval.eval_strategy=steps, or checkpoint.save_strategy=steps"
+        )
+    if ck.save_every_s is not None and ck.save_strategy == "no":
+        yield (
+            f"checkpoint.save_every_s={ck.save_every_s:g} saves but checkpoint.save_strategy=no. "
+            "Set checkpoint.save_strategy=steps, or checkpoint.save_every_s=null"
+        )
+    yield from _resume_problems(ck)
+
+
+def _resume_problems(ck: CheckpointConfig) -> Iterator[str]:
+    path = ck.resume_from_checkpoint
+    if path in ("auto", "never"):
+        return
+    if path.startswith("hf://"):
+        if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+(/[^@\s]+)?(@[^\s@]+)?", path):
+            yield f"checkpoint.resume_from_checkpoint={path} must be hf://ORG/NAME or hf://ORG/NAME@REVISION"
+    elif not Path(path).expanduser().is_dir():
+        yield (
+            f"checkpoint.resume_from_checkpoint={path} is no folder. Valid: auto, never, a checkpoint folder, "
+            "hf://ORG/NAME[@revision]"
+        )
+
+
+def _best_model_problems(config: RunConfig) -> Iterator[str]:
+    if config.checkpoint.load_best_model_at_end and (why := _why_no_best(config)):
+        mend = "checkpoint=recommended" if config.checkpoint.save_strategy == "no" else "eval.eval_strategy=steps"
+        key = "checkpoint.load_best_model_at_end"
+        yield f"{key}=true but {why}. Set {mend}, or {key}=false"
+
+
+def _why_no_best(config: RunConfig) -> str:
+    if config.checkpoint.save_strategy == "no":
+        return "checkpoint.save_strategy=no"
+    return "eval.eval_strategy=no" if config.eval.eval_strategy == "no" else ""
+
+
+def _hub_problems(config: RunConfig) -> Iterator[str]:
+    hub = config.hub
+    for key in ("hub_model_id", "bucket"):
+        name = getattr(hub, key)
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+            yield f"hub.{key} must be ORG/NAME (got {name!r})"
+    if hub.push_to_hub and config.checkpoint.save_strategy == "no" and hub.hub_strategy != "end":
+        yield (
+            f"hub.hub_strategy={hub.hub_strategy} sends checkpoints but checkpoint.save_strategy=no saves none. "
+            "Set hub.hub_strategy=end, or checkpoint=recommended"
+        )
+    if hub.save_total_limit is not None and hub.save_total_limit < 1:
+        yield f"hub.save_total_limit must be at least 1 (got {hub.save_total_limit}). To keep all: null"
+
+
+def _secret_problems(config: RunConfig) -> Iterator[str]:
+    for key, value in leaves(to_dict(config)):
+        if isinstance(value, str) and (looks_like_token(value) or (value and _SECRET_KEY.search(key))):
+            yield (
+                f"{key} holds what looks like a secret. The config is written into output_dir, so it must hold none: "
+                "set HF_TOKEN (or the tracker's own variable) in the environment, or run `hf auth login`"
+            )
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested dicts and lists."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from leaves(inner, f"{key}[{i}]")
+    else:
+        yield key, value
+
+
+def _launch_problems(config: RunConfig) -> Iterator[str]:
+    launch = config.launch
+    if config.strategy.name == "single" and (launch.num_processes or 1) > 1:
+        yield (
+            f"strategy=single runs one process but launch.num_processes={launch.num_processes}. "
+            "Set strategy=ddp, or launch.num_processes=1"
+        )
+    if launch.num_processes and launch.num_processes % launch.num_machines:
+        yield (
+            f"launch.num_processes={launch.num_processes} is the total over all machines and must be a multiple of "
+            f"launch.num_machines={launch.num_machines}. Set launch.num_processes={launch.num_machines}, for example"
+        )
+    if launch.machine_rank >= launch.num_machines:
+        yield (
+            f"launch.machine_rank={launch.machine_rank} must be below launch.num_machines={launch.num_machines}: "
+            "the first machine is 0"
+        )
+    if launch.main_process_port is not None and launch.main_process_port > 65535:
+        yield (
+            f"launch.main_process_port must be at most 65535 (got {launch.main_process_port}). "
+            "For a free one: launch.main_process_port=null"
+        )
+    for name, text in launch.env.items():
+        if not isinstance(text, str):
+            yield f"launch.env.{name} must be text (got {text!r}). For an empty one: launch.env.{name}=\"''\""
+    yield from _sbatch_problems(launch.sbatch)
+
+
+def _sbatch_problems(options: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in options.items():
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)):
+            yield f"launch.sbatch.{key} must be one value or a list of them (got {value!r})"
+        elif key.replace("_", "-") in ("time", "time-min") and value is not None and not sbatch.is_time(value):
+            yield _time_problem(key, value)
+
+
+def _time_problem(key: str, value: Any) -> str:
+    example = f"launch.sbatch.{key}=\"'12:00:00'\""
+    if type(value) is int:
+        return (
+            f"launch.sbatch.{key}={value} is a number: YAML reads 12:00:00 as 43200. Quote it: {example}, or for "
+            f"{value} minutes launch.sbatch.{key}=\"'{value}'\""
+        )
+    return (
+        f"launch.sbatch.{key} must be a time as Slurm writes it (got {value!r}): MINUTES, MINUTES:SECONDS, "
+        f"HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES:SECONDS, UNLIMITED. Example: {example}"
+    )
+
+
+def _folder_problems(config: RunConfig) -> Iterator[str]:
+    if not config.output_dir.strip():
+        yield (
+            "output_dir is empty (an unset variable of the shell?): the run would be strewn over this folder. "
+            f"Set output_dir=outputs/{config.run_name or 'run'}"
+        )
+
+
+_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _model_problems, _data_problems, _eval_problems, _precision_problems, _checkpoint_problems, _hub_problems,
+    _secret_problems, _launch_problems, _folder_problems,
+)  # fmt: skip

@@ -1,0 +1,262 @@
+"""The settings of a run as typed dataclasses, and everything that can be checked without torch.
+
+`conf/*.yaml` holds the defaults that users see; these classes are the schema. Names and meanings are those of
+transformers' TrainingArguments, Accelerate, DeepSpeed and Slurm. Units are in the names or the help texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.config.schema import opt
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+SAVE_STRATEGIES = ("no", "steps", "epoch", "best")
+HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+DTYPES = ("float32", "bfloat16", "float16")
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+
+
+@dataclass
+class ModelConfig:
+    model_name_or_path: str | None = opt(None, "a folder or Hub id to start from")
+    config: dict[str, Any] = opt({}, "train from scratch: transformers config with its model_type")
+    revision: str | None = opt(None, "branch, tag or commit on the Hub")
+    tokenizer_name_or_path: str | None = opt(
+        None, "default: the model's own; from scratch: the built-in byte tokenizer"
+    )
+    dtype: str = opt("float32", "of forward and of saved weights; masters are always fp32", choices=DTYPES)
+    attn_implementation: str = opt("sdpa", "eager, sdpa, flash_attention_2, …")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
+    trust_remote_code: bool = opt(False, "run code that comes with the model")
+    peft: dict[str, Any] = opt({}, "peft's LoraConfig fields; empty trains every parameter")
+
+
+@dataclass
+class DataConfig:
+    train_files: list[str] = opt([], "JSON Lines or Parquet: messages, or prompt + completion, or text")
+    eval_files: list[str] = opt([], "same formats")
+    dataset_name: str | None = opt(None, "a Hub data set instead of files")
+    dataset_config: str | None = opt(None, "its configuration")
+    train_split: str = opt("train", "its split to train on")
+    eval_split: str | float | None = opt(None, "a split's name, or a fraction of the training rows, seeded")
+    sources: list[dict[str, Any]] = opt([], "a mixture: each {train_files | dataset_name, …, weight}")
+    generator: dict[str, Any] = opt({}, "a `_target_` that makes rows: (split) -> iterable of rows")
+    max_length: int = opt(1024, "tokens; longer rows are cut and counted", minimum=2)
+    packing: bool = opt(False, "several rows in one sequence, attention kept apart")
+    completion_only_loss: bool | None = opt(None, "default: true for messages and prompt + completion")
+    chat_template: str | None = opt(None, "a Jinja file or text instead of the tokenizer's own")
+    on_bad_row: str = opt("stop", "a row that cannot be used", choices=("stop", "skip"))
+    cache_dir: str | None = opt(None, "tokenised data, by content; default ~/.cache/launcher")
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int = opt(-1, "optimizer steps; wins over num_train_epochs; -1: not set", minimum=-1)
+    num_train_epochs: float = opt(1.0, "passes over the training rows", minimum=0)
+    train_batch_size: int = opt(32, "samples per optimizer step over all processes", minimum=1)
+    per_device_train_batch_size: int = opt(8, "samples per forward and backward of one process", minimum=1)
+    max_grad_norm: float = opt(1.0, "global norm to clip to; 0: no clipping", minimum=0)
+    mixed_precision: str | None = opt(None, "default: what model.dtype implies", choices=("no", "bf16", "fp16"))
+    logging_steps: int = opt(10, "optimizer steps between lines of metrics.jsonl", minimum=1)
+    on_nonfinite: str = opt("stop", "loss or gradient norm NaN or infinite", choices=("stop", "skip"))
+    full_determinism: bool = opt(False, "deterministic CUDA kernels; CPU is always deterministic")
+
+
+@dataclass
+class OptimConfig:
+    name: str = opt("torch.optim.AdamW", "any torch optimizer class, by import path")
+    learning_rate: float = opt(5e-5, "peak", minimum=0)
+    weight_decay: float = opt(0.0, "not applied to norms and biases", minimum=0)
+    kwargs: dict[str, Any] = opt({}, "further arguments of the optimizer class")
+
+
+@dataclass
+class SchedulerConfig:
+    lr_scheduler_type: str = opt("linear", "transformers' schedulers", choices=SCHEDULERS)
+    warmup_steps: float = opt(0, "optimizer steps; below 1: a fraction of all steps", minimum=0)
+    lr_scheduler_kwargs: dict[str, Any] = opt({}, "further arguments of the scheduler")
+
+
+@dataclass
+class EvalConfig:
+    eval_strategy: str = opt("no", "when to evaluate", choices=("no", "steps", "epoch"))
+    eval_steps: int = opt(500, "optimizer steps", minimum=1)
+    per_device_eval_batch_size: int = opt(8, "samples", minimum=1)
+    metric: dict[str, Any] = opt({}, "a `_target_` that measures by generation; adds its values to the eval line")
+
+
+@dataclass
+class StrategyConfig:
+    name: str = opt("ddp", "how state is spread over processes", choices=STRATEGIES)
+    deepspeed: dict[str, Any] = opt({}, "DeepSpeed settings merged over ours")
+
+    @property
+    def zero_stage(self) -> int:
+        """0 without DeepSpeed."""
+        return int(self.name[4]) if self.name.startswith("zero") else 0
+
+    @property
+    def is_offloaded(self) -> bool:
+        return self.name.endswith("_offload")
+
+
+@dataclass
+class CheckpointConfig:
+    save_strategy: str = opt("steps", "when to save", choices=SAVE_STRATEGIES)
+    save_steps: int | str = opt(500, "optimizer steps, or auto: from the measured cost of a save (Young/Daly)")
+    save_every_s: float | None = opt(None, "also save after so many seconds", minimum=1)
+    save_total_limit: int | None = opt(None, "folders in all, best and newest among them; null: no limit")
+    save_only_model: bool = opt(False, "weights alone; cannot be resumed")
+    load_best_model_at_end: bool = opt(False, "put the best weights into output_dir, else the last")
+    metric_for_best_model: str = opt("loss", "an eval metric, with or without the prefix eval_")
+    greater_is_better: bool | None = opt(None, "default: false where the name ends in loss, else true")
+    resume_from_checkpoint: str = opt("auto", "auto, never, a path, hf://ORG/NAME[@revision]")
+    accept_changes: bool = opt(False, "resume although settings that change the result differ")
+    async_save: bool = opt(True, "write in the background")
+    on_error: str = opt("warn", "a save that fails", choices=("warn", "stop"))
+    mtbf_s: float = opt(86400.0, "mean time between failures, for save_steps=auto", minimum=1)
+    max_overhead: float = opt(0.01, "share of the time that save_steps=auto may spend saving", minimum=0)
+
+    @property
+    def metric_key(self) -> str:
+        """The metric as it stands in eval lines: always with eval_."""
+        name = self.metric_for_best_model
+        return name if name.startswith("eval_") else f"eval_{name}"
+
+    @property
+    def is_greater_better(self) -> bool:
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not self.metric_for_best_model.endswith("loss")
+
+
+@dataclass
+class HubConfig:
+    push_to_hub: bool = opt(False, "send checkpoints to the Hub while training")
+    hub_model_id: str | None = opt(None, "ORG/NAME; default: the token's user and run_name")
+    hub_strategy: str = opt("every_save", "what is sent and when", choices=HUB_STRATEGIES)
+    hub_private_repo: bool | None = opt(None, "default: the organisation's")
+    hub_revision: str | None = opt(None, "branch; default main")
+    bucket: str | None = opt(None, "ORG/NAME of a storage bucket instead of a repository")
+    save_total_limit: int | None = opt(None, "checkpoint folders and tags kept there; null: all")
+    resume: bool = opt(False, "resume_from_checkpoint=auto looks there where output_dir is empty")
+    max_wait_s: float = opt(600.0, "seconds to wait for uploads at the end", minimum=0)
+    max_bytes_per_s: float | None = opt(None, "bandwidth cap; null: none", minimum=1)
+    max_spool_bytes: int | None = opt(None, "disk held for uploads; null: room for two checkpoints", minimum=1)
+    license: str | None = opt(None, "for the model card")
+    language: list[str] = opt([], "for the model card")
+    tags: list[str] = opt([], "for the model card")
+
+
+@dataclass
+class TrackerConfig:
+    name: str | None = opt("tensorboard", "any Accelerate tracker; null: none")
+    init_kwargs: dict[str, Any] = opt({}, "passed to the tracker")
+
+
+@dataclass
+class LaunchConfig:
+    name: str = opt("local", "here, or what `launcher submit` submits", choices=("local", "slurm"))
+    num_processes: int | None = opt(None, "over all machines; default: visible GPUs, or 1", minimum=1)
+    num_machines: int = opt(1, "nodes", minimum=1)
+    gpus_per_node: int | None = opt(None, "Slurm: GPUs to ask for on each node; 0: CPU", minimum=0)
+    machine_rank: int = opt(0, "this node's rank, without Slurm", minimum=0)
+    main_process_ip: str | None = opt(None, "the first node, without Slurm")
+    main_process_port: int | None = opt(None, "default: a free one", minimum=0)
+    hang_timeout_s: float = opt(1800.0, "no step for so long: stacks are written and the run restarts", minimum=1)
+    max_restarts: int = opt(3, "restarts after a crash or hang", minimum=0)
+    max_requeues: int = opt(100, "Slurm: requeues of one job", minimum=0)
+    sbatch: dict[str, Any] = opt({}, "#SBATCH options under their own names")
+    setup: list[str] = opt([], "Slurm: shell lines before the run")
+    container: str | None = opt(None, "Slurm: srun --container-image")
+    env: dict[str, str] = opt({}, "environment variables of the run")
+
+
+@dataclass
+class SweepConfig:
+    num_slots: int | None = opt(None, "jobs at once; default: visible GPUs // num_processes", minimum=1)
+    wait: bool = opt(True, "Slurm: wait for the jobs")
+    retry_failed: bool = opt(False, "run failed jobs again")
+
+
+@dataclass
+class RunConfig:
+    output_dir: str = opt("outputs/run", "everything of the run is in this folder")
+    run_name: str = opt("run", "for trackers and the Hub")
+    seed: int = opt(42, "data order, initialisation and dropout derive from it", minimum=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    @property
+    def mixed_precision(self) -> str:
+        """`no`, `bf16` or `fp16`: what model.dtype implies unless it is set."""
+        return self.train.mixed_precision or MIXED_PRECISION[self.model.dtype]
+
+
+def run_length(config: RunConfig) -> list[float]:
+    """What decides the number of steps, beside the data: by it a finished run knows that it was asked for more."""
+    return [config.train.max_steps, config.train.num_train_epochs, config.train.train_batch_size]
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a model or data name means a folder here rather than a Hub id."""
+    return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir() or name.count("/") > 1
+
+
+def _expand(name: str) -> Iterator[Path]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        yield path
+    elif any(c in name for c in "*?["):
+        yield from sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+
+
+def expand_files(names: list[str]) -> list[Path]:
+    """The files that `data.train_files` or `data.eval_files` name; globs are sorted."""
+    return [path for name in names for path in _expand(name)]
+
+
+_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,})")
+
+
+def redacted(text: str) -> str:
+    """The text without what looks like a token, for messages."""
+    return _TOKEN.sub("hf_***", text)
+
+
+def looks_like_token(text: str) -> bool:
+    """Whether a text holds something shaped like a Hugging Face token."""
+    return _TOKEN.search(text) is not None

@@ -1,0 +1,1 @@
+"""The model, its optimizer and its schedule."""

@@ -1,0 +1,1 @@
+"""One owner of a save: when, room, best, retention, hand-over to the Hub."""

@@ -1,0 +1,67 @@
+"""`launcher export --format safetensors`: the model alone, in another dtype if wanted, sharded, for from_pretrained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from launcher.base.errors import DamagedCheckpointError
+from launcher.checkpoint.layout import iter_safetensors
+from launcher.checkpoint.load import MASTER, TORCH_DTYPES, TensorFiles
+from launcher.checkpoint.snapshot import OPTIMIZER_STEM
+from launcher.model.build import adapter_key
+from launcher.saving.interop.streams import Source, from_file, write_sources
+from launcher.saving.interop.target import Exported, choose, copy_files, new_folder
+
+
+def export_safetensors(checkpoint: Path, target: Path, *, dtype: str | None, max_shard_bytes: int) -> str:
+    """Writes the model of a checkpoint or run into a new folder; a few chunks are in memory at a time.
+
+    Args:
+        dtype: float32, bfloat16 or float16; None: as stored.
+
+    Returns:
+        What was exported, for the user.
+
+    Raises:
+        UserError, DamagedCheckpointError: see `choose` and `new_folder`.
+    """
+    source = choose(checkpoint, newest=False)
+    with new_folder(target) as folder:
+        weights = model_sources(source, getattr(torch, dtype) if dtype else None)
+        layouts = write_sources(folder, source.stem, weights, max_shard_bytes=max_shard_bytes)
+        stored = {str(TORCH_DTYPES[s.spec.dtype]).removeprefix("torch.") for s in weights if _is_float(s)}
+        copy_files(source, folder, dtype=stored.pop() if len(stored) == 1 else None)
+    size = sum(layout.num_bytes for layout in layouts)
+    what = "the LoRA adapter" if source.stem == "adapter_model" else "the model"
+    return f"exported {what} of {source.folder} to {target}: {size:,} bytes in {len(layouts)} safetensors file(s)"
+
+
+def model_sources(source: Exported, dtype: torch.dtype | None) -> list[Source]:
+    """The model's tensors in a dtype: from the fp32 masters where the stored weights would have to be converted.
+
+    Raises:
+        DamagedCheckpointError: the folder has no model.
+    """
+    paths = list(iter_safetensors(source.folder, source.stem))
+    if not paths:
+        raise DamagedCheckpointError(f"{source.folder} holds no {source.stem}.safetensors")
+    stored = TensorFiles(paths)
+    states = TensorFiles(list(iter_safetensors(source.folder, OPTIMIZER_STEM)))
+    masters = {}
+    for key in states.places:
+        slot, _, name = key.partition(".")
+        if slot == MASTER:
+            masters[adapter_key(name) if source.stem == "adapter_model" else name] = key
+    found = []
+    for name, place in stored.places.items():
+        weight = from_file(stored, name)
+        if dtype is not None and TORCH_DTYPES[place.spec.dtype] != dtype and name in masters:
+            weight = from_file(states, masters[name]).renamed(name)
+        found.append(weight if dtype is None else weight.in_dtype(dtype))
+    return found
+
+
+def _is_float(source: Source) -> bool:
+    return TORCH_DTYPES[source.spec.dtype].is_floating_point

@@ -1,0 +1,113 @@
+"""What an export reads and where it writes: a whole checkpoint, and a folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.base import files, manifest
+from launcher.base.errors import CheckpointWriteError, DamagedCheckpointError, UserError
+from launcher.base.paths import CheckpointPaths, RunPaths
+from launcher.checkpoint.engine import to_text
+
+_MODEL_FILES = (".json", ".jinja", ".model", ".txt")
+_NOT_MODEL = ("run.json", "trainer_state.json", manifest.NAME)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model to export: its folder, the files to copy beside its weights, and whether it has a training state."""
+
+    folder: Path
+    copied: tuple[str, ...]
+    is_resumable: bool
+
+    @property
+    def stem(self) -> str:
+        """Of its weight files."""
+        return "adapter_model" if "adapter_config.json" in self.copied else "model"
+
+
+def choose(path: Path, *, newest: bool) -> Exported:
+    """What CHECKPOINT means, every byte of it verified.
+
+    Args:
+        path: a checkpoint, or a run: then its best checkpoint if there is one and not `newest`, else its newest. A run
+            that saved none is its final model.
+
+    Raises:
+        UserError: there is nothing of ours. DamagedCheckpointError: it is not whole.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder. Give a checkpoint-N folder, or the output_dir of a run")
+    folder = path if (path / manifest.NAME).is_file() else _of_run(RunPaths(path), newest=newest)
+    if folder is None:
+        if (path / "run.json").is_file() and (path / "config.json").is_file():
+            return Exported(path, tuple(_model_files(path)), is_resumable=False)
+        raise UserError(f"{path} holds no manifest.json and no checkpoint-N folder of ours. Give a checkpoint or a run")
+    if problems := manifest.verify(folder):
+        raise DamagedCheckpointError(f"{folder} is damaged: " + "; ".join(problems))
+    names = [f.path for f in manifest.read(folder).files]
+    copied = [n for n in names if not n.startswith("state/") and n not in _NOT_MODEL and ".safetensors" not in n]
+    return Exported(folder, tuple(copied), CheckpointPaths(folder).run_state.is_file())
+
+
+def _of_run(paths: RunPaths, *, newest: bool) -> Path | None:
+    ours = {step: folder for step, folder in paths.checkpoint_dirs() if (folder / manifest.NAME).is_file()}
+    if not ours:
+        return None
+    last = ours[max(ours)]
+    best = files.read_json_or(CheckpointPaths(last).trainer_state, {}).get("best_global_step")
+    return last if newest else ours.get(best, last)
+
+
+def _model_files(root: Path) -> Iterator[str]:
+    for path in sorted(root.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in _MODEL_FILES and path.name not in _NOT_MODEL and not is_index:
+            yield path.name
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name at the end, durable; on any error it is removed.
+
+    After a crash only `.tmp-export-*` can remain.
+
+    Raises:
+        UserError: the target is in use or its place cannot be written. CheckpointWriteError: no room.
+    """
+    target = target.expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder. Give another DIR, or remove it first")
+    temporary = target.with_name(f".tmp-export-{target.name}-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error}. Give another DIR") from error
+    try:
+        yield temporary
+        for folder, _, _ in os.walk(temporary, topdown=False):
+            files.fsync_dir(Path(folder))
+        files.rename(temporary, target)  # an empty folder of that name is replaced
+    except OSError as error:
+        raise CheckpointWriteError(f"{target} could not be written: {error}") from error
+    finally:
+        files.remove_tree(temporary)  # after the rename it has its other name
+
+
+def copy_files(source: Exported, folder: Path, *, dtype: str | None) -> None:
+    """Copies config, tokenizer and so on; config.json says the dtype of the weights beside it."""
+    for name in source.copied:
+        data = (source.folder / name).read_bytes()
+        if name == "config.json" and dtype is not None:
+            config = files.read_json(source.folder / name)
+            config["dtype"] = dtype
+            config.pop("torch_dtype", None)  # its name before transformers 5
+            data = to_text(config).encode()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        files.write_file(folder / name, data)

@@ -1,0 +1,199 @@
+"""Everything of a run that a checkpoint holds, beside the tensors: progress, scheduler, scaler, random streams."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.base import files
+from launcher.base.paths import CheckpointPaths, RunPaths
+from launcher.base.processes import Processes
+from launcher.checkpoint import rng
+from launcher.checkpoint.engine import Checkpointer, to_text
+from launcher.checkpoint.load import load_trained_state
+from launcher.checkpoint.segments import TrainedState, collect
+from launcher.checkpoint.snapshot import SnapshotPlan, plan_snapshot
+from launcher.config.settings import RunConfig
+from launcher.model.build import saved_dtype, stored_name, weights_stem
+from launcher.model.optim import Schedule
+
+STATE_VERSION = 1
+
+
+@dataclass
+class ProgressState:
+    """Where the run is. Sums are since the last line of metrics.jsonl; `best_step` is that of the best checkpoint."""
+
+    step: int = 0
+    epoch: float = 0.0
+    num_tokens: int = 0
+    loss_sum: float = 0.0
+    labelled_tokens: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class TrainingState:
+    """Collects and restores; `accelerator.save_state` and `load_state` end here."""
+
+    def __init__(
+        self, config: RunConfig, paths: RunPaths, processes: Processes, model: torch.nn.Module, optimizer: Any,
+        schedule: Schedule, scaler: Any, total_steps: int,
+    ) -> None:  # fmt: skip
+        self._config, self._paths, self._processes = config, paths, processes
+        self._module: torch.nn.Module = getattr(model, "module", model)
+        self._optimizer, self._schedule, self._total_steps = optimizer, schedule, total_steps
+        self._scaler = scaler
+        self.progress = ProgressState()
+        self.settings: dict[str, Any] = {}
+        self.origin: str | None = None  # the explicit path that this run started from
+        self.trained: TrainedState = collect(model, optimizer, rank=processes.rank, world_size=processes.world_size)
+        self.checkpointer: Checkpointer | None = None
+        self._encoded_history: list[str] = []
+        self._planned: tuple[object, SnapshotPlan] | None = None
+
+    def plan(self, only_model: bool) -> SnapshotPlan:
+        """What a save stores; made once, and anew where the optimizer has got other states since (its first ones)."""
+        signature = (only_model, *(s.signature for s in self.trained.segments))
+        if self._planned is None or self._planned[0] != signature:
+            plan = plan_snapshot(
+                self.trained, self._module, dtype=saved_dtype(self._config), weights_stem=weights_stem(self._config),
+                stored_name=stored_name(self._config), only_model=only_model, rank=self._processes.rank,
+            )  # fmt: skip
+            self._planned = signature, plan
+        return self._planned[1]
+
+    # ------------------------------------------------------------------ save
+
+    def save(self) -> Path:
+        """Hands the state of the current step to the checkpointer; returns the folder that will appear. Collective."""
+        assert self.checkpointer is not None
+        step = self.progress.step
+        self.checkpointer.save(step, self._texts())
+        return self._paths.checkpoint_dir(step)
+
+    def _texts(self) -> dict[str, str]:
+        texts = {}
+        if not self._config.checkpoint.save_only_model:
+            texts[f"state/rng-{self._processes.rank:05d}.json"] = json.dumps(rng.capture())
+        if self._processes.is_main:
+            texts["trainer_state.json"] = self._trainer_state_text()
+            if not self._config.checkpoint.save_only_model:
+                texts["state/state.json"] = to_text(self._state())
+        return texts
+
+    def _state(self) -> dict[str, Any]:
+        progress = {k: v for k, v in vars(self.progress).items() if k != "log_history"}
+        return {
+            "version": STATE_VERSION,
+            "step": self.progress.step,
+            "total_steps": self._total_steps,
+            "seed": self._config.seed,
+            "samples_seen": self.progress.step * self._config.train.train_batch_size,
+            "world_size": self._processes.world_size,
+            "strategy": self._config.strategy.name,
+            "progress": progress,
+            "scheduler": self._schedule.state(),
+            "scaler": self._scaler_state(),
+            "optimizer": self._optimizer_state(),
+            "settings": self.settings,
+            "origin": self.origin,
+        }
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        groups = []
+        for i, group in enumerate(self.trained.optimizer.param_groups):
+            by_scalars: dict[str, list[str]] = {}
+            own = {
+                e.param: s.scalars() for s in self.trained.segments if s.group == i and s.is_whole for e in s.extents
+            }
+            shared: dict[str, Any] = next((s.scalars() for s in self.trained.segments if s.group == i), {})
+            for info in self.trained.params:
+                if info.group == i:
+                    by_scalars.setdefault(json.dumps(own.get(info.name, shared)), []).append(info.name)
+            settings = {
+                k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, list, tuple)) and k != "params"
+            }
+            groups += [
+                {"group": i, "params": names, "scalars": json.loads(s), "settings": settings}
+                for s, names in by_scalars.items()
+            ]
+        return {"name": self._config.optim.name, "groups": groups, "partition": self.trained.partition}
+
+    def _scaler_state(self) -> dict[str, Any] | None:
+        loss_scaler = getattr(self._optimizer_inner(), "loss_scaler", None)
+        if loss_scaler is not None and self._config.mixed_precision == "fp16":
+            return {k: v for k, v in vars(loss_scaler).items() if isinstance(v, (int, float, bool))}
+        return dict(self._scaler.state_dict()) if self._scaler is not None else None
+
+    def _optimizer_inner(self) -> Any:
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
+    def _trainer_state_text(self) -> str:
+        """Encodes only the history's new lines: a long run's history takes longer to encode than the state to copy."""
+        history = self.progress.log_history
+        if len(self._encoded_history) > len(history):
+            self._encoded_history = []
+        self._encoded_history += [json.dumps(line) for line in history[len(self._encoded_history) :]]
+        head = json.dumps(self._trainer_state(), indent=1).removesuffix("\n}")
+        lines = ",\n  ".join(self._encoded_history)
+        return f'{head},\n "log_history": [\n  {lines}\n ]\n}}\n'
+
+    def _trainer_state(self) -> dict[str, Any]:
+        """transformers' schema, so that its tools read it; without log_history."""
+        p, config = self.progress, self._config
+        best = self._paths.checkpoint_dir(p.best_step) if p.best_step is not None else None
+        return {
+            "best_global_step": p.best_step, "best_metric": p.best_metric,
+            "best_model_checkpoint": str(best) if best else None,
+            "epoch": p.epoch, "eval_steps": config.eval.eval_steps, "global_step": p.step,
+            "is_hyper_param_search": False, "is_local_process_zero": True, "is_world_process_zero": True,
+            "logging_steps": config.train.logging_steps, "max_steps": self._total_steps,
+            "num_input_tokens_seen": p.num_tokens, "num_train_epochs": config.train.num_train_epochs,
+            "save_steps": config.checkpoint.save_steps, "stateful_callbacks": {}, "total_flos": 0.0,
+            "train_batch_size": config.train.per_device_train_batch_size, "trial_name": None, "trial_params": None,
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------ load
+
+    def load(self, folder: Path) -> None:
+        """Restores everything from a checkpoint folder. Collective."""
+        path = CheckpointPaths(folder)
+        state = files.read_json(path.run_state)
+        load_trained_state(
+            self.trained, self._module, folder, state["optimizer"],
+            weights_stem=weights_stem(self._config), stored_name=stored_name(self._config),
+        )  # fmt: skip
+        self._refresh_forward_weights()
+        self._load_scaler(state["scaler"])
+        self._schedule.load(state["scheduler"], state["step"])
+        history = files.read_json(path.trainer_state).get("log_history", [])
+        self.progress = ProgressState(**state["progress"], log_history=history)
+        rng_path = path.state_dir / f"rng-{self._processes.rank:05d}.json"
+        if rng_path.is_file() and state["world_size"] == self._processes.world_size:
+            rng.restore(files.read_json(rng_path))
+
+    def _refresh_forward_weights(self) -> None:
+        """Brings ZeRO-3's partitions of the forward weights up to the loaded masters. Collective."""
+        optimizer = self._optimizer_inner()
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            with torch.no_grad():
+                for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(i)
+                if optimizer.persistent_parameters:
+                    optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+                    optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _load_scaler(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            return
+        loss_scaler = getattr(self._optimizer_inner(), "loss_scaler", None)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state)
+        elif loss_scaler is not None:
+            vars(loss_scaler).update({k: v for k, v in state.items() if k in vars(loss_scaler)})

@@ -1,0 +1,47 @@
+"""What every process of a run executes: compose → build → fit → exit code.
+
+`accelerate launch -m launcher.train [OVERRIDE…]`, or with `--config-file FILE` a config that is composed already.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from launcher.config.compose import compose_arguments
+from launcher.train import rank_setup
+
+
+def main() -> None:
+    rank_setup.before_imports()
+    try:
+        config = compose_arguments(sys.argv[1:])
+        rank_setup.check_agent(config, sys.argv[1:])
+        from launcher.base.processes import Processes
+        from launcher.train.accelerator import build_accelerator
+        from launcher.train.build import build_run, open_output_dir
+        from launcher.train.finish import finish, interrupted
+        from launcher.train.loop import fit
+
+        accelerator = build_accelerator(config)
+        processes = Processes()
+        paths, lock = open_output_dir(config, processes)
+        rank_setup.opened(paths, lock, processes)
+        run = build_run(config, accelerator, processes, paths)
+        rank_setup.training_began(run)
+        reason = fit(run)
+        if reason is None:
+            finish(run)
+        else:
+            interrupted(run, reason)
+        run.close()
+        lock.release()
+    except BaseException as error:
+        rank_setup.fail(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the process group's and CUDA's destructors can hang; everything of ours is closed
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Accelerate, with checkpoints that are ours: same `save_state` and `load_state`, other files underneath."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from launcher.base.paths import RunPaths
+from launcher.config.settings import RunConfig
+
+_COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""Tokenising a large data set may keep the others waiting for hours; hangs in training are the watchdog's business."""
+
+
+class LauncherAccelerator(Accelerator):
+    """`save_state` snapshots into the run's next `checkpoint-N` (written in the background), `load_state` restores one.
+
+    Accelerate's own writes are replaced: they are pickled, in place, not durable, and leave out the data position.
+    """
+
+    def attach(self, state: Any) -> None:
+        """Gives the object that collects and restores the training state (saving.training_state)."""
+        self._training_state = state
+
+    def save_state(
+        self, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
+    ) -> str:
+        """Collective. Returns the folder that will appear; see `Checkpointer.save` for what a crash leaves."""
+        folder: Path = self._training_state.save()
+        return str(folder)
+
+    def load_state(
+        self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Collective. `input_dir` is a `checkpoint-N` folder."""
+        self._training_state.load(Path(str(input_dir)))
+
+
+def use_single_process_env() -> None:
+    """DeepSpeed wants a process group even for one process, which `accelerate launch` does not describe."""
+    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+def build_accelerator(config: RunConfig) -> LauncherAccelerator:
+    """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo)."""
+    has_cuda = torch.cuda.is_available()
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=_COLLECTIVE_TIMEOUT)]
+    logs = str(RunPaths(Path(config.output_dir).expanduser().resolve()).logs_dir)
+    arguments: dict[str, Any] = {
+        "mixed_precision": config.mixed_precision, "log_with": config.tracker.name, "project_dir": logs,
+    }  # fmt: skip
+    if config.strategy.zero_stage:
+        use_single_process_env()
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if not has_cuda:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            build_cpu_collectives()
+        arguments["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, has_cuda))
+    else:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        arguments["cpu"] = not has_cuda
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # given a backend, Accelerate expects a process group
+            handlers = []
+        else:
+            handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that an operator was built
+        return LauncherAccelerator(kwargs_handlers=handlers, **arguments)
+
+
+def build_cpu_collectives() -> None:
+    """Has DeepSpeed compile (once per machine) and load its shared-memory collectives, safe against kills.
+
+    A process killed while it compiles or loads leaves a `lock` file on which torch waits without a word and without
+    end (torch/utils/file_baton.py). Every load takes that file, also of what is compiled already, so all of ours happen
+    under a kernel lock, which dies with its holder: a `lock` found under it is stale. Later loads in this process take
+    neither.
+    """
+    from deepspeed.comm.torch import build_shm_op
+    from torch.utils.cpp_extension import _get_build_directory
+
+    name = "deepspeed_shm_comm"
+    folder = Path(_get_build_directory(name, False))
+    with (folder.parent / f".{name}.launcher-lock").open("w") as own_lock:
+        fcntl.flock(own_lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        if not (folder / f"{name}.so").is_file():
+            print("DeepSpeed compiles an operator, once on this machine: about 30 s", file=sys.stderr, flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that an operator was built
+            build_shm_op()
+
+
+def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:
+    """DeepSpeed's settings for a strategy; `strategy.deepspeed` is merged over them.
+
+    gradient_accumulation_steps is 1: the loop itself marks the boundary, since the number of micro-steps may vary and
+    the loss is already normalised over the whole optimizer step.
+    """
+    zero: dict[str, Any] = {"stage": config.strategy.zero_stage, "overlap_comm": has_cuda, "contiguous_gradients": True}
+    if config.strategy.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.mixed_precision == "bf16"},
+        "fp16": {"enabled": config.mixed_precision == "fp16"},
+        "steps_per_print": 10**12,
+    }
+    if config.strategy.is_offloaded:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": has_cuda}
+        settings["zero_force_ds_cpu_optimizer"] = has_cuda
+    return _merged(settings, config.strategy.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            merged[key] = _merged(base[key], over[key])
+    return merged

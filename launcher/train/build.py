@@ -1,0 +1,195 @@
+"""Builds all parts of a run, in the order in which they need each other."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.base import files
+from launcher.base.errors import ConfigError, UserError
+from launcher.base.lock import RunLock
+from launcher.base.paths import RunPaths
+from launcher.base.process import host
+from launcher.base.processes import Processes
+from launcher.base.stop_requests import StopRequests
+from launcher.checkpoint import resume
+from launcher.checkpoint.engine import Checkpointer
+from launcher.checkpoint.resume import ResumePoint
+from launcher.checkpoint.retention import sweep_leftovers
+from launcher.config.settings import RunConfig, run_length, to_dict
+from launcher.data import StepSampler, build_data, build_tokenizer
+from launcher.hub import build_hub, fetch_checkpoint, maybe_fetch_checkpoint
+from launcher.model.build import build_model, static_files
+from launcher.model.optim import Schedule, build_optimizer
+from launcher.saving.interop.importing import import_checkpoint, import_notices
+from launcher.saving.save_schedule import SaveSchedule
+from launcher.saving.training_state import TrainingState
+from launcher.train.accelerator import LauncherAccelerator
+from launcher.train.loop import Run
+from launcher.train.metrics import MetricsFile, NoProgress, Progress, RunFile, Trackers
+from launcher.train.watchdog import Watchdog
+
+
+def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, RunLock]:
+    """Creates output_dir, takes its lock, removes what a crash left behind. Collective.
+
+    Raises:
+        UserError: it cannot be written. RunLockedError: another run is alive in it.
+    """
+    paths = RunPaths(Path(config.output_dir).expanduser().resolve())
+    lock = RunLock(paths.lock)
+    pids = [pid for where, pid in processes.gather((host(), os.getpid())) if where == host()]
+
+    def open_it() -> None:
+        try:
+            paths.logs_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire(pids)
+            sweep_leftovers(paths)
+        except OSError as error:
+            raise UserError(f"output_dir={config.output_dir} cannot be written: {error}") from error
+
+    processes.on_main(open_it)
+    return paths, lock
+
+
+def find_resume_point(config: RunConfig, paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:
+    """Where to go on; fetches from the Hub first where asked to. Collective."""
+    choice = config.checkpoint.resume_from_checkpoint
+    uri = choice if choice.startswith("hf://") else None
+    if choice == "auto" and config.hub.resume and config.hub.hub_model_id:
+        uri = f"hf://{config.hub.hub_model_id}"
+    is_optional = choice == "auto"  # with hub.resume: the first start of a run finds nothing there
+    if uri is not None:
+        # Once it is in output_dir it is a checkpoint like any other: a restart goes on from the newest one there.
+        def fetch() -> None:
+            if not any(paths.checkpoint_dirs()):
+                (maybe_fetch_checkpoint if is_optional else fetch_checkpoint)(uri, paths)
+
+        processes.on_main(fetch)
+        choice = "auto"
+    return resume.find(choice, paths, processes, lambda folder: import_checkpoint(folder, config, paths))
+
+
+def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -> dict[str, Any]:
+    """What decides the result of a run; compared at a resume."""
+    name = config.model.model_name_or_path
+    return {
+        "seed": config.seed,
+        "data": fingerprint,
+        "train.train_batch_size": config.train.train_batch_size,
+        "train.max_grad_norm": config.train.max_grad_norm,
+        "train.mixed_precision": config.mixed_precision,
+        "train.on_nonfinite": config.train.on_nonfinite,
+        "model.model_name_or_path": Path(name).name if name else None,
+        "model.config": config.model.config,
+        "model.dtype": config.model.dtype,
+        "model.attn_implementation": config.model.attn_implementation,
+        "model.peft": config.model.peft,
+        "optim.name": config.optim.name,
+        "optim.learning_rate": config.optim.learning_rate,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.kwargs": config.optim.kwargs,
+        "scheduler.lr_scheduler_type": config.scheduler.lr_scheduler_type,
+        "scheduler.warmup_steps": config.scheduler.warmup_steps,
+        "scheduler.lr_scheduler_kwargs": config.scheduler.lr_scheduler_kwargs,
+        "strategy": config.strategy.name,
+        "num_processes": processes.world_size,
+        "per_device_train_batch_size": config.train.per_device_train_batch_size,
+    }
+
+
+def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths) -> Run:
+    """Data, model, optimizer, state; resumed where there is something to resume from. Collective."""
+    processes.on_main(lambda: files.replace_file(paths.config, _yaml(config)))
+    stop = StopRequests(paths.stop_file, is_main=processes.is_main)
+    stop.install()
+    if config.train.full_determinism:
+        torch.use_deterministic_algorithms(True)
+    point, notices = find_resume_point(config, paths, processes)
+    tokenizer = build_tokenizer(config)
+    data = build_data(config, tokenizer, is_builder=processes.is_local_main, wait=processes.barrier)
+    sampler = StepSampler(len(data.train), config.train.train_batch_size, config.seed)
+    total_steps = (
+        config.train.max_steps if config.train.max_steps >= 0 else sampler.total_steps(config.train.num_train_epochs)
+    )
+    settings = result_settings(config, data.fingerprint, processes)
+    if point is not None:
+        saved, now = point.state["settings"], json.loads(json.dumps(settings))
+        if "imported" in point.state:  # another tool records only some of them
+            now = {key: now[key] for key in saved}
+        notices = notices + resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
+        if point.state["total_steps"] != total_steps:
+            notices.append(
+                f"{point.state['total_steps']} steps became {total_steps}: the learning-rate schedule is recomputed"
+            )
+    model = build_model(config, tokenizer, is_resume=point is not None)
+    statics = static_files(config, model, tokenizer) if processes.is_main else {}
+    optimizer = build_optimizer(config, model)
+    schedule = Schedule(config, optimizer, total_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    state = TrainingState(config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps)
+    state.settings = settings
+    state.origin = point.state.get("origin") if point is not None else None
+    accelerator.attach(state)
+    state.checkpointer = checkpointer = Checkpointer(
+        paths, processes, lambda: state.plan(config.checkpoint.save_only_model), statics,
+        zero_stage=config.strategy.zero_stage, is_async=config.checkpoint.async_save, device=accelerator.device,
+    )  # fmt: skip
+    if point is not None:
+        accelerator.load_state(str(point.folder))
+        notices += import_notices(
+            point.state, learning_rate=schedule.learning_rate, total_steps=total_steps,
+            epoch=sampler.epoch_after(point.step), accept=config.checkpoint.accept_changes,
+        )  # fmt: skip
+        notices = [f"continuing from {point.folder} at step {point.step} of {total_steps}", *notices]
+    run = Run(
+        config=config, paths=paths, processes=processes, accelerator=accelerator, model=model, optimizer=optimizer,
+        schedule=schedule, tokenizer=tokenizer, data=data, sampler=sampler, state=state, checkpointer=checkpointer,
+        save_schedule=SaveSchedule(config, len(data.train)), stop=stop, total_steps=total_steps,
+        metrics=MetricsFile(paths.metrics), run_file=RunFile(paths, processes.world_size),
+        trackers=Trackers(accelerator, config.run_name, to_dict(config), config.tracker.init_kwargs),
+        progress=Progress(total_steps, state.progress.step) if processes.is_main else NoProgress(),
+        hub=build_hub(config, paths), metric=build_metric(config),
+        watchdog=Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s),
+        last_saved_step=point.step if point is not None and point.folder.parent == paths.root else 0,
+    )  # fmt: skip
+    if processes.is_main:
+        run.metrics.trim(run.step)
+        run.run_file.update(
+            step=run.step,
+            epoch=state.progress.epoch,
+            total_steps=total_steps,
+            length=run_length(config),
+            resumed_from=config.checkpoint.resume_from_checkpoint,
+        )
+    for notice in [*notices, *data.notices, *filter(None, [run.trackers.notice])]:
+        run.progress.say(notice)
+    return run
+
+
+def build_metric(config: RunConfig) -> Any:
+    """The evaluation by generation that `eval.metric._target_` names, or None.
+
+    Raises:
+        ConfigError: it cannot be imported or refuses its arguments.
+    """
+    fields = dict(config.eval.metric)
+    target = fields.pop("_target_", None)
+    if target is None:
+        return None
+    module, _, name = str(target).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)(**fields)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError([f"eval.metric._target_={target}: {error}"]) from error
+
+
+def _yaml(config: RunConfig) -> bytes:
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode()

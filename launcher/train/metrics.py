@@ -1,0 +1,165 @@
+"""What a run tells: metrics.jsonl, trackers, run.json, and one progress line on the main process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.base import files
+from launcher.base.paths import RunPaths
+from launcher.base.process import host
+
+
+class MetricsFile:
+    """metrics.jsonl: a line per logged step, evaluation and save. Main process only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, line: dict[str, Any]) -> None:
+        with (
+            contextlib.suppress(OSError),
+            self._path.open("a", encoding="utf-8") as file,
+        ):  # a full disk must not end a run
+            file.write(json.dumps(line) + "\n")
+
+    def last(self, key: str) -> Any:
+        """The newest value of a key, also of an earlier start; None where there is none."""
+        values = [line[key] for line in files.read_json_lines(self._path) if key in line]
+        return values[-1] if values else None
+
+    def trim(self, step: int) -> None:
+        """Removes lines beyond `step`, and one that a crash cut off."""
+        if self._path.is_file():
+            kept = [line for line in files.read_json_lines(self._path) if line.get("step", 0) <= step]
+            files.replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+_RUN_FILE_S = 5.0
+
+
+class RunFile:
+    """run.json: the authority on how a run stands. Main process only."""
+
+    def __init__(self, paths: RunPaths, world_size: int) -> None:
+        self._path = paths.run_state
+        self._written = 0.0
+        self._fields: dict[str, Any] = {
+            "state": "running", "reason": None, "exit_code": None, "step": 0, "total_steps": None, "epoch": 0.0,
+            "world_size": world_size, "host": host(), "pid": os.getpid(), "job_id": os.environ.get("SLURM_JOB_ID"),
+            "started_at": time.time(), "attempt": os.environ.get("LAUNCHER_ATTEMPT"),
+        }  # fmt: skip
+
+    def is_due(self) -> bool:
+        """Whether the last write is long enough ago for mere progress: each one waits for the disk."""
+        return time.monotonic() - self._written >= _RUN_FILE_S
+
+    def update(self, **fields: Any) -> None:
+        """Changes fields and replaces the file atomically; a full disk is survived, since nothing depends on it."""
+        self._written = time.monotonic()
+        self._fields |= {**fields, "updated_at": time.time()}
+        with contextlib.suppress(OSError):
+            files.write_json(self._path, self._fields)
+
+
+class Trackers:
+    """The Accelerate tracker that `tracker=` names; one that fails is reported once and left out."""
+
+    def __init__(self, accelerator: Any, run_name: str, config: dict[str, Any], init_kwargs: dict[str, Any]) -> None:
+        self._accelerator = accelerator
+        self.notice: str | None = None
+        self._is_on = bool(accelerator.log_with)
+        try:
+            if self._is_on:
+                flat = {k: v for k, v in _flat(config) if isinstance(v, (int, float, str, bool))}
+                accelerator.init_trackers(run_name, config=flat, init_kwargs=init_kwargs)
+        except Exception as error:  # a tracker of somebody else's must never end a training
+            self._is_on, self.notice = False, f"the tracker could not start and is left out: {error}"
+
+    def log(self, line: dict[str, Any]) -> None:
+        if self._is_on:
+            values = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+            with contextlib.suppress(Exception):
+                self._accelerator.log(values, step=line["step"])
+
+    def close(self) -> None:
+        if self._is_on:
+            with contextlib.suppress(Exception):
+                self._accelerator.end_training()
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in config.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return found
+
+
+class Progress:
+    """One line: a bar in a terminal, a plain line per log in a file. `NoProgress` on the other processes."""
+
+    def __init__(self, total_steps: int, step: int) -> None:
+        self._total, self._first, self._started = total_steps, step, time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(), console=Console(stderr=True),
+            )  # fmt: skip
+            self._task = self._bar.add_task("train", total=total_steps, completed=step, text="")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Shows a line of metrics.jsonl."""
+        text = "  ".join(f"{k} {_short(v)}" for k, v in line.items() if k in _SHOWN or k.startswith("eval_"))
+        if self._bar is not None:
+            self._bar.update(self._task, text=text)
+        else:
+            step = line["step"]
+            done = max(1, step - self._first)
+            left = (time.monotonic() - self._started) / done * (self._total - step)
+            print(f"step {step}/{self._total}  {text}  left {_duration(left)}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A notice above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class NoProgress:
+    """The progress of the processes that show nothing."""
+
+    def advance(self, step: int) -> None: ...
+    def log(self, line: dict[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+_SHOWN = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
