@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,28 @@ class TensorSpec:
     @property
     def item_bytes(self) -> int:
         return _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the model file: elements [start, start + numel) of an in-memory parameter (C order).
+
+    Most parameters are one stored tensor of the same name. Experts that are held as one parameter are many: elements of
+    `experts.gate_up_proj` [E, 2I, H] are stored as `experts.0.gate_proj.weight` [I, H] and so on.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+StoredTensors = Mapping[str, tuple[StoredTensor, ...]]
+"""By in-memory name of a parameter or persistent buffer: the tensors that cover it. What is not in it is stored whole
+under its own name."""
 
 
 @dataclass(frozen=True)
