@@ -23,7 +23,7 @@ from launcher.checkpoint.resume import ResumePoint
 from launcher.checkpoint.retention import sweep_leftovers
 from launcher.config.settings import RunConfig, run_length, to_dict
 from launcher.data import StepSampler, build_data, build_tokenizer
-from launcher.hub import build_hub, fetch_checkpoint, maybe_fetch_checkpoint
+from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.model.build import build_model, static_files
 from launcher.model.optim import Schedule, build_optimizer
 from launcher.saving.interop.importing import import_checkpoint, import_notices
@@ -154,7 +154,7 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
         metrics=MetricsFile(paths.metrics), run_file=RunFile(paths, processes.world_size),
         trackers=Trackers(accelerator, config.run_name, to_dict(config), config.tracker.init_kwargs),
         progress=Progress(total_steps, state.progress.step) if processes.is_main else NoProgress(),
-        hub=build_hub(config, paths), metric=build_metric(config),
+        hub=build_hub(config, paths) if processes.is_main else NoHub(), metric=build_metric(config),
         watchdog=Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s),
         last_saved_step=point.step if point is not None and point.folder.parent == paths.root else 0,
     )  # fmt: skip
