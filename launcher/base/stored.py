@@ -1,25 +1,29 @@
-"""How a parameter in memory is cut into the tensors that a model file holds. Standard library alone."""
+"""How a parameter in memory is cut into the tensors that a model file holds."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a model file that is part of a parameter (or buffer) in memory, or all of it.
+    """A tensor of the model file: elements [start, start + numel) of an in-memory parameter (C order).
 
-    Elements [start, start + numel) of the parameter in C order are the stored tensor in C order. So an expert of a
-    mixture, which `save_pretrained` stores for itself, is a range of the parameter that holds all experts.
+    Most parameters are one stored tensor of the same name. Experts that are held as one parameter are many: elements of
+    `experts.gate_up_proj` [E, 2I, H] are stored as `experts.0.gate_proj.weight` [I, H] and so on.
     """
 
     name: str
     shape: tuple[int, ...]
-    start: int = 0
-    dtype: str | None = None
-    """safetensors' name of it where it is not that of the model's weights."""
+    start: int
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+StoredTensors = Mapping[str, tuple[StoredTensor, ...]]
+"""By in-memory name of a parameter or persistent buffer: the tensors that cover it. What is not in it is stored whole
+under its own name."""

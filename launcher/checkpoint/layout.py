@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from launcher.base.stored import StoredTensor as StoredTensor
+from launcher.base.stored import StoredTensors as StoredTensors
 
 MAX_SHARD_BYTES = 5 * 10**9
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1, "I8": 1, "I16": 2}
@@ -36,28 +39,6 @@ class TensorSpec:
     @property
     def item_bytes(self) -> int:
         return _ITEM_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the model file: elements [start, start + numel) of an in-memory parameter (C order).
-
-    Most parameters are one stored tensor of the same name. Experts that are held as one parameter are many: elements of
-    `experts.gate_up_proj` [E, 2I, H] are stored as `experts.0.gate_proj.weight` [I, H] and so on.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-StoredTensors = Mapping[str, tuple[StoredTensor, ...]]
-"""By in-memory name of a parameter or persistent buffer: the tensors that cover it. What is not in it is stored whole
-under its own name."""
 
 
 @dataclass(frozen=True)
