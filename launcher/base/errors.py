@@ -55,6 +55,10 @@ class DamagedCheckpointError(LauncherError):
     """A checkpoint is not what its manifest says; names the file and what is wrong with it."""
 
 
+class UnsafeFileError(UserError):
+    """A file is a link or no regular file where only one of this very folder may be read; names it."""
+
+
 class CheckpointWriteError(LauncherError):
     """A save failed and `checkpoint.on_error=stop`; nothing of it was committed."""
 
