@@ -1,4 +1,4 @@
-"""Reading files of a folder that may come from elsewhere: no link is followed, nothing outside is opened, no pipe hangs.
+"""Reading files of a folder that may come from elsewhere: no link is followed, nothing outside is read, no pipe hangs.
 
 A folder that was received can hold links to anything its new owner may read; what is read through them would be sent to
 the Hub. The exception is a snapshot in the Hub client's cache, which consists of links to the blobs beside it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,17 +55,26 @@ def find(
     if choice == "never":
         return None, processes.on_main(lambda: _supersede(paths, above_step=-1))
     folder = Path(choice).expanduser().resolve()
-    if processes.on_main(lambda: origin_of_newest(paths) == str(folder)):
+    # The first version wrote the path itself.
+    if processes.on_main(lambda: origin_of_newest(paths) in (origin_id(folder), str(folder))):
         return _newest(paths, processes)
     point = _explicit(folder, processes, importer)
-    point.state["origin"] = str(folder)
+    point.state["origin"] = origin_id(folder)
     keep = point.step if point.folder.parent == paths.root else -1
     point.notices += processes.on_main(lambda: _supersede(paths, above_step=keep))
     return point, point.notices
 
 
+def origin_id(folder: Path) -> str:
+    """What a checkpoint remembers of the explicit path that its run started from: enough to know it again.
+
+    Not the path itself, because checkpoints go to the Hub and a path names a machine's users and projects.
+    """
+    return hashlib.sha256(str(folder).encode()).hexdigest()
+
+
 def origin_of_newest(paths: RunPaths) -> str | None:
-    """The explicit path from which this run's newest checkpoint descends."""
+    """`origin_id` of the explicit path from which this run's newest checkpoint descends."""
     for _, folder in reversed(list(paths.checkpoint_dirs())):
         if (folder / manifest.NAME).is_file():
             origin = files.read_json_or(CheckpointPaths(folder).run_state, {}).get("origin")

@@ -51,7 +51,7 @@ class TrainingState:
         self._scaler = scaler
         self.progress = ProgressState()
         self.settings: dict[str, Any] = {}
-        self.origin: str | None = None  # the explicit path that this run started from
+        self.origin: str | None = None  # origin_id of the explicit path that this run started from
         self.trained: TrainedState = collect(model, optimizer, rank=processes.rank, world_size=processes.world_size)
         self.checkpointer: Checkpointer | None = None
         self._encoded_history: list[str] = []
@@ -150,7 +150,7 @@ class TrainingState:
         best = self._paths.checkpoint_dir(p.best_step) if p.best_step is not None else None
         return {
             "best_global_step": p.best_step, "best_metric": p.best_metric,
-            "best_model_checkpoint": str(best) if best else None,
+            "best_model_checkpoint": best.name if best else None,  # beside this one; no path of this machine
             "epoch": p.epoch, "eval_steps": config.eval.eval_steps, "global_step": p.step,
             "is_hyper_param_search": False, "is_local_process_zero": True, "is_world_process_zero": True,
             "logging_steps": config.train.logging_steps, "max_steps": self._total_steps,

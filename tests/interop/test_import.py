@@ -245,3 +245,35 @@ def test_shards_are_those_that_latest_names(tmp_path: Path) -> None:
 def test_state_is_json_without_infinities(source: Path, run: RunPaths) -> None:
     text = (do_import(source, run) / "state/state.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "trainer_state.json", "more"])
+def test_links_are_refused_when_they_would_become_files_of_ours(
+    source: Path, run: RunPaths, tmp_path: Path, name: str
+) -> None:
+    """What is imported may be pushed: nothing from outside of the folder becomes a real file of the run."""
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "key.txt").write_text("secret")
+    target: Path = private if name == "more" else private / name
+    if name != "more":
+        target.write_bytes((source / name).read_bytes() if (source / name).exists() else b"secret")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(target)
+    with pytest.raises(ResumeError, match=f"{name} is a link"):
+        do_import(source, run)
+    assert list(run.root.iterdir()) == []
+
+
+def test_no_path_of_this_machine_is_kept(source: Path, run: RunPaths, tmp_path: Path) -> None:
+    """Checkpoints go to the Hub."""
+    path = source / "trainer_state.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "best_model_checkpoint": f"{source.parent}/checkpoint-1"})
+    )
+    folder = do_import(source, run)
+    for name in ("trainer_state.json", "state/state.json"):
+        assert str(tmp_path) not in (folder / name).read_text()
+    assert read_json(folder / "trainer_state.json")["best_model_checkpoint"] == "checkpoint-1"
+    assert do_import(source, run) != folder  # the name is taken now
+    assert do_import(source, run).parent.name == "imported"  # and that one is known again

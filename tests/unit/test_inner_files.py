@@ -58,7 +58,7 @@ def test_pipes_do_not_hang(folder: Path) -> None:
 def test_large_or_odd_json_is_refused(folder: Path) -> None:
     path = folder / "x.json"
     path.write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="nested|JSON"):
+    with pytest.raises(ValueError, match=r"nested|JSON"):
         read_json_object(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match="no JSON object"):

@@ -7,6 +7,7 @@ number of processes under any strategy goes on from it.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ import torch
 from torch import nn
 
 from launcher.base import files, manifest
-from launcher.base.errors import CheckpointWriteError, DamagedCheckpointError, ResumeError, ResumeMismatchError
+from launcher.base.errors import (
+    CheckpointWriteError,
+    DamagedCheckpointError,
+    ResumeError,
+    ResumeMismatchError,
+    UnsafeFileError,
+)
+from launcher.base.inner_files import inner_file
 from launcher.base.paths import CheckpointPaths, RunPaths, checkpoint_step
 from launcher.checkpoint.engine import to_text
+from launcher.checkpoint.resume import origin_id
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM
 from launcher.checkpoint.writer import Writer
 from launcher.config.settings import RunConfig
@@ -53,6 +62,7 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
             f"checkpoint.resume_from_checkpoint={source} has neither our manifest.json nor trainer_state.json. "
             "Valid: auto, never, hf://ORG/NAME, a checkpoint-N folder of ours or of transformers' Trainer"
         )
+    _refuse_links(source)
     state = _trainer_state(source)
     step = int(state["global_step"])
     target = paths.checkpoint_dir(step)
@@ -79,9 +89,24 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
     return target
 
 
+def _refuse_links(source: Path) -> None:
+    """An import makes real files of what it reads, and those may go to the Hub: nothing from outside becomes one.
+
+    Raises:
+        ResumeError: a file or folder below it is a link, or no regular file.
+    """
+    for folder, folders, names in os.walk(source):
+        for name in [*names, *(n for n in folders if (Path(folder) / n).is_symlink())]:
+            path = Path(folder) / name
+            try:
+                inner_file(source, path.relative_to(source).as_posix())
+            except UnsafeFileError as error:
+                raise ResumeError(f"checkpoint.resume_from_checkpoint={source} is not imported: {error}") from error
+
+
 def _is_import_of(folder: Path, source: Path) -> bool:
     state = files.read_json_or(CheckpointPaths(folder).run_state, {})
-    return state.get("origin") == str(source) and not manifest.verify(folder)
+    return state.get("origin") == origin_id(source) and not manifest.verify(folder)
 
 
 def _trainer_state(source: Path) -> dict[str, Any]:
@@ -131,7 +156,10 @@ def _write(folder: Path, source: Path, foreign: Foreign, run_state: dict[str, An
         is_ours = path.name in _OWN or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in _COPIED and not is_ours:
             files.write_file(folder / path.name, path.read_bytes())
-    files.write_file(folder / "trainer_state.json", CheckpointPaths(source).trainer_state.read_bytes())
+    trainer_state = _trainer_state(source)
+    best = trainer_state.get("best_model_checkpoint")
+    trainer_state["best_model_checkpoint"] = Path(best).name if isinstance(best, str) else None  # no path of a machine
+    files.write_file(folder / "trainer_state.json", to_text(trainer_state).encode())
     files.write_file(CheckpointPaths(folder).run_state, to_text(run_state).encode())
 
 
@@ -162,8 +190,8 @@ def _run_state(
         "scaler": foreign.loss_scaler if keeps_scaler else None,
         "optimizer": {"name": config.optim.name, "groups": foreign.groups},
         "settings": _known_settings(source, foreign, config, optimizer),
-        "origin": str(source),
-        "imported": {"from": str(source), "epoch": state.get("epoch"), "learning_rate": rate},
+        "origin": origin_id(source),
+        "imported": {"from": source.name, "epoch": state.get("epoch"), "learning_rate": rate},
     }  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def export_trainer(
         if state["scaler"] and "scale" in state["scaler"]:  # DeepSpeed's own scaler has other fields
             _save(state["scaler"], folder / "scaler.pt")
         _write_rng(paths, folder)
-        trainer_state = _trainer_state(files.read_json(paths.trainer_state))
+        trainer_state = _trainer_state(files.read_json(paths.trainer_state), source.folder.parent)
         files.write_file(folder / "trainer_state.json", to_text(trainer_state).encode())
     return f"exported {source.folder} (step {state['step']}) to {target}: Trainer(...).train(resume_from_checkpoint=…)"
 
@@ -170,16 +170,16 @@ def _bytes_tensor(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _trainer_state(saved: dict[str, Any]) -> dict[str, Any]:
-    """Ours, with what the Trainer stumbles over put right."""
+def _trainer_state(saved: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Ours, with what the Trainer stumbles over put right; its best checkpoint is looked for in `run_dir`."""
     control = dict.fromkeys(
         ("should_epoch_stop", "should_evaluate", "should_log", "should_save", "should_training_stop"), False
     )
-    best = saved.get("best_model_checkpoint")
+    best = run_dir / Path(saved.get("best_model_checkpoint") or "none").name
     save_steps = saved.get("save_steps")
     return {
         **saved,
-        "best_model_checkpoint": best if best and Path(best).is_dir() else None,
+        "best_model_checkpoint": str(best) if best.is_dir() else None,
         "num_train_epochs": math.ceil(saved.get("num_train_epochs") or 1),
         "save_steps": save_steps if isinstance(save_steps, (int, float)) else 500,
         # Without its entry the Trainer's next save is a KeyError (trainer.py, _save_checkpoint).
