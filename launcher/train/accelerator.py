@@ -74,7 +74,9 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # given a backend, Accelerate expects a process group
             handlers = []
         else:
-            handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+            # With find_unused_parameters DDP keeps the buckets that it starts with. Without, it rebuilds them after its
+            # first backward (torch's reducer.cpp), so that a resumed run sums its first step in another order.
+            handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True))
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that an operator was built
         return LauncherAccelerator(kwargs_handlers=handlers, **arguments)
 

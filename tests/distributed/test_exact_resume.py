@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.base import files
+from launcher.base.paths import RunPaths
 from launcher.cli import verify
 from tests.distributed.runs import Lab, different, kill, log_text, losses, tensors, wait_until
 
 _SLOW_STEPS = '[{"kind": "sleep", "seconds": 0.05}]'
 
 
-@pytest.mark.parametrize(
-    ("strategy", "num_processes"), [("single", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
-)
-def test_weights_and_losses_equal_when_killed_after_a_save(
-    lab: Lab, tmp_path: Path, strategy: str, num_processes: int
-) -> None:
-    """Steps 11 to 20 lie inside epochs and across their ends (steps 14 and 19); dropout and accumulation are on."""
-    undisturbed = lab.run(tmp_path / "a", strategy, num_processes)
-    killed = tmp_path / "b"
-    pids = lab.start(killed, strategy, num_processes, env={"FAULTS": _SLOW_STEPS})
+_SIZES = [("single", 1), *itertools.product(("ddp", "zero1", "zero2", "zero3"), (1, 2, 3, 4))]
+_DEFAULT = {("single", 1), ("ddp", 2), ("ddp", 3), ("ddp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 3)}
+
+
+def _case(size: tuple[str, int]) -> Any:
+    return pytest.param(*size, marks=() if size in _DEFAULT else pytest.mark.slow)
+
+
+def check_exact(lab: Lab, folder: Path, strategy: str, num_processes: int, *more: str) -> RunPaths:
+    """Kills a run after its save at step 10, continues it, and compares it with one that was never killed."""
+    undisturbed = lab.run(folder / "a", strategy, num_processes, *more)
+    killed = folder / "b"
+    pids = lab.start(killed, strategy, num_processes, *more, env={"FAULTS": _SLOW_STEPS})
     wait_until(lambda: (killed / "checkpoint-10").exists(), "checkpoint-10")
     kill(pids)
     codes = lab.zygote.wait()
     assert all(codes), "the run had ended before it was killed"
     assert not (killed / "checkpoint-20").exists()
 
-    continued = lab.run(killed, strategy, num_processes)
+    continued = lab.run(killed, strategy, num_processes, *more)
 
     assert different(undisturbed.checkpoint_dir(10), continued.checkpoint_dir(10)) == []
     assert different(undisturbed.checkpoint_dir(20), continued.checkpoint_dir(20)) == []
@@ -37,6 +43,48 @@ def test_weights_and_losses_equal_when_killed_after_a_save(
     assert len(losses(continued)) == 20
     first, last = tensors(continued.checkpoint_dir(10)), tensors(continued.checkpoint_dir(20))
     assert any(not first[k].equal(last[k]) for k in first), "nothing was trained after the resume"
+    return continued
+
+
+@pytest.mark.parametrize(("strategy", "num_processes"), [_case(size) for size in _SIZES])
+def test_weights_and_losses_equal_when_killed_after_a_save(
+    lab: Lab, tmp_path: Path, strategy: str, num_processes: int
+) -> None:
+    """Steps 11 to 20 lie inside epochs and across their ends (steps 14 and 19); dropout and accumulation are on."""
+    check_exact(lab, tmp_path, strategy, num_processes)
+
+
+_LAYERDROP = (
+    "model.config={model_type: opt, hidden_size: 32, ffn_dim: 48, num_hidden_layers: 3, num_attention_heads: 4, "
+    "word_embed_proj_dim: 32, max_position_embeddings: 64, layerdrop: 0.5}",
+)  # fmt: skip
+"""Each process leaves other layers out in each forward pass: their parameters get no gradient there."""
+_MOE = (
+    "model.config={model_type: qwen3_moe, hidden_size: 32, moe_intermediate_size: 16, num_hidden_layers: 2, "
+    "head_dim: 8, num_attention_heads: 4, num_key_value_heads: 2, num_experts: 8, num_experts_per_tok: 1, "
+    "norm_topk_prob: true}",
+)  # fmt: skip
+_LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-linear")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_processes", "more"),
+    [
+        pytest.param("ddp", 3, _LAYERDROP, id="ddp-3-layerdrop"),
+        pytest.param("ddp", 3, ("model.dtype=bfloat16", "model.gradient_checkpointing=true"), id="ddp-3-bf16"),
+        pytest.param("ddp", 4, ("train.per_device_train_batch_size=1", *_MOE), id="ddp-4-moe", marks=pytest.mark.slow),
+        pytest.param("ddp", 3, (*_LORA, "model.dtype=bfloat16"), id="ddp-3-lora", marks=pytest.mark.slow),
+        pytest.param("zero2", 3, _LAYERDROP, id="zero2-3-layerdrop", marks=pytest.mark.slow),
+        pytest.param("zero2", 3, ("model.dtype=bfloat16", *_MOE), id="zero2-3-moe", marks=pytest.mark.slow),
+        pytest.param("zero3", 3, ("model.dtype=bfloat16", *_MOE), id="zero3-3-moe", marks=pytest.mark.slow),
+        pytest.param("zero3", 3, (*_LORA, "model.gradient_checkpointing=true"), id="zero3-3-lora",
+                     marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_weights_and_losses_equal_when_killed_with_other_models(
+    lab: Lab, tmp_path: Path, strategy: str, num_processes: int, more: tuple[str, ...]
+) -> None:
+    check_exact(lab, tmp_path, strategy, num_processes, *more)
 
 
 def test_run_finishes_when_another_tools_folder_has_the_name_of_its_checkpoints(lab: Lab, tmp_path: Path) -> None:
