@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.base import files
+from launcher.base import block_io
 from launcher.base.errors import DamagedCheckpointError
 
 FORMAT = "launcher-checkpoint"
@@ -76,7 +76,7 @@ def hash_file(path: Path) -> FileEntry:
     size = path.stat().st_size
     whole, chunks = hashlib.sha256(), []
     chunk, read = hashlib.sha256(), 0
-    for block in files.read_blocks(path, min(_BLOCK_BYTES, CHUNK_BYTES)):
+    for block in block_io.read_blocks(path, min(_BLOCK_BYTES, CHUNK_BYTES)):
         whole.update(block)
         read += len(block)
         if size > CHUNK_BYTES:  # else the file's hash is that of its only chunk

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from launcher.base import process
-from launcher.base.files import BLOCK_BYTES
+from launcher.base.block_io import BLOCK_BYTES
 from launcher.checkpoint.layout import FileLayout, Place, TensorSpec, plan_files, weight_index
 from launcher.checkpoint.segments import Segment, TrainedState, persistent_buffers
 

@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.base import files, manifest
+from launcher.base import block_io, files, manifest
 from launcher.base.process import die_with_parent, use_resting_cores, yield_cores
 
 DELETED_PREFIX = ".tmp-deleted-"
@@ -67,7 +67,7 @@ class Writer:
         self._edges = {}
         for path, ranges in by_file.items():
             if ranges:
-                self._edges[folder / path] = [edge for data, offset in ranges for edge in files.edges(data, offset)]
+                self._edges[folder / path] = [edge for data, offset in ranges for edge in block_io.edges(data, offset)]
                 _write_ranges(folder / path, command["files"][path], ranges)
         for path, data in self._statics.items() if command["statics"] else ():
             target = folder / path
@@ -85,7 +85,7 @@ class Writer:
         """
         edges, self._edges = self._edges, {}
         for path, parts in edges.items():
-            files.check_bytes(path, parts)
+            block_io.check_bytes(path, parts)
         hashed = manifest.hash_files(Path(command["dir"]), command["files"])
         return {"event": "hashed", "step": command["step"], "entries": [entry.to_dict() for entry in hashed]}
 
@@ -155,7 +155,7 @@ class Writer:
 
 
 def _write_ranges(path: Path, size: int, ranges: list[tuple[memoryview, int]]) -> None:
-    file = files.RangeWriter(path, size)
+    file = block_io.RangeWriter(path, size)
     try:
         for data, offset in ranges:
             file.write(data, offset)
@@ -187,7 +187,7 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         if command["cmd"] == "read":
-            command = files.read_json(Path(command["path"]))
+            command = json.loads(Path(command["path"]).read_bytes())  # /proc/PID/fd/N of our own rank, a link
         answers = writer.execute(command)
         waited, waited_before = _waited_for_core_s(), waited
         for answer in answers:

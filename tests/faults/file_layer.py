@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.base import files, manifest
+from launcher.base import block_io, files, manifest
 from launcher.base.paths import RunPaths
 from launcher.checkpoint import retention
 from launcher.checkpoint.layout import TensorSpec, plan_files
@@ -81,7 +81,7 @@ def _ranges(rank: int) -> list[list[Any]]:
         for place in layout.places:
             half = place.spec.num_bytes // 2
             offset = place.offset + rank * half
-            position += (offset - position) % files.BLOCK_BYTES
+            position += (offset - position) % block_io.BLOCK_BYTES
             ranges.append([place.path, offset, position, half])
             position += half
     return ranges

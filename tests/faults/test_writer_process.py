@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from launcher.base import files, manifest
+from launcher.base import block_io, manifest
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult
 from launcher.checkpoint.layout import TensorSpec, plan_files
@@ -318,10 +318,10 @@ def test_whole_blocks_are_written_past_the_page_cache_and_the_edges_are_right(tm
     border = 1_500_001
     path = tmp_path / "file"
     for low, high in ((7, border), (border, len(content) - 5)):
-        buffer = mmap.mmap(-1, high - low + files.BLOCK_BYTES)
-        shift = low % files.BLOCK_BYTES
+        buffer = mmap.mmap(-1, high - low + block_io.BLOCK_BYTES)
+        shift = low % block_io.BLOCK_BYTES
         buffer[shift : shift + high - low] = content[low:high]
-        file = files.RangeWriter(path, len(content))
+        file = block_io.RangeWriter(path, len(content))
         with pytest.MonkeyPatch.context() as patch:
             real = os.pwrite
 
@@ -353,10 +353,10 @@ def test_a_save_fails_when_a_shared_block_lost_what_one_of_two_writers_wrote(tmp
         }  # fmt: skip
         assert [answer["event"] for answer in writers[-1].execute(command)] == ["written"]
     assert (tmp_path / "file").read_bytes() == content
-    block = border // files.BLOCK_BYTES * files.BLOCK_BYTES
+    block = border // block_io.BLOCK_BYTES * block_io.BLOCK_BYTES
     with (tmp_path / "file").open("r+b") as file:
         file.seek(block)
-        file.write(content[block:border] + bytes(block + files.BLOCK_BYTES - border))
+        file.write(content[block:border] + bytes(block + block_io.BLOCK_BYTES - border))
     command = {"cmd": "hash", "step": 1, "dir": str(tmp_path), "files": ["file"]}
     answers = [answer for writer in writers for answer in writer.execute(command)]
     assert [answer["event"] for answer in answers] == ["hashed", "failed"]
@@ -374,7 +374,7 @@ def test_edges_are_the_parts_in_blocks_that_others_may_write(
     offset: int, length: int, expected: list[tuple[int, int]]
 ) -> None:
     data = memoryview(bytes(length))
-    assert [(start, len(part)) for part, start in files.edges(data, offset)] == expected
+    assert [(start, len(part)) for part, start in block_io.edges(data, offset)] == expected
 
 
 def test_everything_is_written_when_the_file_system_refuses_direct_writes(
@@ -389,7 +389,7 @@ def test_everything_is_written_when_the_file_system_refuses_direct_writes(
 
     monkeypatch.setattr(os, "pwrite", refuse)
     content = os.urandom(2**20)
-    file = files.RangeWriter(tmp_path / "file", len(content))
+    file = block_io.RangeWriter(tmp_path / "file", len(content))
     file.write(memoryview(content)[:600_000], 0)
     file.write(memoryview(content)[600_000:], 600_000)
     file.sync()

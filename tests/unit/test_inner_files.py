@@ -51,7 +51,7 @@ def test_pipes_do_not_hang(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     with pytest.raises(UnsafeFileError, match="no regular file"):
         inner_file(folder, "pipe")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="is a pipe"):
         read_regular(folder / "pipe", 10)
 
 
@@ -63,7 +63,7 @@ def test_large_or_odd_json_is_refused(folder: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(ValueError, match="no JSON object"):
         read_json_object(path)
-    with pytest.raises(OSError, match="more than 2 bytes"):
+    with pytest.raises(OSError, match="longer than 2 bytes"):
         read_regular(path, 2)
 
 

@@ -1,0 +1,222 @@
+"""The file layer: links, pipes and planted names are refused; nothing outside is read, written or deleted."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.base import files
+from launcher.base.block_io import RangeWriter
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    made = tmp_path / "run"
+    (made / "checkpoint-1" / "state").mkdir(parents=True)
+    (made / "checkpoint-1" / "state" / "state.json").write_text("{}")
+    return made
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    made = tmp_path / "elsewhere"
+    (made / "deep" / "er").mkdir(parents=True)
+    for name in ("a", "deep/b", "deep/er/c"):
+        (made / name).write_text("precious")
+    return made
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --------------------------------------------------------------------------- deleting
+
+
+@pytest.mark.parametrize("name", ["elsewhere", "elsewhere/deep", "elsewhere/a", "nowhere"])
+def test_only_the_link_goes_when_a_link_is_deleted(run: Path, elsewhere: Path, name: str) -> None:
+    before = contents(elsewhere)
+    (run / ".tmp-checkpoint-7").symlink_to(run.parent / name)
+    files.remove_tree(run / ".tmp-checkpoint-7")
+    assert not files.is_taken(run / ".tmp-checkpoint-7")
+    assert contents(elsewhere) == before
+
+
+def test_links_inside_are_deleted_and_not_walked(run: Path, elsewhere: Path) -> None:
+    before = contents(elsewhere)
+    tree = run / ".tmp-checkpoint-7"
+    (tree / "state").mkdir(parents=True)
+    (tree / "model.safetensors").symlink_to(elsewhere / "a")
+    (tree / "state" / "more").symlink_to(elsewhere / "deep")
+    (tree / "own").write_text("x")
+    os.mkfifo(tree / "state" / "pipe")
+    files.remove_tree(tree)
+    assert not files.is_taken(tree)
+    assert contents(elsewhere) == before
+
+
+def test_nothing_is_deleted_when_a_folder_above_is_a_link(run: Path, elsewhere: Path) -> None:
+    before = contents(elsewhere)
+    (run / "imported").symlink_to(elsewhere)
+    with pytest.raises(OSError, match="imported is a link"):
+        files.remove_tree(run / "imported" / "deep", within=run)
+    assert contents(elsewhere) == before
+
+
+def test_nothing_outside_is_deleted_when_a_folder_becomes_a_link_meanwhile(
+    run: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each operation in turn, the folder that is being deleted is moved away and a link put in its place."""
+    before = contents(elsewhere)
+    for at in range(8):
+        tree = run / f".tmp-checkpoint-{at}"
+        (tree / "deep" / "er").mkdir(parents=True)
+        for name in ("a", "deep/b", "deep/er/c"):
+            (tree / name).write_text("ours")
+        count = 0
+
+        def swap(name: str, path: Path, at: int = at, tree: Path = tree) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                tree.rename(tree.with_name(f"moved-{at}"))
+                tree.symlink_to(elsewhere)
+
+        monkeypatch.setattr(files, "on_operation", swap)
+        files.remove_tree(tree)
+        assert contents(elsewhere) == before
+
+
+def test_trees_that_no_run_makes_are_refused_when_deleted(run: Path) -> None:
+    folder = run / ".tmp-checkpoint-7"
+    (folder / "/".join("x" * 100)).mkdir(parents=True)
+    with pytest.raises(OSError, match="folders in each other"):
+        files.remove_tree(folder)
+    with pytest.raises(OSError, match="folders in each other"):
+        files.list_files(folder)
+
+
+# --------------------------------------------------------------------------- writing
+
+WRITES: dict[str, Callable[[Path, Path], Any]] = {
+    "write_file": lambda path, root: files.write_file(path, b"new", within=root),
+    "replace_file": lambda path, root: files.replace_file(path, b"new", within=root),
+    "write_json": lambda path, root: files.write_json(path, [], within=root),
+    "append": lambda path, root: files.open_append(path, within=root).close(),
+    "copy": lambda path, root: files.copy_file(root / "checkpoint-1" / "state" / "state.json", path, within=root),
+    "exclusive": lambda path, root: os.close(files.create_exclusive(path, within=root)),
+    "ranges": lambda path, root: RangeWriter(path, 10, within=root).close(),
+}
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder link"])
+@pytest.mark.parametrize("write", WRITES)
+def test_nothing_outside_is_written_when_a_name_was_planted(run: Path, elsewhere: Path, write: str, kind: str) -> None:
+    before = contents(elsewhere)
+    path = run / "planted"
+    if kind == "link":
+        path.symlink_to(elsewhere / "a")
+    elif kind == "hard link":
+        path.hardlink_to(elsewhere / "a")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(elsewhere)
+        path = path / "new"
+    try:
+        WRITES[write](path, run)
+    except OSError as error:
+        assert str(error)
+    else:
+        assert (
+            write in ("write_file", "replace_file", "write_json", "copy") and path.is_file() and not path.is_symlink()
+        )
+    assert contents(elsewhere) == before
+
+
+def test_a_replacement_cannot_be_foreseen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(files, "on_operation", lambda name, path: seen.append(path.name) if name == "write" else None)
+    files.replace_file(run / "run.json", b"1")
+    files.replace_file(run / "run.json", b"2")
+    assert len(set(seen)) == 2 and (run / "run.json").read_bytes() == b"2"
+    assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []
+
+
+def test_file_modes_are_kept_when_asked_for(run: Path) -> None:
+    files.write_json(run / "private.json", {}, mode=0o600)
+    assert (run / "private.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_no_descriptor_is_left_when_a_file_cannot_be_made_long_enough(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        with pytest.raises(OSError, match="No space"):
+            RangeWriter(run / "model.safetensors", 10)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# --------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("kind", ["link", "folder link", "pipe", "socket", "folder", "dots"])
+def test_odd_files_are_named_and_not_opened(run: Path, elsewhere: Path, kind: str) -> None:
+    path = run / "planted"
+    if kind == "link":
+        path.symlink_to(elsewhere / "a")
+    elif kind == "folder link":
+        path.symlink_to(elsewhere)
+        path = path / "a"
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        made = socket.socket(socket.AF_UNIX)
+        made.bind(str(path))
+        made.close()
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = run / "checkpoint-1" / ".." / ".." / "elsewhere" / "a"
+    with pytest.raises(OSError, match=r"planted|elsewhere"):
+        files.open_read(path, within=run)
+    assert files.read_json_or(path, {"missing": True}, within=run) == {"missing": True}
+    assert list(files.read_json_lines(path, within=run)) == []
+
+
+def test_the_folder_itself_may_be_reached_through_links(run: Path) -> None:
+    (run.parent / "scratch").symlink_to(run)
+    (run.parent / "linked").symlink_to(run / "checkpoint-1")
+    for root, name in ((run.parent / "scratch", "checkpoint-1/state"), (run.parent / "linked", "state")):
+        assert files.read_json(root / name / "state.json", within=root) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "[" * 101 + "]" * 101, '{"a":' * 500 + "1" + "}" * 500, '"\\ud800"', "", "{", "1" * 5000, "\0"],
+)
+def test_json_that_no_program_writes_is_a_value_error(run: Path, text: str) -> None:
+    (run / "x.json").write_text(text)
+    with pytest.raises(ValueError):
+        files.read_json(run / "x.json")
+    assert files.read_json_or(run / "x.json", {}) == {}
+    (run / "x.jsonl").write_text(f'{text}\n{{"step": 1}}\n')
+    assert list(files.read_json_lines(run / "x.jsonl"))[-1:] == [{"step": 1}]
+
+
+def test_json_is_read_up_to_its_bounds(run: Path) -> None:
+    for text, value in (('"\\ud83d\\ude00"', "\U0001f600"), ("[" * 100 + "]" * 100, ...), ("NaN", ...)):
+        (run / "x.json").write_text(text)
+        assert value in (files.read_json(run / "x.json"), ...)
+    with pytest.raises(OSError, match="longer than 2 bytes"):
+        files.read_json(run / "x.json", max_bytes=2)
