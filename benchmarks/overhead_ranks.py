@@ -13,23 +13,23 @@ from benchmarks.rank import build_product, finish, read_spec
 def main() -> None:
     spec = read_spec()
     run = build_product(spec["settings"])
-    from launcher.saving import saver as saving
     from launcher.train import loop
 
-    batches = bare.batches(run.accelerator)
+    batches = bare.batches(run.train_step.accelerator)
 
     def ours() -> None:
         """What `fit` does in every step."""
         run.watchdog.alive()
-        agreed = loop.train_step(run)
-        saving.follow_save(run, agreed)
+        agreed = loop.train(run)
+        run.saver.follow(agreed.num_undone, agreed.num_failed)
         loop.log(run, agreed)
-        loop.maybe_save(run, agreed, loop.maybe_evaluate(run))
-        run.progress.advance(run.step)
+        loop.maybe_evaluate(run)
+        run.saver.maybe_save(is_due=agreed.is_save_due)
+        run.recorder.advance(run.step, run.state.progress.epoch, run.hub.status)
         run.hub.poll()
 
     def plain() -> None:
-        bare.step(run.accelerator, run.model, run.optimizer, next(batches))
+        bare.step(run.train_step.accelerator, run.train_step.model, run.train_step.optimizer, next(batches))
 
     kinds: dict[str, Callable[[], None]] = {"ours": ours, "bare": plain}
     found: dict[str, list[float]] = {"ours": [], "bare": []}
@@ -44,7 +44,7 @@ def main() -> None:
             times.append(time.perf_counter() - started)
         if block >= 2:  # the first block of each warms up
             found[name].append(statistics.median(times))
-    run.checkpointer.close()
+    run.saver.close()
     finish(spec, found)
 
 

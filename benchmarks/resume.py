@@ -18,7 +18,7 @@ def ours(spec: dict[str, Any]) -> None:
 
     run = build_product(spec["settings"])
     assert run.step > 0, "nothing was resumed"
-    loop.train_step(run)
+    loop.train(run)
 
 
 def plain(spec: dict[str, Any]) -> None:

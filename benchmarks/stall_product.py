@@ -17,12 +17,14 @@ class Bench:
     """One training run, its steps timed between the ends of steps: they end with a collective, on all ranks at once."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        from launcher.base.paths import RunPaths
         from launcher.checkpoint.engine import Phase
-        from launcher.saving import saver as saving
         from launcher.train import loop
 
         self.run = build_product(spec["settings"])
-        self.loop, self.saving, self.idle = loop, saving, Phase.IDLE
+        self.loop, self.idle = loop, Phase.IDLE
+        self.paths = RunPaths(Path(spec["settings"]["output_dir"]).resolve())
+        self.checkpointer = self.run.saver.checkpointer
         self.num_usual: int = spec["num_usual"]
         self.max_during: int = spec["max_during"]
         self.plain_dir = Path(spec["work_dir"]) / "plain"
@@ -32,7 +34,8 @@ class Bench:
         }  # fmt: skip
 
     def step(self) -> None:
-        self.saving.follow_save(self.run, self.loop.train_step(self.run))
+        agreed = self.loop.train(self.run)
+        self.run.saver.follow(agreed.num_undone, agreed.num_failed)
 
     def usual(self) -> list[float]:
         """The steps right before what is measured, with nothing in the background."""
@@ -43,8 +46,8 @@ class Bench:
     def clean(self) -> None:
         """Removes what was saved and lets the disk come to rest, outside every measurement."""
         self.run.processes.barrier()  # the others may still be saving
-        if self.run.is_main:
-            shutil.rmtree(self.run.paths.checkpoint_dir(self.run.last_saved_step), ignore_errors=True)
+        if self.run.processes.is_main:
+            shutil.rmtree(self.paths.checkpoint_dir(self.run.saver.saved_step), ignore_errors=True)
             shutil.rmtree(self.plain_dir, ignore_errors=True)
             os.sync()
         self.run.processes.barrier()
@@ -55,18 +58,18 @@ class Bench:
         """The save of the loop and the step after it; then steps while the writers work."""
         usual = self.usual()
         started = time.perf_counter()
-        self.saving.save(self.run)
+        self.run.saver.save()
         call = time.perf_counter() - started
         self.step()
         self.found["ours"].append(lost(time.perf_counter() - started, usual))
         self.found["ours_call"].append(call)
         during: list[float] = []
-        while self.run.checkpointer.phase is not self.idle and len(during) < self.max_during:
+        while self.checkpointer.phase is not self.idle and len(during) < self.max_during:
             during.append(timed(self.step))
-        if self.run.checkpointer.phase is self.idle:
+        if self.checkpointer.phase is self.idle:
             self.found["write"].append(time.perf_counter() - started)
             during = during[:-1]  # the write ended somewhere inside it
-        self.saving.wait_for_save(self.run)
+        self.run.saver.wait()
         median = statistics.median(usual)
         self.found["during_write"] += [[value, value / median - 1] for value in during]
 
@@ -76,7 +79,7 @@ class Bench:
 
         usual = self.usual()
         started = time.perf_counter()
-        Accelerator.save_state(self.run.accelerator, str(self.plain_dir))
+        Accelerator.save_state(self.run.train_step.accelerator, str(self.plain_dir))
         call = time.perf_counter() - started
         self.step()
         self.found["plain"].append(lost(time.perf_counter() - started, usual))
@@ -86,7 +89,7 @@ class Bench:
         """One copy of as many bytes as this process's state has, into memory that was written before."""
         import torch
 
-        size = self.run.checkpointer.plan.buffer_bytes
+        size = self.checkpointer.plan.buffer_bytes
         source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
         for _ in range(3):
             self.run.processes.barrier()
@@ -107,12 +110,12 @@ class Bench:
         """The unmeasured first save of each kind, with the memory it takes."""
 
         def ours() -> None:
-            self.saving.save(self.run)
-            self.saving.wait_for_save(self.run)
+            self.run.saver.save()
+            self.run.saver.wait()
 
         found = self.found
         found["memory_ours"] = self.memory(ours)
-        writer = Path(f"/proc/{self.run.checkpointer.writer_pid}/smaps_rollup").read_text().splitlines()
+        writer = Path(f"/proc/{self.checkpointer.writer_pid}/smaps_rollup").read_text().splitlines()
         private = [int(line.split()[1]) * 1024 for line in writer if line.startswith("Private")]
         found["memory_writer"] = sum(private)
         self.clean()
@@ -121,10 +124,10 @@ class Bench:
 
         if self.run.processes.world_size > 1:
             found["memory_plain"] = self.memory(
-                lambda: Accelerator.save_state(self.run.accelerator, str(self.plain_dir))
+                lambda: Accelerator.save_state(self.run.train_step.accelerator, str(self.plain_dir))
             )
             self.clean()
-        plan = self.run.checkpointer.plan
+        plan = self.checkpointer.plan
         found["own_bytes"], found["total_bytes"] = plan.buffer_bytes, plan.total_bytes
         found["num_params"] = sum(info.numel for info in self.run.state.trained.params)
 
@@ -143,8 +146,8 @@ class Bench:
         path.unlink()
 
     def _save_and_wait(self) -> None:
-        self.saving.save(self.run)
-        self.saving.wait_for_save(self.run)
+        self.run.saver.save()
+        self.run.saver.wait()
 
 
 def _write_raw(path: Path, data: memoryview) -> None:
@@ -172,7 +175,7 @@ def main() -> None:
         bench.step()
         bench.plain()
         bench._save_and_wait()
-    bench.run.checkpointer.close()
+    bench.run.saver.close()
     finish(spec, bench.found)
 
 

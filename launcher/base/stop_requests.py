@@ -61,6 +61,11 @@ class StopRequests:
                 return 1 + REASONS.index("time_limit")
         return 1 if self._signalled else 0
 
+    def votes(self, save_s: float, step_s: float) -> tuple[int, int]:
+        """What this process adds to an agreement: on the main one its `reason_code`; whether it was asked."""
+        code = self.reason_code(save_s, step_s)
+        return (code if self._is_main else 0), int(code > 0)
+
     def clear(self) -> None:
         """Removes the STOP file: it was obeyed."""
         with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import enum
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +22,6 @@ from typing import Any
 import torch
 
 from launcher.base.errors import CheckpointWriteError
-from launcher.base.files import free_bytes
-from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
 from launcher.checkpoint import snapshot
 from launcher.checkpoint.snapshot import HostCopies, SnapshotPlan
@@ -63,19 +62,20 @@ class _InFlight:
 
 
 class Checkpointer:
-    """Saves a run's state. Everything except `poll` is collective.
+    """Saves a run's state. Everything except `status` is collective.
 
     Args:
         plan: gives the snapshot plan; called at each save, when the optimizer has its state.
         statics: files that are the same in every checkpoint, by relative path (main process).
+        hang_timeout_s: a writer that did nothing for so long is ended, and its save fails.
     """
 
     def __init__(
-        self, paths: RunPaths, processes: Processes, plan: Callable[[], SnapshotPlan], statics: dict[str, bytes], *,
-        zero_stage: int, is_async: bool, device: torch.device,
+        self, processes: Processes, plan: Callable[[], SnapshotPlan], statics: dict[str, bytes], *, zero_stage: int,
+        is_async: bool, device: torch.device, hang_timeout_s: float = math.inf,
     ) -> None:  # fmt: skip
-        self._paths, self._processes, self._make_plan = paths, processes, plan
-        self._zero_stage = zero_stage
+        self._processes, self._make_plan = processes, plan
+        self._zero_stage, self._hang_timeout_s = zero_stage, hang_timeout_s
         self._cuda = device.type == "cuda"
         self._buffer = SnapshotBuffer()
         self._statics = statics
@@ -89,6 +89,7 @@ class Checkpointer:
         self._own_work_done = True
         self._own_error: str | None = None
         self._num_outstanding = 0  # answers to retain and discard that have not come yet
+        self._target, self._attempt = Path(), 0
         self.phase = Phase.IDLE
 
     @property
@@ -102,35 +103,51 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ save
 
-    def missing_bytes(self) -> tuple[int, int]:
-        """(bytes a save needs, bytes free); main process."""
-        needed = self.plan.total_bytes + sum(map(len, self._statics.values())) + _MARGIN_BYTES
-        return needed, free_bytes(self._paths.root)
+    def needed_bytes(self) -> int:
+        """What a save needs on disk, of all processes together."""
+        return self.plan.total_bytes + sum(map(len, self._statics.values())) + _MARGIN_BYTES
+
+    def reserve(self) -> None:
+        """Takes the host memory of a save now, rather than hours later inside the first one.
+
+        Raises:
+            CheckpointWriteError: there is not enough.
+        """
+        try:
+            self._reserve(self.plan)
+        except (OSError, MemoryError) as error:
+            raise CheckpointWriteError(
+                f"a save keeps a copy of this process's state in host memory, and {self.plan.buffer_bytes:,} bytes "
+                f"cannot be had: {error}. More processes or another strategy hold less each (strategy=zero3); to train "
+                "without checkpoints: checkpoint=off"
+            ) from error
+
+    def _reserve(self, plan: SnapshotPlan) -> None:
+        if self._buffer.reserve(plan.buffer_bytes, pin=self._cuda):
+            self._writer.stop()  # it has the old one
 
     def use_plan(self, plan: SnapshotPlan) -> None:
         """Replaces the plan, for the last save of a run without checkpoints."""
         self._plan = plan
 
-    def save(self, step: int, texts: dict[str, str], target: Path | None = None) -> float:
-        """Snapshots the state of `step` and hands it to the writers; the folder appears later.
+    def save(self, step: int, texts: dict[str, str], target: Path) -> float:
+        """Snapshots the state of `step` and hands it to the writers; the folder `target` appears later.
 
-        Collective; the phase must be IDLE. After a crash only `.tmp-checkpoint-*` can remain, which resume ignores.
+        Collective; the phase must be IDLE. After a crash only `.tmp-NAME` beside it can remain, which resume ignores.
 
         Args:
             texts: this process's small files, by relative path.
-            target: the committed folder's name instead of `checkpoint-N`.
 
         Returns:
             Seconds that the call took.
         """
         assert self.phase is Phase.IDLE, "a save is still in flight"
         started = time.monotonic()
-        plan, folder = self.plan, self._paths.temporary_dir(step)
+        plan, folder = self.plan, self._temporary(target)
         self._own_error, self._own_work_done = None, False
         main = self._processes.is_main
         try:
-            if self._buffer.reserve(plan.buffer_bytes, pin=self._cuda):
-                self._writer.stop()
+            self._reserve(plan)
             self._writer.start()
             self._snapshot(plan)
         except (OSError, MemoryError, WriterDied) as error:
@@ -147,14 +164,21 @@ class Checkpointer:
             "texts": texts, "statics": main,
         }  # fmt: skip
         commit = {
-            "cmd": "commit", "step": step, "dir": str(folder),
-            "target": str(target or self._paths.checkpoint_dir(step)),
+            "cmd": "commit", "step": step, "dir": str(folder), "target": str(target),
             "world_size": self._processes.world_size, "zero_stage": self._zero_stage, "files": list(sizes),
         }  # fmt: skip
         self.phase = Phase.WRITING
         self._flight = _InFlight(step, started, 0.0, sizes, commit)
         self._flight.stall_s = time.monotonic() - started
         return self._flight.stall_s
+
+    def _temporary(self, target: Path) -> Path:
+        """Where a save is written before it gets its name; a second attempt at it has a folder of its own, since the
+        first one's may still be being discarded."""
+        self._attempt = self._attempt + 1 if target == self._target else 1
+        self._target = target
+        suffix = f".{self._attempt}" if self._attempt > 1 else ""
+        return target.with_name(f".tmp-{target.name.removeprefix('.tmp-')}{suffix}")
 
     def _snapshot(self, plan: SnapshotPlan) -> None:
         live, waiting = plan.copies[: plan.num_live], plan.copies[plan.num_live :]
@@ -196,7 +220,9 @@ class Checkpointer:
         if self.phase is Phase.WRITING and self._unsent is not None and timeout_s:
             self.finish_snapshot()
         try:
-            answers = self._writer.poll(timeout_s if not self._own_work_done else 0.0)
+            has_work = not self._own_work_done or self._num_outstanding
+            answers = self._writer.poll(timeout_s if has_work else 0.0)
+            self._end_idle_writer(self._hang_timeout_s)
         except WriterDied as error:
             answers, self._num_outstanding = [], 0
             if self.phase is not Phase.IDLE and not self._own_work_done:
@@ -205,6 +231,19 @@ class Checkpointer:
             self._take(answer)
         has_failed = self._own_error is not None
         return int(not self._own_work_done and not has_failed), int(has_failed)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether this process's writer has work and stands still: stopped, or its file system does not answer."""
+        return self._writer.standstill_s() > self._writer.patience_s()
+
+    def _end_idle_writer(self, patience_s: float) -> None:
+        """Raises: WriterDied, after a writer that has stood still for longer was ended."""
+        standstill_s = self._writer.standstill_s()
+        if standstill_s > patience_s:
+            pid = self._writer.pid
+            self._writer.kill()
+            raise WriterDied(f"the writer process {pid} stood still for {standstill_s:.0f} s and was ended")
 
     def _take(self, answer: dict[str, Any]) -> None:
         event, flight = answer["event"], self._flight
@@ -272,14 +311,39 @@ class Checkpointer:
         except (OSError, WriterDied):
             self._num_outstanding = 0
 
-    def wait(self, on_wait: Callable[[], None] = lambda: None) -> SaveResult | None:
-        """Waits until no save is in flight; gives its result if one was. Collective."""
+    def wait(
+        self, on_wait: Callable[[], None] = lambda: None, is_urgent: Callable[[], bool] = lambda: False
+    ) -> SaveResult | None:
+        """Waits until no save is in flight; gives its result if one was. Collective.
+
+        Where a writer stands still it returns early, with the save still in flight: training goes on meanwhile, and
+        after hang_timeout_s the writer is ended. If the wait is urgent on any process, it is ended at once instead.
+        """
         result = None
         while self.phase is not Phase.IDLE and result is None:
-            undone, failed = self._processes.sum(self.status(timeout_s=0.2))
-            result = self.advance(undone, failed)
+            undone, failed = self.status(timeout_s=0.2)
+            asked = [undone, failed, self.is_stuck, is_urgent()]
+            num_undone, num_failed, num_stuck, num_urgent = self._processes.sum(asked)
+            if num_stuck and not num_urgent:
+                return None
+            if num_stuck:
+                self._replace_stuck()
+            else:
+                result = self.advance(num_undone, num_failed)
             on_wait()
         return result
+
+    def _replace_stuck(self) -> None:
+        if self.is_stuck:
+            try:
+                self._end_idle_writer(0.0)
+            except WriterDied as error:
+                self._num_outstanding, self._own_error = 0, str(error)
+
+    def settle(self) -> None:
+        """Main process: waits until what a failed save left behind is gone from the disk, so that its room is free."""
+        while self._num_outstanding and not self.is_stuck:
+            self.status(timeout_s=0.2)
 
     def expire(self, folders: list[Path]) -> None:
         """Main process: has the writer delete these checkpoints (rename first), behind whatever it does."""

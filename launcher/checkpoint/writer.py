@@ -93,12 +93,16 @@ class Writer:
         """Main process only, once everything is hashed: manifest last, rename, fsync of the parent."""
         started = time.monotonic()
         folder, target = Path(command["dir"]), Path(command["target"])
-        if target.exists():
-            raise FileExistsError(f"{target} exists already and is not of this run: move it away")
         built = manifest.build(
             folder, step=command["step"], world_size=command["world_size"], zero_stage=command["zero_stage"],
             hashed=map(manifest.FileEntry.from_dict, command["hashed"]),
         )  # fmt: skip
+        committed = {"event": "committed", "step": command["step"], "bytes": built.total_bytes}
+        if target.exists():
+            if not _holds(target, built):
+                raise FileExistsError(f"{target} exists already and is not of this run: move it away")
+            files.remove_tree(folder)  # the attempt before was committed after all, as its writer was ended
+            return {**committed, "seconds": time.monotonic() - started}
         missing = [p for p in command["files"] if p not in {f.path for f in built.files}]
         if missing:
             raise FileNotFoundError(f"not written: {', '.join(missing)}")
@@ -106,8 +110,7 @@ class Writer:
         for inner in sorted({folder / parent for f in built.files for parent in Path(f.path).parents}, reverse=True):
             files.fsync_dir(inner)
         files.rename(folder, target)
-        seconds = time.monotonic() - started
-        return {"event": "committed", "step": command["step"], "bytes": built.total_bytes, "seconds": seconds}
+        return {**committed, "seconds": time.monotonic() - started}
 
     def retain(self, command: dict[str, Any]) -> dict[str, Any]:
         """Deletes what retention chose; renames first, so that no half checkpoint keeps a valid name."""
@@ -152,6 +155,14 @@ class Writer:
                     "errno": number,
                 }
             ]
+
+
+def _holds(target: Path, built: manifest.Manifest) -> bool:
+    """Whether a folder is a checkpoint of ours with the very same content."""
+    try:
+        return manifest.read(target) == built
+    except (OSError, ValueError):
+        return False
 
 
 def _write_ranges(path: Path, size: int, ranges: list[tuple[memoryview, int]]) -> None:

@@ -7,18 +7,23 @@ import contextlib
 import json
 import mmap
 import os
+import select
 import selectors
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from launcher.checkpoint.writer import Writer
 
-_PIPE_BYTES = 2**14
-"""What surely fits into a pipe that nobody reads at the moment; longer commands (the file headers and ranges of a save)
-are put into a memfd: training would stand still until the low-priority writer has read them."""
+_PIPE_BYTES = select.PIPE_BUF
+"""What is written to a pipe whole or not at all; longer commands (the file headers and ranges of a save) are put into a
+memfd: training would stand still until the low-priority writer has read them."""
+_STOPPED_S, _SILENT_S = 10.0, 60.0
+"""How long a writer with work may do nothing: where a signal has stopped it; else (one long fsync looks the same)."""
 
 
 class SnapshotBuffer:
@@ -60,7 +65,46 @@ class SnapshotBuffer:
 
 
 class WriterDied(Exception):
-    """The writer process ended on its own (killed, out of memory)."""
+    """The writer process ended (killed, out of memory), or takes no more commands."""
+
+
+class Activity:
+    """What a process has done so far, as the kernel counts it: nothing that it would have to tell itself.
+
+    Time on a core and bytes read and written, of all its threads. They stand still where it was stopped, and where a
+    file system does not answer.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._folder = Path(f"/proc/{pid}")
+        self._last = self._now()
+        self._moved_at = time.monotonic()
+
+    def _now(self) -> tuple[str, ...]:
+        found = []
+        for name in ("stat", "schedstat", "io"):
+            with contextlib.suppress(OSError):
+                text = (self._folder / name).read_text(errors="replace")
+                found.append(" ".join(text.rpartition(")")[2].split()[11:15]) if name == "stat" else text)
+        return tuple(found)
+
+    def restart(self) -> None:
+        """It has new work: what it did not do before does not count."""
+        self._moved_at = time.monotonic()
+
+    def standstill_s(self) -> float:
+        """Seconds since it was last seen doing something."""
+        now = self._now()
+        if now != self._last:
+            self._last, self._moved_at = now, time.monotonic()
+        return time.monotonic() - self._moved_at
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped it."""
+        with contextlib.suppress(OSError, IndexError):
+            return (self._folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "Tt"
+        return False
 
 
 class WriterClient:
@@ -72,6 +116,9 @@ class WriterClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
         self._commands: list[int] = []
+        self._num_unanswered = 0
+        self._activity: Activity | None = None
+        self._ended: list[subprocess.Popen[bytes]] = []  # killed, but not yet gone
         self._priority = self._own_priority = "idle"  # of the next process, of the one that runs
 
     def start(self) -> None:
@@ -86,13 +133,13 @@ class WriterClient:
             self._priority,
         ]  # fmt: skip
         self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             pass_fds=[self._buffer.fd] if self._buffer.size else [],
-        )
-        assert self._process.stdout is not None
+        )  # fmt: skip
+        assert self._process.stdout is not None and self._process.stdin is not None
         os.set_blocking(self._process.stdout.fileno(), False)
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self._activity, self._num_unanswered = Activity(self._process.pid), 0
         encoded = {path: base64.b64encode(data).decode() for path, data in self._statics.items()}
         self.send({"cmd": "static", "files": encoded})
 
@@ -103,14 +150,18 @@ class WriterClient:
     def send(self, command: dict[str, Any]) -> None:
         """Returns at once, however long the writer takes to read it. Raises WriterDied where the process is gone."""
         assert self._process is not None and self._process.stdin is not None
-        line = json.dumps(command).encode()
+        line = json.dumps(command).encode() + b"\n"
         if len(line) > _PIPE_BYTES:
-            line = json.dumps({"cmd": "read", "path": self._in_memory(line)}).encode()
+            line = json.dumps({"cmd": "read", "path": self._in_memory(line)}).encode() + b"\n"
+        if self._activity is not None and not self._num_unanswered:
+            self._activity.restart()
         try:
-            self._process.stdin.write(line + b"\n")
-            self._process.stdin.flush()
-        except (BrokenPipeError, OSError) as error:
+            is_taken = self._process.stdin.write(line) is not None
+        except OSError as error:
             raise WriterDied(self._death()) from error
+        if not is_taken:
+            raise WriterDied(f"the writer process {self._process.pid} reads no more commands")
+        self._num_unanswered += command["cmd"] != "static"
 
     def _in_memory(self, line: bytes) -> str:
         """Keeps a command in memory for the writer to open.
@@ -139,11 +190,22 @@ class WriterClient:
                 self._pending += chunk
         *lines, self._pending = self._pending.split(b"\n")
         answers = [json.loads(line) for line in lines]
+        self._num_unanswered -= len(answers)
         if any(answer["is_starved"] for answer in answers):
             self._priority = "nice"
         if not answers and self._process.poll() is not None:
             raise WriterDied(self._death())
         return answers
+
+    def standstill_s(self) -> float:
+        """Seconds for which the process has had work and done nothing."""
+        if self._process is None or self._activity is None or self._num_unanswered <= 0:
+            return 0.0
+        return self._activity.standstill_s()
+
+    def patience_s(self) -> float:
+        """The standstill from which on it counts as stuck."""
+        return _STOPPED_S if self._activity is not None and self._activity.is_stopped else _SILENT_S
 
     def _death(self) -> str:
         assert self._process is not None
@@ -152,18 +214,42 @@ class WriterClient:
             f"the writer process was killed by signal {-code}" if code < 0 else f"the writer process ended with {code}"
         )
 
-    def stop(self) -> None:
-        """Lets the process finish what it was told and end."""
+    def kill(self) -> None:
+        """Ends the process without waiting for it: one that hangs in a file system dies when that answers, and does
+        nothing more."""
         if self._process is None:
             return
-        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.kill()
+        self._ended = [process for process in [*self._ended, self._process] if process.poll() is None]
+        self._forget()
+
+    def stop(self) -> None:
+        """Lets the process finish what it was told and end; one that is stuck is killed."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._num_unanswered += 1  # by its end
+        if self._activity is not None:
+            self._activity.restart()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.5)
+                break
+            if self.standstill_s() > self.patience_s():
+                return self.kill()
+        self._forget()
+
+    def _forget(self) -> None:
+        assert self._process is not None
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
         while self._commands:
             os.close(self._commands.pop())
-        self._process, self._pending = None, b""
+        self._process, self._pending, self._activity, self._num_unanswered = None, b"", None, 0
 
 
 class InlineWriter:
@@ -189,3 +275,12 @@ class InlineWriter:
 
     def stop(self) -> None:
         self._writer.set_buffer(memoryview(b""))
+
+    def standstill_s(self) -> float:
+        return 0.0  # whoever asks is the process that writes
+
+    def patience_s(self) -> float:
+        return _SILENT_S
+
+    def kill(self) -> None:
+        raise AssertionError("an inline writer has no process of its own")

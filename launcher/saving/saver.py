@@ -1,141 +1,272 @@
-"""A save as the loop lives it: room, hand-over, what became of it, which checkpoint is the best, which may go."""
+"""The one owner of a save: when, whether there is room, which checkpoint is the best, which may go, what the Hub gets.
+
+The loop asks and tells (`is_due`, `evaluated`, `save`, `follow`); the writing is `checkpoint.engine`'s.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
 
 from launcher.base.errors import CheckpointWriteError
-from launcher.checkpoint.engine import SaveResult, raise_failed
+from launcher.base.files import free_bytes
+from launcher.base.paths import RunPaths
+from launcher.base.processes import Processes
+from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult, raise_failed
 from launcher.checkpoint.retention import expired_steps, our_steps
-from launcher.saving.save_schedule import is_better, save_line
-
-if TYPE_CHECKING:
-    from launcher.train.loop import Agreement, Run
+from launcher.config.settings import RunConfig
+from launcher.hub import Hub
+from launcher.saving.save_schedule import SaveSchedule, is_better, save_line
+from launcher.saving.training_state import TrainingState
 
 _ASSUMED_BYTES_PER_S = 200e6
 """Of a slow shared disk: with it a first save that comes only when the job's end is near is begun in time."""
+_WORTH_SAYING_S = 5.0
 
 
-def save(run: Run) -> None:
-    """`accelerator.save_state`, after the save before has ended and if there is room. Collective."""
-    if run.last_saved_step == run.step:
-        return
-    run.watchdog.alive()
-    waited = wait_for_save(run)
-    if waited > 1.0:
-        run.progress.say(f"step {run.step}: waited {waited:.1f} s for the save before")
-    hindered = run.processes.on_main(lambda: hindrance(run))
-    if hindered is not None:
-        on_save_ended(run, hindered)
-        return
-    note_best(run)
-    run.last_saved_step = run.step
-    run.save_schedule.started()
-    run.accelerator.save_state(str(run.paths.checkpoint_dir(run.step)))
-    if not run.config.checkpoint.async_save:
-        wait_for_save(run)
+class Outlet(Protocol):
+    """Where a save is told of: the main process's metrics.jsonl and progress display; nowhere on the others."""
+
+    def say(self, text: str) -> None: ...
+
+    def saved(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl for a committed save."""
+
+    def last(self, key: str) -> Any:
+        """The newest value of a key of metrics.jsonl, also of an earlier start."""
 
 
-def save_and_wait(run: Run) -> None:
-    """Makes sure that this step's state is on disk, with a second attempt where the first one failed. Collective."""
-    for _ in range(2):
-        save(run)
-        wait_for_save(run)
-        if run.last_saved_step == run.step:
+class Saver:
+    """All methods except `is_due`, `evaluated` and `expected_s` are collective.
+
+    Args:
+        save_state: `accelerator.save_state`.
+        alive: called while waiting for a save, for the watchdog.
+        is_stopping: whether somebody has asked for a stop, so that no wait may last.
+        saved_step: the step of the checkpoint that this start continues from, 0 if it is not of this run.
+    """
+
+    def __init__(
+        self, config: RunConfig, paths: RunPaths, processes: Processes, state: TrainingState,
+        checkpointer: Checkpointer, save_state: Callable[[str], Any], *, schedule: SaveSchedule, outlet: Outlet,
+        hub: Hub, alive: Callable[[], None], is_stopping: Callable[[], bool], total_steps: int, saved_step: int,
+    ) -> None:  # fmt: skip
+        self._config, self._paths, self._processes = config, paths, processes
+        self._state, self.checkpointer, self._save_state = state, checkpointer, save_state
+        self._schedule, self._outlet, self._hub = schedule, outlet, hub
+        self._alive, self._is_stopping = alive, is_stopping
+        self._total_steps = total_steps
+        self.saved_step = saved_step
+        """The newest step that is saved or being saved; 0: none."""
+        self._evaluated: tuple[int, float | None] = (-1, None)
+        self._previous_best: tuple[float | None, int | None] = (None, None)
+        self._last_write_s: float | None = None
+        self._is_reserved = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this run saves at all."""
+        return self._config.checkpoint.save_strategy != "no"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the current step is saved (or being saved)."""
+        return self.saved_step == self._state.step
+
+    # ------------------------------------------------------------------ when
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save is due after a step, by the strategy, the clock, or since one failed: on the main process,
+        whose clock and disk decide."""
+        if not self._processes.is_main:
+            return False
+        is_wanted = self._schedule.is_due(step, improved=False)
+        return is_wanted or (self._schedule.is_waiting_for_room and self._lack_of_room() is None)
+
+    def expected_s(self) -> float:
+        """Seconds of the last save, of an earlier start too; before there is any, by size."""
+        if not self.is_on:
+            return 0.0
+        if self._last_write_s is None:
+            measured = self._outlet.last("save_write_s")
+            by_size = self.checkpointer.plan.total_bytes / _ASSUMED_BYTES_PER_S
+            self._last_write_s = by_size if measured is None else float(measured)
+        return self._last_write_s
+
+    def evaluated(self, metric: float | None) -> None:
+        """Notes the metric of the current step's weights."""
+        self._evaluated = (self._state.step, metric)
+
+    @property
+    def has_improved(self) -> bool:
+        """Whether the current step was evaluated and beats the best."""
+        step, metric = self._evaluated
+        return step == self._state.step and is_better(self._config, metric, self._state.progress.best_metric)
+
+    def maybe_save(self, *, is_due: bool) -> None:
+        """Saves where the strategy asks for it, on improvement, and after the last step."""
+        is_best = self._config.checkpoint.save_strategy == "best" and self.has_improved
+        if self.is_on and (is_due or is_best or self._state.step >= self._total_steps):
+            self.save()
+
+    # ------------------------------------------------------------------ a save
+
+    def save(self) -> None:
+        """`accelerator.save_state` into `checkpoint-N`, once the save before has ended and if there is room."""
+        step = self._state.step
+        if self.saved_step == step:
             return
+        self._alive()
+        self.wait()
+        hindered = self._stuck() or self._processes.on_main(self._hindrance)
+        if hindered is not None:
+            self._ended(hindered)
+            return
+        self._note_best()
+        self.saved_step = step
+        self._schedule.started()
+        self._save_state(str(self._paths.checkpoint_dir(step)))
+        if not self._config.checkpoint.async_save:
+            self.wait()
 
+    def save_and_wait(self) -> None:
+        """Makes sure that this step's state is on disk, with a second attempt where the first one failed.
 
-def hindrance(run: Run) -> SaveResult | None:
-    """Why this step's save cannot even begin, as its result; main process."""
-    if is_name_taken(run):
-        name = run.paths.checkpoint_dir(run.step).name
-        return SaveResult(run.step, 0.0, error=f"{name} is there already and is not of this run")
-    if not has_room(run, tell=True):
-        return SaveResult(run.step, 0.0, error="not enough disk space", found_no_room=True)
-    return None
+        Somebody waits for the end of this process, so a writer that stands still is replaced at once.
+        """
+        for _ in range(2):
+            self.wait(is_urgent=True)
+            self.save()
+            self.wait(is_urgent=True)
+            if self.is_whole:
+                return
+            self._processes.on_main(self.checkpointer.settle)
 
+    def wait(self, *, is_urgent: bool = False) -> None:
+        """Waits until no save is in flight, or until its writer turns out to stand still (`checkpointer.phase`)."""
+        started = told = time.monotonic()
 
-def is_name_taken(run: Run) -> bool:
-    """Whether a folder that is not ours has the name of this step's checkpoint: it is never moved; main process."""
-    return run.last_saved_step != run.step and run.paths.checkpoint_dir(run.step).exists()
+        def waiting() -> None:
+            nonlocal told
+            self._alive()
+            if time.monotonic() - told > _WORTH_SAYING_S * (1 if told == started else 12):
+                told = time.monotonic()
+                waited = told - started
+                self._outlet.say(f"step {self._state.step}: waiting for the save before, {waited:.0f} s so far")
 
+        result = self.checkpointer.wait(waiting, lambda: is_urgent or self._is_stopping())
+        if result is not None:
+            self._ended(result)
 
-def expected_save_s(run: Run) -> float:
-    """Seconds of the last save, of an earlier start too; before there is any, by size. For the main process."""
-    if not run.is_main or run.config.checkpoint.save_strategy == "no":
-        return 0.0
-    if run.last_save_s is None:
-        measured = run.metrics.last("save_write_s")
-        run.last_save_s = run.checkpointer.plan.total_bytes / _ASSUMED_BYTES_PER_S if measured is None else measured
-    return run.last_save_s
+    def follow(self, num_undone: float, num_failed: float) -> None:
+        """Moves the save in flight on, with what the processes agreed on (sums of `checkpointer.status`)."""
+        if not self._is_reserved and self.is_on:  # the optimizer has its state now
+            self.checkpointer.reserve()
+            self._is_reserved = True
+        result = self.checkpointer.advance(num_undone, num_failed)
+        if result is not None:
+            self._ended(result)
 
+    def save_model_only(self, target: Path) -> None:
+        """Writes the weights alone, as `save_pretrained` would, into `target`.
 
-def has_room(run: Run, tell: bool = False) -> bool:
-    """Whether the disk has room for one more checkpoint; main process.
+        Raises:
+            CheckpointWriteError: they could not be written.
+        """
+        self.checkpointer.use_plan(self._state.plan(only_model=True))
+        error = self._processes.on_main(self._lack_of_room)
+        if error is None:
+            self.checkpointer.save(self._state.step, {}, target)
+            result = self.checkpointer.wait(self._alive, lambda: True)
+            error = result.error if result is not None else "its writer stands still"
+        if error is not None:
+            raise CheckpointWriteError(
+                f"training reached step {self._state.step} but its model could not be written: {error}. The earlier "
+                "checkpoints are whole: make room and run the same command again to finish"
+            )
 
-    Raises:
-        CheckpointWriteError: output_dir is not there any more.
-    """
-    try:
-        needed, free = run.checkpointer.missing_bytes()
-    except OSError as error:
-        raise CheckpointWriteError(
-            f"output_dir={run.paths.root} cannot be reached any more: {error}. Step {run.step} could not be saved; "
-            "when it is there again, the same command goes on from its last checkpoint"
-        ) from error
-    if free < needed and tell:
-        run.progress.say(
-            f"WARNING step {run.step}: no checkpoint saved: it needs {needed:,} bytes and {run.paths.root} has "
-            f"{free:,} free. Training goes on and saves as soon as there is room; the earlier checkpoints are whole"
+    def close(self) -> None:
+        """Ends the writer, once it has done all it was told."""
+        self.checkpointer.close()
+
+    # ------------------------------------------------------------------ what may hinder one
+
+    def _stuck(self) -> SaveResult | None:
+        if self.checkpointer.phase is Phase.IDLE:
+            return None
+        return SaveResult(
+            self._state.step, 0.0, error="the writer of the save before stands still (stopped, or its disk hangs)"
         )
-    return free >= needed
 
+    def _hindrance(self) -> SaveResult | None:
+        """Why this step's save cannot even begin, as its result; main process."""
+        if self.is_name_taken():
+            name = self._paths.checkpoint_dir(self._state.step).name
+            return SaveResult(self._state.step, 0.0, error=f"{name} is there already and is not of this run")
+        lack = self._lack_of_room()
+        return SaveResult(self._state.step, 0.0, error=lack, found_no_room=True) if lack is not None else None
 
-def note_best(run: Run) -> None:
-    """Makes this step's checkpoint the best one, if its evaluation says so.
+    def is_name_taken(self) -> bool:
+        """Whether a folder that is not ours has the name of this step's checkpoint: it is never moved; main process."""
+        return not self.is_whole and self._paths.checkpoint_dir(self._state.step).exists()
 
-    One that only a request to stop brought about is none that an undisturbed run would choose from.
-    """
-    p = run.state.progress
-    run.previous_best = (p.best_metric, p.best_step)
-    metric = run.last_eval.get(run.config.checkpoint.metric_key) if run.last_eval.get("step") == run.step else None
-    if run.save_schedule.is_regular(run.step, run.total_steps) and is_better(run.config, metric, p.best_metric):
-        p.best_metric, p.best_step = metric, run.step
+    def _lack_of_room(self) -> str | None:
+        """Why the disk has no room for a save, or None; main process.
 
+        Raises:
+            CheckpointWriteError: output_dir is not there any more.
+        """
+        needed = self.checkpointer.needed_bytes()
+        try:
+            free = free_bytes(self._paths.root)
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"output_dir={self._paths.root} cannot be reached any more: {error}. Step {self._state.step} could not "
+                "be saved; when it is there again, the same command goes on from its last checkpoint"
+            ) from error
+        if free >= needed:
+            return None
+        return f"not enough disk space: it needs {needed:,} bytes and {self._paths.root} has {free:,} free"
 
-def wait_for_save(run: Run) -> float:
-    """Waits until no save is in flight; seconds. Collective."""
-    started = time.monotonic()
-    result = run.checkpointer.wait(run.watchdog.alive)
-    if result is not None:
-        on_save_ended(run, result)
-    return time.monotonic() - started
+    # ------------------------------------------------------------------ what became of one
 
+    def made_up_for(self) -> None:
+        """An evaluation that a stop had left out was made up for: the checkpoint of this step may be the best."""
+        if self.is_whole:
+            self._note_best()
 
-def follow_save(run: Run, agreed: Agreement) -> None:
-    """Moves the save in flight on, with what the processes agreed on. Collective."""
-    result = run.checkpointer.advance(agreed.num_undone, agreed.num_failed)
-    if result is not None:
-        on_save_ended(run, result)
+    def _note_best(self) -> None:
+        """Makes this step's checkpoint the best one, if its evaluation says so.
 
+        A save requested only by a stop is never a candidate: an undisturbed run would not have made it.
+        """
+        p = self._state.progress
+        self._previous_best = (p.best_metric, p.best_step)
+        if self.has_improved and self._schedule.is_regular(self._state.step, self._total_steps):
+            p.best_metric, p.best_step = self._evaluated[1], self._state.step
 
-def on_save_ended(run: Run, result: SaveResult) -> None:
-    """A save was committed (metrics, Hub, retention) or failed (nothing of it remains)."""
-    run.save_schedule.ended(result)
-    p = run.state.progress
-    if result.error is not None:
-        if p.best_step == result.step:
-            p.best_metric, p.best_step = run.previous_best
-        if run.last_saved_step == result.step:
-            run.last_saved_step = 0
-        if run.config.checkpoint.on_error == "stop":
-            raise_failed(result)
-        run.progress.say(f"WARNING the save of step {result.step} failed: {result.error}. Training goes on")
-        return
-    run.last_save_s = result.write_s
-    if run.is_main:
-        run.metrics.append(save_line(result))
-        run.hub.checkpoint_committed(result.step, run.paths.checkpoint_dir(result.step))
-        old = expired_steps(our_steps(run.paths), run.config.checkpoint.save_total_limit, p.best_step)
-        run.checkpointer.expire([run.paths.checkpoint_dir(step) for step in old])
+    def _ended(self, result: SaveResult) -> None:
+        """A save was committed (metrics, Hub, retention) or failed (nothing of it remains)."""
+        self._schedule.ended(result)
+        p = self._state.progress
+        if result.error is not None:
+            if p.best_step == result.step:
+                p.best_metric, p.best_step = self._previous_best
+            if self.saved_step == result.step:
+                self.saved_step = 0
+            if self._config.checkpoint.on_error == "stop":
+                raise_failed(result)
+            self._outlet.say(
+                f"WARNING the save of step {result.step} failed: {result.error}. Training goes on"
+                + (" and saves as soon as there is room" if result.found_no_room else "")
+                + "; the earlier checkpoints are whole"
+            )
+            return
+        self._last_write_s = result.write_s
+        self._outlet.saved(save_line(result))
+        self._hub.checkpoint_committed(result.step, self._paths.checkpoint_dir(result.step))
+        if self._processes.is_main:
+            old = expired_steps(our_steps(self._paths), self._config.checkpoint.save_total_limit, p.best_step)
+            self.checkpointer.expire([self._paths.checkpoint_dir(step) for step in old])

@@ -13,7 +13,7 @@ from launcher.base import files
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.processes import Processes
 from launcher.checkpoint import rng
-from launcher.checkpoint.engine import Checkpointer, to_text
+from launcher.checkpoint.engine import to_text
 from launcher.checkpoint.load import load_trained_state
 from launcher.checkpoint.segments import TrainedState, collect
 from launcher.checkpoint.snapshot import SnapshotPlan, plan_snapshot
@@ -39,7 +39,7 @@ class ProgressState:
 
 
 class TrainingState:
-    """Collects and restores; `accelerator.save_state` and `load_state` end here."""
+    """Collects what `accelerator.save_state` hands to the checkpointer, and restores it for `load_state`."""
 
     def __init__(
         self, config: RunConfig, paths: RunPaths, processes: Processes, model: torch.nn.Module, optimizer: Any,
@@ -53,9 +53,13 @@ class TrainingState:
         self.settings: dict[str, Any] = {}
         self.origin: str | None = None  # origin_id of the explicit path that this run started from
         self.trained: TrainedState = collect(model, optimizer, rank=processes.rank, world_size=processes.world_size)
-        self.checkpointer: Checkpointer | None = None
         self._encoded_history: list[str] = []
         self._planned: tuple[object, SnapshotPlan] | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
 
     def plan(self, only_model: bool) -> SnapshotPlan:
         """What a save stores; made once, and anew where the optimizer has got other states since (its first ones)."""
@@ -70,14 +74,8 @@ class TrainingState:
 
     # ------------------------------------------------------------------ save
 
-    def save(self) -> Path:
-        """Hands the state of the current step to the checkpointer; returns the folder that will appear. Collective."""
-        assert self.checkpointer is not None
-        step = self.progress.step
-        self.checkpointer.save(step, self._texts())
-        return self._paths.checkpoint_dir(step)
-
-    def _texts(self) -> dict[str, str]:
+    def texts(self) -> dict[str, str]:
+        """The small files of this process at the current step, by path relative to the checkpoint."""
         texts = {}
         if not self._config.checkpoint.save_only_model:
             texts[f"state/rng-{self._processes.rank:05d}.json"] = json.dumps(rng.capture())

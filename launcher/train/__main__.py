@@ -28,10 +28,10 @@ def main() -> None:
         paths, lock = open_output_dir(config, processes)
         rank_setup.opened(paths, lock, processes)
         run = build_run(config, accelerator, processes, paths)
-        rank_setup.training_began(run)
+        rank_setup.training_began(run.recorder)
         reason = fit(run)
         if reason is None:
-            finish(run)
+            finish(run, paths)
         else:
             interrupted(run, reason)
         run.close()

@@ -9,7 +9,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -22,28 +22,65 @@ _COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Tokenising a large data set may keep the others waiting for hours; hangs in training are the watchdog's business."""
 
 
+class Saves(Protocol):
+    """What begins a save (`checkpoint.engine.Checkpointer`)."""
+
+    def save(self, step: int, texts: dict[str, str], target: Path) -> float: ...
+
+
+class State(Protocol):
+    """What collects and restores the training state (`saving.training_state.TrainingState`)."""
+
+    @property
+    def step(self) -> int: ...
+
+    def texts(self) -> dict[str, str]: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
 class LauncherAccelerator(Accelerator):
-    """`save_state` snapshots into the run's next `checkpoint-N` (written in the background), `load_state` restores one.
+    """Accelerate, whose `save_state` snapshots into a folder that is written in the background, and whose `load_state`
+    restores one, under any number of processes and any ZeRO stage.
 
     Accelerate's own writes are replaced: they are pickled, in place, not durable, and leave out the data position.
     """
 
-    def attach(self, state: Any) -> None:
-        """Gives the object that collects and restores the training state (saving.training_state)."""
-        self._training_state = state
+    def attach(self, state: State, saves: Saves) -> None:
+        """Gives what the two calls below work with; after `prepare`."""
+        self._training_state, self._saves = state, saves
 
     def save_state(
         self, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
     ) -> str:
-        """Collective. Returns the folder that will appear; see `Checkpointer.save` for what a crash leaves."""
-        folder: Path = self._training_state.save()
+        """Snapshots the state of the current step into `output_dir`. Collective.
+
+        The folder appears under that name once everything in it is durable, written in the background; see
+        `Checkpointer.save` for what a crash leaves and `Checkpointer.wait` for how to wait. It must not exist yet.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: no folder was named. There is no automatic naming here: the loop names `checkpoint-N`.
+        """
+        if output_dir is None:
+            raise ValueError("save_state needs output_dir: the checkpoint's folder, such as RUN/checkpoint-500")
+        folder = Path(output_dir).absolute()
+        self._saves.save(self._training_state.step, self._training_state.texts(), folder)
         return str(folder)
 
     def load_state(
         self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Collective. `input_dir` is a `checkpoint-N` folder."""
-        self._training_state.load(Path(str(input_dir)))
+        """Restores the state from a checkpoint folder that `save_state` made. Collective.
+
+        Raises:
+            ValueError: no folder was named.
+        """
+        if input_dir is None:
+            raise ValueError("load_state needs input_dir: a checkpoint's folder, such as RUN/checkpoint-500")
+        self._training_state.load(Path(input_dir).absolute())
 
 
 def use_single_process_env() -> None:

@@ -28,10 +28,14 @@ from launcher.model.build import build_model, static_files
 from launcher.model.optim import Schedule, build_optimizer
 from launcher.saving.interop.importing import import_checkpoint, import_notices
 from launcher.saving.save_schedule import SaveSchedule
+from launcher.saving.saver import Saver
 from launcher.saving.training_state import TrainingState
 from launcher.train.accelerator import LauncherAccelerator
+from launcher.train.evaluation import Evaluator, Metric
 from launcher.train.loop import Run
-from launcher.train.metrics import MetricsFile, NoProgress, Progress, RunFile, Trackers
+from launcher.train.metrics import MetricsFile, Progress, RunFile, Trackers
+from launcher.train.recorder import MainRecorder, NoRecorder, Recorder
+from launcher.train.step import TrainStep
 from launcher.train.watchdog import Watchdog
 
 
@@ -119,14 +123,7 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     )
     settings = result_settings(config, data.fingerprint, processes)
     if point is not None:
-        saved, now = point.state["settings"], json.loads(json.dumps(settings))
-        if "imported" in point.state:  # another tool records only some of them
-            now = {key: now[key] for key in saved}
-        notices = notices + resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
-        if point.state["total_steps"] != total_steps:
-            notices.append(
-                f"{point.state['total_steps']} steps became {total_steps}: the learning-rate schedule is recomputed"
-            )
+        notices = notices + compared(config, point, settings, total_steps)
     model = build_model(config, tokenizer, is_resume=point is not None)
     statics = static_files(config, model, tokenizer) if processes.is_main else {}
     optimizer = build_optimizer(config, model)
@@ -135,11 +132,12 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     state = TrainingState(config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps)
     state.settings = settings
     state.origin = point.state.get("origin") if point is not None else None
-    accelerator.attach(state)
-    state.checkpointer = checkpointer = Checkpointer(
-        paths, processes, lambda: state.plan(config.checkpoint.save_only_model), statics,
+    checkpointer = Checkpointer(
+        processes, lambda: state.plan(config.checkpoint.save_only_model), statics,
         zero_stage=config.strategy.zero_stage, is_async=config.checkpoint.async_save, device=accelerator.device,
+        hang_timeout_s=config.launch.hang_timeout_s,
     )  # fmt: skip
+    accelerator.attach(state, checkpointer)
     if point is not None:
         accelerator.load_state(str(point.folder))
         notices += import_notices(
@@ -147,32 +145,64 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
             epoch=sampler.epoch_after(point.step), accept=config.checkpoint.accept_changes,
         )  # fmt: skip
         notices = [f"continuing from {point.folder} at step {point.step} of {total_steps}", *notices]
-    run = Run(
-        config=config, paths=paths, processes=processes, accelerator=accelerator, model=model, optimizer=optimizer,
-        schedule=schedule, tokenizer=tokenizer, data=data, sampler=sampler, state=state, checkpointer=checkpointer,
-        save_schedule=SaveSchedule(config, len(data.train)), stop=stop, total_steps=total_steps,
-        metrics=MetricsFile(paths.metrics), run_file=RunFile(paths, processes.world_size),
-        trackers=Trackers(accelerator, config.run_name, to_dict(config), config.tracker.init_kwargs),
-        progress=Progress(total_steps, state.progress.step) if processes.is_main else NoProgress(),
-        hub=build_hub(config, paths) if processes.is_main else NoHub(), metric=build_metric(config),
-        watchdog=Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s),
-        last_saved_step=point.step if point is not None and point.folder.parent == paths.root else 0,
+    recorder = build_recorder(config, accelerator, processes, paths, state, total_steps)
+    hub = build_hub(config, paths) if processes.is_main else NoHub()
+    watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
+    saver = Saver(
+        config, paths, processes, state, checkpointer, accelerator.save_state,
+        schedule=SaveSchedule(config, len(data.train)), outlet=recorder, hub=hub, alive=watchdog.alive,
+        is_stopping=lambda: stop.reason_code(0.0, 0.0) > 0, total_steps=total_steps,
+        saved_step=point.step if point is not None and point.folder.parent == paths.root else 0,
     )  # fmt: skip
-    if processes.is_main:
-        run.metrics.trim(run.step)
-        run.run_file.update(
-            step=run.step,
-            epoch=state.progress.epoch,
-            total_steps=total_steps,
-            length=run_length(config),
-            resumed_from=config.checkpoint.resume_from_checkpoint,
-        )
-    for notice in [*notices, *data.notices, *filter(None, [run.trackers.notice])]:
-        run.progress.say(notice)
-    return run
+    train_step = TrainStep(
+        config, processes, accelerator, model, optimizer, schedule, data.train, sampler, tokenizer.pad_token_id,
+        before_update=checkpointer.finish_snapshot,
+    )  # fmt: skip
+    evaluator = Evaluator(
+        config, processes, accelerator, model, tokenizer, data, build_metric(config), watchdog, total_steps=total_steps
+    )
+    for notice in [*notices, *data.notices]:
+        recorder.say(notice)
+    return Run(
+        config=config, processes=processes, state=state, train_step=train_step, evaluator=evaluator, saver=saver,
+        recorder=recorder, hub=hub, stop=stop, watchdog=watchdog, total_steps=total_steps,
+    )  # fmt: skip
 
 
-def build_metric(config: RunConfig) -> Any:
+def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], total_steps: int) -> list[str]:
+    """What differs from the checkpoint's settings, as notices.
+
+    Raises:
+        ResumeMismatchError: what differs would change the result, and `checkpoint.accept_changes` is not set.
+    """
+    saved, now = point.state["settings"], json.loads(json.dumps(settings))
+    if "imported" in point.state:  # another tool records only some of them
+        now = {key: now[key] for key in saved}
+    notices = resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
+    before = point.state["total_steps"]
+    if before != total_steps:
+        notices.append(f"{before} steps became {total_steps}: the learning-rate schedule is recomputed")
+    return notices
+
+
+def build_recorder(
+    config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths, state: TrainingState,
+    total_steps: int,
+) -> Recorder:  # fmt: skip
+    """What writes down and shows the run: on the main process, nothing on the others."""
+    if not processes.is_main:
+        return NoRecorder()
+    metrics, run_file = MetricsFile(paths.metrics), RunFile(paths, processes.world_size)
+    metrics.trim(state.step)
+    run_file.update(
+        step=state.step, epoch=state.progress.epoch, total_steps=total_steps, length=run_length(config),
+        resumed_from=config.checkpoint.resume_from_checkpoint,
+    )  # fmt: skip
+    trackers = Trackers(accelerator, config.run_name, to_dict(config), config.tracker.init_kwargs)
+    return MainRecorder(metrics, run_file, trackers, Progress(total_steps, state.step))
+
+
+def build_metric(config: RunConfig) -> Metric | None:
     """The evaluation by generation that `eval.metric._target_` names, or None.
 
     Raises:
@@ -184,7 +214,8 @@ def build_metric(config: RunConfig) -> Any:
         return None
     module, _, name = str(target).rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)(**fields)
+        metric: Metric = getattr(importlib.import_module(module), name)(**fields)
+        return metric
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError([f"eval.metric._target_={target}: {error}"]) from error
 

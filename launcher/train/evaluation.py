@@ -2,55 +2,83 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from launcher.data import EvalContext, collate
+from launcher.base.processes import Processes
+from launcher.config.settings import RunConfig
+from launcher.data import Data, EvalContext, collate
 from launcher.model.build import summed_loss
+from launcher.saving.save_schedule import crosses_epoch
+from launcher.train.watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from launcher.train.loop import Run
+Metric = Callable[[EvalContext], dict[str, float]]
+"""What `eval.metric._target_` makes."""
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """The values of one evaluation, by name with the prefix eval_. Collective; the same on every process.
+class Evaluator:
+    """Evaluates the model as it stands.
 
-    Every row counts once, however the last batches fall: each process makes the same number of forward passes (ZeRO-3
-    gathers weights in each), padded with batches of zero weight.
+    Args:
+        model: the prepared one.
+        metric: measures by generation, or None.
     """
-    rows, config = run.data.eval, run.config
-    assert rows is not None
-    size, world = config.eval.per_device_eval_batch_size, run.processes.world_size
-    run.model.eval()
-    loss_sum, labelled = 0.0, 0.0
-    with torch.no_grad():
-        for start in range(0, len(rows), size * world):
-            low = start + run.processes.rank * size
-            ids = np.arange(low, max(low, min(low + size, len(rows))))
-            batch = collate(rows, ids, run.tokenizer.pad_token_id)
-            batch = {k: v.to(run.accelerator.device) for k, v in batch.items()}
-            with run.accelerator.autocast():
-                loss, count = summed_loss(run.model, batch)
-            loss_sum, labelled = loss_sum + float(loss), labelled + float(count)
-            run.watchdog.alive()
-        loss_total, count_total = run.processes.sum([loss_sum, labelled])
-        values = {"eval_loss": loss_total / max(1.0, count_total)}
-        if run.metric is not None:
-            run.watchdog.pause()
-            values |= {f"eval_{k}": v for k, v in measure(run, run.metric).items()}
-            run.watchdog.alive()
-    run.model.train()
-    return values
 
+    def __init__(
+        self, config: RunConfig, processes: Processes, accelerator: Any, model: Any, tokenizer: Any, data: Data,
+        metric: Metric | None, watchdog: Watchdog, *, total_steps: int,
+    ) -> None:  # fmt: skip
+        self._config, self._processes, self._accelerator = config, processes, accelerator
+        self._model, self._tokenizer, self._data = model, tokenizer, data
+        self._metric, self._watchdog, self._total_steps = metric, watchdog, total_steps
 
-def measure(run: Run, metric: Any) -> dict[str, float]:
-    """Runs the metric that `eval.metric._target_` names."""
-    context = EvalContext(
-        model=run.accelerator.unwrap_model(run.model), tokenizer=run.tokenizer, rows=run.data.eval_rows,
-        rank=run.processes.rank, world_size=run.processes.world_size, device=run.accelerator.device,
-        sum_over_processes=run.processes.sum, batch_size=run.config.eval.per_device_eval_batch_size,
-    )  # fmt: skip
-    result: dict[str, float] = metric(context)
-    return result
+    def is_due(self, step: int) -> bool:
+        """Whether `eval.eval_strategy` asks for an evaluation after a step; the last step always has one."""
+        settings = self._config.eval
+        if settings.eval_strategy == "no" or self._data.eval is None:
+            return False
+        if step >= self._total_steps:
+            return True
+        if settings.eval_strategy == "epoch":
+            return crosses_epoch(step, self._config.train.train_batch_size, len(self._data.train))
+        return step % settings.eval_steps == 0
+
+    def evaluate(self) -> dict[str, float]:
+        """The values of one evaluation, by name with the prefix eval_. Collective; the same on every process.
+
+        Every row counts once, however the last batches fall: each process makes the same number of forward passes
+        (ZeRO-3 gathers weights in each), padded with batches of zero weight.
+        """
+        rows = self._data.eval
+        assert rows is not None
+        size, world = self._config.eval.per_device_eval_batch_size, self._processes.world_size
+        self._model.eval()
+        loss_sum, labelled = 0.0, 0.0
+        with torch.no_grad():
+            for start in range(0, len(rows), size * world):
+                low = start + self._processes.rank * size
+                ids = np.arange(low, max(low, min(low + size, len(rows))))
+                batch = collate(rows, ids, self._tokenizer.pad_token_id)
+                batch = {k: v.to(self._accelerator.device) for k, v in batch.items()}
+                with self._accelerator.autocast():
+                    loss, count = summed_loss(self._model, batch)
+                loss_sum, labelled = loss_sum + float(loss), labelled + float(count)
+                self._watchdog.alive()
+            loss_total, count_total = self._processes.sum([loss_sum, labelled])
+            values = {"eval_loss": loss_total / max(1.0, count_total)}
+            if self._metric is not None:
+                self._watchdog.pause()
+                values |= {f"eval_{k}": v for k, v in self._metric(self._context()).items()}
+                self._watchdog.alive()
+        self._model.train()
+        return values
+
+    def _context(self) -> EvalContext:
+        return EvalContext(
+            model=self._accelerator.unwrap_model(self._model), tokenizer=self._tokenizer, rows=self._data.eval_rows,
+            rank=self._processes.rank, world_size=self._processes.world_size, device=self._accelerator.device,
+            sum_over_processes=self._processes.sum, batch_size=self._config.eval.per_device_eval_batch_size,
+        )  # fmt: skip

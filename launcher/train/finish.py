@@ -4,109 +4,118 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.base import files, manifest
 from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, CheckpointWriteError
+from launcher.base.paths import RunPaths
+from launcher.train.loop import Run
 
-if TYPE_CHECKING:
-    from launcher.train.loop import Run
 
-
-def finish(run: Run) -> None:
+def finish(run: Run, paths: RunPaths) -> None:
     """After the last step: waits for the last save, publishes the model, ends. Collective."""
-    from launcher.saving.saver import is_name_taken, save_and_wait
-
-    saves = run.config.checkpoint.save_strategy != "no"
-    is_hindered = saves and run.processes.on_main(lambda: is_name_taken(run))
-    if saves and not is_hindered:
-        save_and_wait(run)  # the last step is being saved; a run resumed past its end from another folder was not
-    if saves and not is_hindered and run.last_saved_step != run.step:
-        raise CheckpointWriteError(
-            f"training reached step {run.step} but its checkpoint could not be saved (see above). "
-            "The earlier checkpoints are whole: make room and run the same command again to finish"
-        )
-    source = chosen_checkpoint(run) if saves else None
-    if is_hindered and source == run.paths.checkpoint_dir(run.step):
-        run.progress.say(f"{source.name} is not of this run and stays: of step {run.step} only the model is kept")
-        source = None
-    is_temporary = source is None
-    source = source or write_model_only(run)
+    source, is_temporary = final_model(run, paths)
     run.watchdog.pause()
-    if run.is_main:  # the others are done: copying and uploading may take longer than a collective waits
-        try:
-            publish(source, run.paths.root)
-        except OSError as error:
-            raise CheckpointWriteError(
-                f"the model could not be copied to {run.paths.root}: {error}. It is whole in {source}: make room and "
-                "run the same command again to finish"
-            ) from error
-        if is_temporary:
-            files.remove_tree(source)
-        p = run.state.progress
-        run.run_file.update(
-            state="finished", exit_code=EXIT_DONE, step=run.step, epoch=p.epoch, best_metric=p.best_metric,
-            best_step=p.best_step, hub=run.hub.status(),
-        )  # fmt: skip
-        say_all(run, run.hub.finish(run.paths.root))
-        run.run_file.update(hub=run.hub.status())
-        run.progress.say(f"finished {run.step} steps; the model is in {run.paths.root}")
+    run.processes.on_main(lambda: publish(source, paths.root, is_temporary=is_temporary))
+    p = run.state.progress
+    run.recorder.update_run(
+        state="finished", exit_code=EXIT_DONE, step=run.step, epoch=p.epoch, best_metric=p.best_metric,
+        best_step=p.best_step, hub=run.hub.status(),
+    )  # fmt: skip
+    say_all(run, run.hub.finish(paths.root))  # the others end here: uploading may take longer than a collective waits
+    run.recorder.update_run(hub=run.hub.status())
+    run.recorder.say(f"finished {run.step} steps; the model is in {paths.root}")
 
 
 def interrupted(run: Run, reason: str) -> None:
-    """After a stop on request. Main process; the others have nothing to do."""
+    """After a stop on request."""
     run.watchdog.pause()
-    if run.is_main:
-        state = "pruned" if reason == "pruned" else "interrupted"
-        run.run_file.update(
-            state=state, reason=None if state == "pruned" else reason, exit_code=EXIT_STOPPED, step=run.step,
-            epoch=run.state.progress.epoch,
-        )  # fmt: skip
-        say_all(run, run.hub.finish(None, max_wait_s=0.0))
-        run.run_file.update(hub=run.hub.status())
-        run.progress.say(f"stopped at step {run.step} of {run.total_steps}; run the same command again to continue")
+    state = "pruned" if reason == "pruned" else "interrupted"
+    run.recorder.update_run(
+        state=state, reason=None if state == "pruned" else reason, exit_code=EXIT_STOPPED, step=run.step,
+        epoch=run.state.progress.epoch,
+    )  # fmt: skip
+    say_all(run, run.hub.finish(None, max_wait_s=0.0))
+    run.recorder.update_run(hub=run.hub.status())
+    run.recorder.say(f"stopped at step {run.step} of {run.total_steps}; run the same command again to continue")
 
 
 def say_all(run: Run, lines: list[str]) -> None:
     for line in lines:
-        run.progress.say(line)
+        run.recorder.say(line)
 
 
-def chosen_checkpoint(run: Run) -> Path:
-    """The best checkpoint with `load_best_model_at_end`, where an evaluated one was saved; else the last."""
+def final_model(run: Run, paths: RunPaths) -> tuple[Path, bool]:
+    """The folder whose model is the run's, and whether it is a temporary one made for that. Collective.
+
+    Raises:
+        CheckpointWriteError: neither the last checkpoint nor the model alone could be written.
+    """
+    temporary = paths.root / ".tmp-checkpoint-final"
+    if not run.saver.is_on:
+        run.saver.save_model_only(temporary)
+        return temporary, True
+    is_name_taken = run.processes.on_main(run.saver.is_name_taken)
+    if not is_name_taken:
+        run.saver.save_and_wait()  # a run that was resumed past its end from another folder has no save in flight
+    if is_name_taken:
+        run.recorder.say(f"checkpoint-{run.step} is not of this run and stays: step {run.step} has no checkpoint")
+    elif not run.saver.is_whole:
+        run.recorder.say(
+            f"WARNING training reached step {run.step} but its checkpoint could not be saved: only a model is kept. "
+            "The earlier checkpoints are whole; to train beyond this step, the run goes on from the newest of them"
+        )
+    if (best := chosen_best(run, paths)) is not None:
+        return best, False
+    if run.saver.is_whole:
+        return paths.checkpoint_dir(run.step), False
+    run.saver.save_model_only(temporary)
+    return temporary, True
+
+
+def chosen_best(run: Run, paths: RunPaths) -> Path | None:
+    """The best checkpoint with `load_best_model_at_end`, where an evaluated one was saved."""
+    if not run.config.checkpoint.load_best_model_at_end:
+        return None
     best = run.state.progress.best_step
-    last = run.paths.checkpoint_dir(run.step)
-    if run.config.checkpoint.load_best_model_at_end:
-        if best is not None and run.paths.checkpoint_dir(best).is_dir():
-            return run.paths.checkpoint_dir(best)
-        if run.config.eval.eval_strategy != "no":
-            run.progress.say("no saved checkpoint has been evaluated: the last model is taken instead of the best")
-    return last
+    if best is not None and run.processes.on_main(lambda: paths.checkpoint_dir(best).is_dir()):
+        return paths.checkpoint_dir(best)
+    if run.config.eval.eval_strategy != "no":
+        run.recorder.say("no saved checkpoint has been evaluated: the last model is taken instead of the best")
+    return None
 
 
-def write_model_only(run: Run) -> Path:
-    """With `save_strategy=no`: the last weights, by the same writers, into a temporary folder. Collective."""
-    run.checkpointer.use_plan(run.state.plan(only_model=True))
-    target = run.paths.root / ".tmp-checkpoint-final"
-    run.checkpointer.save(run.step, {}, target=target)
-    result = run.checkpointer.wait(run.watchdog.alive)
-    if result is None or result.error is not None:
-        raise CheckpointWriteError(f"the final model could not be written: {result.error if result else 'no result'}")
-    return target
+def publish(source: Path, root: Path, *, is_temporary: bool) -> None:
+    """Puts the model files of a checkpoint to the top of output_dir, each replaced atomically; main process.
 
+    A temporary source is used up and removed.
 
-def publish(source: Path, root: Path) -> None:
-    """Copies the model files of a checkpoint to the top of output_dir, each replaced atomically."""
+    Raises:
+        CheckpointWriteError: a file could not be written; what was there before is whole.
+    """
     names = [f.path for f in manifest.read(source).files if not f.path.startswith("state/")]
     names = [n for n in names if n != "trainer_state.json"]
-    for stale in root.glob("*.safetensors*"):
-        if stale.name not in names:
-            stale.unlink()
-    for name in names:
-        target = root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        shutil.copyfile(source / name, temporary)
-        with temporary.open("rb+") as file:
-            files.fsync_file(file.fileno(), temporary)
-        files.rename(temporary, target)
+    try:
+        for stale in root.glob("*.safetensors*"):
+            if stale.name not in names:
+                stale.unlink()
+        for name in names:
+            target = root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            ready = source / name if is_temporary else copied(source / name, target)
+            files.rename(ready, target)
+        if is_temporary:
+            files.remove_tree(source)
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"the model could not be put into {root}: {error}. It is whole in {source}: make room and "
+            "run the same command again to finish"
+        ) from error
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A durable copy of a file beside its target, under a temporary name."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, temporary)
+    with temporary.open("rb+") as file:
+        files.fsync_file(file.fileno(), temporary)
+    return temporary

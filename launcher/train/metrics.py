@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ class RunFile:
             "started_at": time.time(), "attempt": os.environ.get("LAUNCHER_ATTEMPT"),
         }  # fmt: skip
 
-    def is_due(self) -> bool:
-        """Whether the last write is long enough ago for mere progress: each one waits for the disk."""
-        return time.monotonic() - self._written >= _RUN_FILE_S
+    def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None:
+        """Mere progress: written only where the last write is long enough ago, since each one waits for the disk."""
+        self._fields |= {"step": step, "epoch": epoch}
+        if time.monotonic() - self._written >= _RUN_FILE_S:
+            self.update(hub=hub_status())
 
     def update(self, **fields: Any) -> None:
         """Changes fields and replaces the file atomically; a full disk is survived, since nothing depends on it."""
@@ -101,7 +104,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 class Progress:
-    """One line: a bar in a terminal, a plain line per log in a file. `NoProgress` on the other processes."""
+    """One line: a bar in a terminal, a plain line per log in a file."""
 
     def __init__(self, total_steps: int, step: int) -> None:
         self._total, self._first, self._started = total_steps, step, time.monotonic()
@@ -142,15 +145,6 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-class NoProgress:
-    """The progress of the processes that show nothing."""
-
-    def advance(self, step: int) -> None: ...
-    def log(self, line: dict[str, Any]) -> None: ...
-    def say(self, text: str) -> None: ...
-    def close(self) -> None: ...
 
 
 _SHOWN = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from launcher.base.paths import RunPaths
     from launcher.base.processes import Processes
     from launcher.config.settings import RunConfig
-    from launcher.train.loop import Run
+    from launcher.train.recorder import Recorder
 
 ATTEMPT = "LAUNCHER_ATTEMPT"
-_run: Run | None = None
+_recorder: Recorder | None = None
 _paths: RunPaths | None = None
 _lock: RunLock | None = None
 
@@ -103,10 +103,10 @@ def opened(paths: RunPaths, lock: RunLock, processes: Processes) -> None:
         os.close(log)
 
 
-def training_began(run: Run) -> None:
+def training_began(recorder: Recorder) -> None:
     """From here on a failure is written into run.json."""
-    global _run
-    _run = run
+    global _recorder
+    _recorder = recorder
 
 
 def fail(error: BaseException) -> NoReturn:
@@ -121,13 +121,13 @@ def fail(error: BaseException) -> NoReturn:
     report = {
         "rank": rank(), "host": host(), "time": time.time(), "attempt": os.environ.get(ATTEMPT), "exit_code": code,
         "kind": type(error).__name__, "is_ours": is_ours, "message": str(error) or type(error).__name__,
-        "training_began": _run is not None,
+        "training_began": _recorder is not None,
         "traceback": "".join(traceback.format_exception(error)),
     }  # fmt: skip
     _write_report(report)
-    if _run is not None and _run.is_main:
-        _run.progress.close()
-        _run.run_file.update(
+    if _recorder is not None:
+        _recorder.close()
+        _recorder.update_run(
             state="failed", reason=None if is_ours else "crash", exit_code=code, error=report["message"]
         )
     if not os.environ.get("LAUNCHER_SUPERVISED"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from launcher.checkpoint import rng
-from launcher.train import loop
+from launcher.train import step as training_step
 from launcher.train.accelerator import LauncherAccelerator
 
 
@@ -27,7 +27,7 @@ def _tell(line: dict[str, Any]) -> None:
 
 
 def _watch_samples() -> None:
-    collate, seed_step = loop.collate, rng.seed_step
+    collate, seed_step = training_step.collate, rng.seed_step
     current = [0]
 
     def watched_seed(seed: int, rank: int, step: int) -> None:
@@ -38,7 +38,7 @@ def _watch_samples() -> None:
         _tell({"step": current[0] + 1, "ids": [int(i) for i in ids]})
         return collate(dataset, ids, *rest)
 
-    rng.seed_step, loop.collate = watched_seed, watched_collate
+    rng.seed_step, training_step.collate = watched_seed, watched_collate
 
 
 def _memory(name: str) -> int:

@@ -57,7 +57,7 @@ class Group:
         processes = [FakeProcesses(rank, world_size) for rank in range(world_size)]
         self.members = processes[0].members = [
             Checkpointer(
-                self.paths, processes[rank], lambda rank=rank: self._plan(rank, world_size),  # type: ignore[arg-type,misc]
+                processes[rank], lambda rank=rank: self._plan(rank, world_size),  # type: ignore[arg-type,misc]
                 {"config.json": b"{}"} if rank == 0 else {}, zero_stage=0, is_async=is_async,
                 device=torch.device("cpu"),
             )
@@ -78,7 +78,7 @@ class Group:
             self.save_of(member, step, texts)
 
     def save_of(self, member: Checkpointer, step: int, texts: dict[str, str]) -> None:
-        member.save(step, texts)
+        member.save(step, texts, self.paths.checkpoint_dir(step))
         member.finish_snapshot()  # as the loop does before each optimizer step
 
     def tick(self) -> SaveResult | None:

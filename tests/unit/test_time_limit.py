@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from launcher.base.stop_requests import END_TIME, REASONS, StopRequests
-from launcher.config.settings import CheckpointConfig
-from launcher.saving.saver import expected_save_s
+from launcher.config.settings import RunConfig
+from launcher.saving.save_schedule import SaveSchedule
+from launcher.saving.saver import Saver
 from launcher.train.metrics import MetricsFile
 
 
@@ -34,20 +35,23 @@ def test_nothing_stops_a_job_whose_end_is_not_known(
     assert StopRequests(tmp_path / "STOP", is_main=True).reason_code(save_s=30.0, step_s=10.0) == 0
 
 
-def run_of(folder: Path, num_bytes: int) -> Any:
-    return SimpleNamespace(
-        is_main=True, last_save_s=None, metrics=MetricsFile(folder / "metrics.jsonl"),
-        checkpointer=SimpleNamespace(plan=SimpleNamespace(total_bytes=num_bytes)),
-        config=SimpleNamespace(checkpoint=CheckpointConfig()),
+def saver_of(folder: Path, num_bytes: int) -> Saver:
+    unused: Any = None
+    outlet: Any = MetricsFile(folder / "metrics.jsonl")
+    checkpointer: Any = SimpleNamespace(plan=SimpleNamespace(total_bytes=num_bytes))
+    config = RunConfig()
+    return Saver(
+        config, unused, unused, unused, checkpointer, unused, schedule=SaveSchedule(config, 64), outlet=outlet,
+        hub=unused, alive=unused, is_stopping=unused, total_steps=100, saved_step=0,
     )  # fmt: skip
 
 
 def test_save_is_expected_to_take_as_long_as_the_last_one_of_an_earlier_start(tmp_path: Path) -> None:
     lines: list[dict[str, float]] = [{"step": 5, "save_write_s": 9.0}, {"step": 10, "save_write_s": 7.5}, {"step": 11}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert expected_save_s(run_of(tmp_path, 10**12)) == 7.5
+    assert saver_of(tmp_path, 10**12).expected_s() == 7.5
 
 
 def test_first_save_is_expected_to_take_time_by_its_size(tmp_path: Path) -> None:
-    assert expected_save_s(run_of(tmp_path, 100 * 10**9)) == 500.0
-    assert expected_save_s(run_of(tmp_path, 5 * 10**6)) < 0.1
+    assert saver_of(tmp_path, 100 * 10**9).expected_s() == 500.0
+    assert saver_of(tmp_path, 5 * 10**6).expected_s() < 0.1

@@ -1,0 +1,82 @@
+"""Where a run is written down and shown: metrics.jsonl, run.json, trackers, the progress display. Main process only.
+
+The other processes hold `NoRecorder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from launcher.train.metrics import MetricsFile, Progress, RunFile, Trackers
+
+
+class Recorder(Protocol):
+    """No method raises because a disk is full or a tracker fails: neither may end a run."""
+
+    def measured(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, of training or evaluation; trackers and the display get it too."""
+
+    def saved(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl for a committed save."""
+
+    def last(self, key: str) -> Any:
+        """The newest value of a key of metrics.jsonl, also of an earlier start."""
+
+    def say(self, text: str) -> None:
+        """A notice for the user."""
+
+    def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None:
+        """A step is done: for the display, and from time to time for run.json."""
+
+    def update_run(self, **fields: Any) -> None:
+        """Changes run.json now."""
+
+    def close(self) -> None:
+        """Ends the trackers and the display."""
+
+
+class MainRecorder:
+    """The main process's. metrics.jsonl is cut to the step that the run goes on from."""
+
+    def __init__(self, metrics: MetricsFile, run_file: RunFile, trackers: Trackers, progress: Progress) -> None:
+        self._metrics, self._run_file, self._trackers, self._progress = metrics, run_file, trackers, progress
+        if trackers.notice:
+            progress.say(trackers.notice)
+
+    def measured(self, line: dict[str, Any]) -> None:
+        self._metrics.append(line)
+        self._trackers.log(line)
+        self._progress.log(line)
+
+    def saved(self, line: dict[str, Any]) -> None:
+        self._metrics.append(line)
+
+    def last(self, key: str) -> Any:
+        return self._metrics.last(key)
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)
+
+    def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None:
+        self._progress.advance(step)
+        self._run_file.advance(step, epoch, hub_status)
+
+    def update_run(self, **fields: Any) -> None:
+        self._run_file.update(**fields)
+
+    def close(self) -> None:
+        self._trackers.close()
+        self._progress.close()
+
+
+class NoRecorder:
+    """The null object of the other processes."""
+
+    def measured(self, line: dict[str, Any]) -> None: ...
+    def saved(self, line: dict[str, Any]) -> None: ...
+    def last(self, key: str) -> Any: ...
+    def say(self, text: str) -> None: ...
+    def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None: ...
+    def update_run(self, **fields: Any) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,107 @@
+"""One optimizer step: forward, backward and update over its samples, on all processes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from launcher.base.processes import Processes
+from launcher.checkpoint import rng
+from launcher.config.settings import RunConfig
+from launcher.data import StepSampler, TokenRows, collate, split_step
+from launcher.model.build import summed_loss
+from launcher.model.optim import Schedule
+
+
+@dataclass
+class StepSums:
+    """What this process found in a step. `num_labelled` is of all processes, the sums are its own."""
+
+    loss_sum: float
+    num_labelled: int
+    num_tokens: int
+    grad_norm: float
+    is_applied: bool
+    """Whether the weights changed: not where the gradient norm is not finite (fp16's loss scaling skips some)."""
+
+
+class TrainStep:
+    """Trains the model on the samples of one step after another.
+
+    Args:
+        before_update: called when the gradients are there and the state has not changed yet.
+    """
+
+    def __init__(
+        self, config: RunConfig, processes: Processes, accelerator: Any, model: Any, optimizer: Any, schedule: Schedule,
+        rows: TokenRows, sampler: StepSampler, pad_token_id: int, before_update: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._config, self._processes, self.accelerator = config, processes, accelerator
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self._rows, self._sampler, self._pad_token_id = rows, sampler, pad_token_id
+        self._before_update = before_update
+
+    def epoch_after(self, step: int) -> float:
+        return self._sampler.epoch_after(step)
+
+    def run(self, step: int) -> StepSums:
+        """The step that follows `step`. Collective."""
+        config, world_size, device = self._config, self._processes.world_size, self.accelerator.device
+        rng.seed_step(config.seed, self._processes.rank, step)
+        rows = self._sampler.rows_of_step(step)
+        num_labelled = max(1, self._rows.num_labelled_tokens(rows))
+        micro_batches = split_step(rows, self._processes.rank, world_size, config.train.per_device_train_batch_size)
+        self.model.train()
+        loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+        for i, ids in enumerate(micro_batches):
+            batch = collate(self._rows, ids, self._pad_token_id)
+            mask = batch.get("attention_mask")
+            num_tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            is_last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if is_last else self._no_sync():
+                with self.accelerator.autocast():
+                    loss, _ = summed_loss(self.model, batch)
+                # Gradients are averaged over the processes; the mean is over the labelled tokens of the whole step.
+                self._backward(loss * (world_size / num_labelled), is_last=is_last)
+            loss_sum += loss.detach()
+        self._before_update()
+        grad_norm, is_applied = self._update()
+        return StepSums(float(loss_sum), num_labelled, num_tokens, grad_norm, is_applied)
+
+    def _no_sync(self) -> Any:
+        """DeepSpeed learns the boundary in `_backward`; DDP must not reduce before the last micro-batch."""
+        is_zero = self._config.strategy.zero_stage
+        return contextlib.nullcontext() if is_zero else self.accelerator.no_sync(self.model)
+
+    def _backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        if self._config.strategy.zero_stage:
+            self.model.set_gradient_accumulation_boundary(is_last)
+            self.model.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+
+    def _update(self) -> tuple[float, bool]:
+        """Clips and applies; a non-finite gradient norm leaves the weights as they are.
+
+        Returns:
+            The norm before clipping, and whether the step was applied.
+        """
+        if self._config.strategy.zero_stage:
+            self.model.step()
+            grad_norm = float(self.model.get_global_grad_norm() or 0.0)
+            is_applied = not getattr(self.model.optimizer, "overflow", False)
+        else:
+            limit = self._config.train.max_grad_norm or math.inf
+            grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+            is_applied = math.isfinite(grad_norm)
+            if is_applied or self.accelerator.scaler is not None:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.schedule.step()  # counts steps, applied or not, so that the rate follows from the step alone
+        return grad_norm, is_applied
