@@ -177,8 +177,8 @@ class Checkpointer:
         first one's may still be being discarded."""
         self._attempt = self._attempt + 1 if target == self._target else 1
         self._target = target
-        suffix = f".{self._attempt}" if self._attempt > 1 else ""
-        return target.with_name(f".tmp-{target.name.removeprefix('.tmp-')}{suffix}")
+        name = target.name if target.name.startswith(".tmp-") else f".tmp-{target.name}"
+        return target.with_name(name if self._attempt == 1 and name != target.name else f"{name}.{self._attempt}")
 
     def _snapshot(self, plan: SnapshotPlan) -> None:
         live, waiting = plan.copies[: plan.num_live], plan.copies[plan.num_live :]

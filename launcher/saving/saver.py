@@ -258,10 +258,11 @@ class Saver:
                 self.saved_step = 0
             if self._config.checkpoint.on_error == "stop":
                 raise_failed(result)
+            what, then = f"the save of step {result.step} failed", ""
+            if result.found_no_room:
+                what, then = f"step {result.step}: no checkpoint saved", " and saves as soon as there is room"
             self._outlet.say(
-                f"WARNING the save of step {result.step} failed: {result.error}. Training goes on"
-                + (" and saves as soon as there is room" if result.found_no_room else "")
-                + "; the earlier checkpoints are whole"
+                f"WARNING {what}: {result.error}. Training goes on{then}; the earlier checkpoints are whole"
             )
             return
         self._last_write_s = result.write_s

@@ -166,7 +166,7 @@ def log(run: Run, agreed: Agreement) -> None:
         return
     line: dict[str, Any] = {
         "step": run.step, "epoch": round(p.epoch, 6),
-        **({"loss": p.loss_sum / p.labelled_tokens} if p.labelled_tokens else {}),  # all steps may have been skipped
+        "loss": p.loss_sum / p.labelled_tokens if p.labelled_tokens else None,  # every step may have been skipped
         "learning_rate": run.train_step.schedule.learning_rate, "grad_norm": window.grad_norm,
         "tokens_per_second": round(window.num_tokens / max(1e-9, time.monotonic() - window.started), 1),
         "num_tokens": p.num_tokens,

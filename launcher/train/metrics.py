@@ -126,7 +126,9 @@ class Progress:
 
     def log(self, line: dict[str, Any]) -> None:
         """Shows a line of metrics.jsonl."""
-        text = "  ".join(f"{k} {_short(v)}" for k, v in line.items() if k in _SHOWN or k.startswith("eval_"))
+        text = "  ".join(
+            f"{k} {_short(v)}" for k, v in line.items() if (k in _SHOWN or k.startswith("eval_")) and v is not None
+        )
         if self._bar is not None:
             self._bar.update(self._task, text=text)
         else:

@@ -38,4 +38,16 @@ def test_a_gradient_of_nan_ends_the_run_or_is_left_out(
     skipped = lab.run(tmp_path / "skip", strategy, num_processes, *more, "train.on_nonfinite=skip", env=_NAN)
     _check_finite(skipped)
     assert sum(line.get("skipped_steps", 0) for line in lines(skipped).values()) == 1
-    assert losses(skipped)[20] < losses(skipped)[1]
+    found = losses(skipped)
+    assert found[20] < found[1]
+    assert found[8] is None, "a line whose steps were all left out has no loss"
+
+
+def test_logged_loss_is_the_mean_of_the_steps_that_count_when_one_is_left_out(lab: Lab, tmp_path: Path) -> None:
+    each = lab.run(tmp_path / "each", "ddp", 2, "train.on_nonfinite=skip", "train.max_steps=10", env=_NAN)
+    mean = lab.run(
+        tmp_path / "mean", "ddp", 2, "train.on_nonfinite=skip", "train.max_steps=10", "train.logging_steps=10", env=_NAN
+    )
+    counted = [loss for loss in losses(each).values() if loss is not None]
+    assert min(counted) < losses(mean)[10] < max(counted)
+    assert abs(losses(mean)[10] - sum(counted) / len(counted)) < 0.05 * losses(mean)[10]
