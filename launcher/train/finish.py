@@ -58,7 +58,9 @@ def final_model(run: Run, paths: RunPaths) -> tuple[Path, bool]:
     if not is_name_taken:
         run.saver.save_and_wait()  # a run that was resumed past its end from another folder has no save in flight
     if is_name_taken:
-        run.recorder.say(f"checkpoint-{run.step} is not of this run and stays: step {run.step} has no checkpoint")
+        run.recorder.say(
+            f"checkpoint-{run.step} is not of this run and stays: of step {run.step} only the model is kept"
+        )
     elif not run.saver.is_whole:
         run.recorder.say(
             f"WARNING training reached step {run.step} but its checkpoint could not be saved: only a model is kept. "
