@@ -86,7 +86,7 @@ example: launcher train data.train_files=chat.jsonl model.model_name_or_path=Qwe
 
 def _show(error: LauncherError) -> None:
     """The message on stderr: in colour in a terminal, plain where it is read by a program."""
-    from launcher.config.settings import redacted
+    from launcher.base.secrets import redacted
 
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         heading = f"{len(error.problems)} settings are wrong:"
@@ -107,7 +107,7 @@ def _show(error: LauncherError) -> None:
 
 def _unexpected(error: Exception) -> str:
     """An error of ours rather than the user's: a short message, and where the rest of it is."""
-    from launcher.config.settings import redacted
+    from launcher.base.secrets import redacted
 
     text = redacted("".join(traceback.format_exception(error)))
     if os.environ.get("LAUNCHER_DEBUG"):

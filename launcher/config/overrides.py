@@ -19,9 +19,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from launcher.base.secrets import is_secret, refusal
 from launcher.config.sbatch import is_option
 from launcher.config.schema import did_you_mean, is_open, near_miss, valid_keys
-from launcher.config.settings import RunConfig, looks_like_token
+from launcher.config.settings import RunConfig
 
 _ELSEWHERE = {
     "gradient_accumulation_steps": "It follows from train.train_batch_size, train.per_device_train_batch_size and the "
@@ -127,11 +128,8 @@ def check(texts: Sequence[str], groups: Groups, *, is_sweep: bool = False) -> Ch
     """
     checked = Checked()
     for text in texts:
-        if looks_like_token(text):
-            checked.problems.append(
-                f"{text.partition('=')[0]} holds what looks like a Hugging Face token. Tokens do not belong into a "
-                "config: set HF_TOKEN or run `hf auth login`"
-            )
+        if problem := _secret_problem(text):
+            checked.problems.append(problem)
             continue
         try:
             override = parse_override(text)
@@ -148,6 +146,12 @@ def check(texts: Sequence[str], groups: Groups, *, is_sweep: bool = False) -> Ch
             checked.texts.append(_as_hydra_takes_it(override, groups))
             checked.parsed.append(override)
     return checked
+
+
+def _secret_problem(text: str) -> str:
+    """Looked for before anything else, so that no other message repeats it."""
+    key, _, value = text.lstrip("+~").partition("=")
+    return refusal(key) if is_secret(key, value) else ""
 
 
 def _problem(override: Override, groups: Groups, is_sweep: bool) -> tuple[str, str | None]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.base.secrets import is_secret, refusal
 from launcher.config import sbatch
 from launcher.config.settings import (
     MIXED_PRECISION,
@@ -15,13 +16,9 @@ from launcher.config.settings import (
     RunConfig,
     expand_files,
     is_local_path,
-    looks_like_token,
     to_dict,
 )
 
-_SECRET_KEY = re.compile(
-    r"(^|[_.-])((hf|hub|auth|access|api)_?token|api_?key|secret(_?\w*key)?|password|passwd)$", re.I
-)
 _DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 
 
@@ -233,11 +230,8 @@ def _hub_problems(config: RunConfig) -> Iterator[str]:
 
 def _secret_problems(config: RunConfig) -> Iterator[str]:
     for key, value in leaves(to_dict(config)):
-        if isinstance(value, str) and (looks_like_token(value) or (value and _SECRET_KEY.search(key))):
-            yield (
-                f"{key} holds what looks like a secret. The config is written into output_dir, so it must hold none: "
-                "set HF_TOKEN (or the tracker's own variable) in the environment, or run `hf auth login`"
-            )
+        if is_secret(key, value):
+            yield refusal(key)
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,6 @@ transformers' TrainingArguments, Accelerate, DeepSpeed and Slurm. Units are in t
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,16 +246,3 @@ def _expand(name: str) -> Iterator[Path]:
 def expand_files(names: list[str]) -> list[Path]:
     """The files that `data.train_files` or `data.eval_files` name; globs are sorted."""
     return [path for name in names for path in _expand(name)]
-
-
-_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,})")
-
-
-def redacted(text: str) -> str:
-    """The text without what looks like a token, for messages."""
-    return _TOKEN.sub("hf_***", text)
-
-
-def looks_like_token(text: str) -> bool:
-    """Whether a text holds something shaped like a Hugging Face token."""
-    return _TOKEN.search(text) is not None

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_TOKEN_TEXT = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{8,}|(?i:bearer)\s+\S+")
+from launcher.base.secrets import redacted
+
+_BEARER = re.compile(r"(?i:bearer)\s+\S+")
 _SIGNED_URL = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
 _XET_STATUS = re.compile(
     r"(?i:status|http|code)\D{0,24}\b([45]\d\d)\b|\b([45]\d\d) (?:Unauthorized|Forbidden|Not Found)"
@@ -31,12 +33,11 @@ class Fault:
 
 
 def redact(text: str) -> str:
-    """Removes whatever is or looks like a token, and the signatures in the URLs of storage services."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    """Removes whatever is or looks like a secret, and the signatures in the URLs of storage services."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # however short
         if token := os.environ.get(name):
             text = text.replace(token, "***")
-    text = _SIGNED_URL.sub(r"\1", text)
-    return _TOKEN_TEXT.sub("***", text)
+    return _BEARER.sub("***", redacted(_SIGNED_URL.sub(r"\1", text)))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launcher.base import files
 from launcher.base.errors import EXIT_FAILED, ConfigError, LauncherError
 from launcher.base.process import die_with_parent, host
+from launcher.base.secrets import redacted
 
 if TYPE_CHECKING:
     from launcher.base.lock import RunLock
@@ -120,9 +121,9 @@ def fail(error: BaseException) -> NoReturn:
     code = error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED
     report = {
         "rank": rank(), "host": host(), "time": time.time(), "attempt": os.environ.get(ATTEMPT), "exit_code": code,
-        "kind": type(error).__name__, "is_ours": is_ours, "message": str(error) or type(error).__name__,
+        "kind": type(error).__name__, "is_ours": is_ours, "message": redacted(str(error)) or type(error).__name__,
         "training_began": _recorder is not None,
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": redacted("".join(traceback.format_exception(error))),
     }  # fmt: skip
     _write_report(report)
     if _recorder is not None:
