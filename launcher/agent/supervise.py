@@ -22,6 +22,7 @@ from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankFaile
 from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED, die_with_parent, host, is_alive
 from launcher.base.rank_reports import earliest_error
+from launcher.base.secrets import redacted
 from launcher.config.settings import RunConfig, run_length
 from launcher.hub import send_left_over
 
@@ -100,7 +101,7 @@ def run(config: RunConfig, arguments: Sequence[str], env: Mapping[str, str] | No
             print(line)
         return EXIT_DONE
     try:
-        paths.logs_dir.mkdir(parents=True, exist_ok=True)
+        paths.logs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir} cannot be written: {error}") from error
     paths.stop_file.unlink(missing_ok=True)  # of an earlier run
@@ -229,7 +230,7 @@ class _Attempt:
         else:
             tail = "\n".join(self._agent_output.strip().splitlines()[-5:])
             text = f"accelerate launch ended with {code}; see {self._paths.agent_log}\n{tail}"
-        error = RankFailedError(text)
+        error = RankFailedError(redacted(text))
         error.report = {"is_ours": self._num_signals > 1}
         return error
 

@@ -1,8 +1,8 @@
 """What a secret looks like: the one list of names and shapes. Standard library only.
 
 A config is written into output_dir, into trackers and into batch scripts, so it is refused where it holds a secret
-(`is_secret`); a message that comes from elsewhere is written without the ones it holds (`redacted`). A reference such as
-`$PGPASSWORD` or `$(cat FILE)` is no secret: whoever reads it still has to have the value.
+(`is_secret`); a message that comes from elsewhere is written without the ones it holds (`redacted`). A reference
+such as `$PGPASSWORD` or `$(cat FILE)` is no secret: whoever reads it still has to have the value.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 _SHAPES = tuple(
     re.compile(pattern)
     for pattern in (
-        r"\b(?:hf_|api_org_)[A-Za-z0-9]{20,}",  # Hugging Face
+        r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}",  # Hugging Face
         r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}",
         r"\bgl(?:pat|dt|rt|cbt|ptt|ft|soat)-[\w-]{16,}",  # GitLab
         r"(?<![\w-])sk-(?=[\w-]*\d)[A-Za-z0-9][\w-]{15,}",  # OpenAI, Anthropic, OpenRouter, …
@@ -55,24 +55,27 @@ _PARTS = (_URL_PASSWORD, _AUTHORIZATION, _COMMAND)
 
 # --------------------------------------------------------------------------- names that are given to secrets
 
-_KEY_OF = frozenset(
-    "api access secret private encryption decryption signing account master app application storage ssh deploy service "
-    "auth client shared subscription admin session openai anthropic azure aws gcp google gemini wandb comet neptune "
-    "clearml swanlab mistral groq cohere replicate together openrouter deepseek sas rsa".split()
-)
-_TOKEN_OF = frozenset(
-    "auth access api hf hub huggingface bearer refresh session secret github gitlab git gh bitbucket wandb comet neptune "
-    "slack discord personal bot oauth oauth2 csrf service deploy registry npm pypi docker user admin private aws azure "
-    "gcp google vault kaggle openai jwt id x modelscope dagshub swanlab mlflow tracking sas login".split()
-)
-_VOCABULARY = frozenset(
-    "eos bos pad unk sep cls mask image img video audio vision speech boi eoi boa eoa bov eov start end stop begin "
-    "special next prev previous first last think thinking turn im per num max min new prompt response answer prefix "
-    "suffix middle fim tool call eot eom soh system assistant human content message text word sub byte chunk patch cache "
-    "by each one every decoder encoder forced suppress resize add additional".split()
-)
+_KEYS = """
+api access secret private encryption decryption signing account master app application storage ssh deploy service auth
+client shared subscription admin session openai anthropic azure aws gcp google gemini wandb comet neptune clearml
+swanlab mistral groq cohere replicate together openrouter deepseek sas rsa
+"""
+_KEY_OF = frozenset(_KEYS.split())
+_TOKENS = """
+auth access api hf hub huggingface bearer refresh session secret github gitlab git gh bitbucket wandb comet neptune
+slack discord personal bot oauth oauth2 csrf service deploy registry npm pypi docker user admin private aws azure gcp
+google vault kaggle openai jwt id x modelscope dagshub swanlab mlflow tracking sas login
+"""
+_TOKEN_OF = frozenset(_TOKENS.split())
+_PIECES = """
+eos bos pad unk sep cls mask image img video audio vision speech boi eoi boa eoa bov eov start end stop begin special
+next prev previous first last think thinking turn im per num max min new prompt response answer prefix suffix middle
+fim tool call eot eom soh system assistant human content message text word sub byte chunk patch cache by each one
+every decoder encoder forced suppress resize add additional
+"""
+_VOCABULARY = frozenset(_PIECES.split())
 """Words before `token` that make it a piece of text."""
-_ENDINGS = frozenset("b64 base64 pem value text str raw".split())
+_ENDINGS = frozenset(["b64", "base64", "pem", "value", "text", "str", "raw"])
 _TRIVIAL = re.compile(r"(?i)\d{0,2}|true|false|yes|no|on|off|none|null|auto|\*+|\.{3}|…|<\w[\w -]*>")
 _KEY_FILE = re.compile(r"[~/.$].*(\.(pem|key|json|ya?ml|txt|crt|p12|pfx|pub)|/\.ssh/[^/]+)")
 

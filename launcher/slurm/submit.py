@@ -195,15 +195,16 @@ def _write(plan: _Plan, snapshot: Snapshot) -> None:
 def _write_files(plan: _Plan, snapshot: Snapshot) -> None:
     for job in plan.jobs:
         paths = RunPaths(job.run_dir)
-        paths.slurm_dir.mkdir(parents=True, exist_ok=True)
-        paths.logs_dir.mkdir(exist_ok=True)
+        paths.slurm_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.logs_dir.mkdir(mode=0o700, exist_ok=True)
         text = yaml.safe_dump(to_dict(job.config), sort_keys=False, allow_unicode=True)
-        files.replace_file(paths.slurm_dir / "config.yaml", text.encode())
-    plan.script.parent.mkdir(parents=True, exist_ok=True)
-    Path(plan.log).parent.mkdir(parents=True, exist_ok=True)
-    plan.code_dir.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_file(paths.slurm_dir / "config.yaml", text.encode(), mode=0o600)
+    root = plan.script.parent.parent
+    for folder in (plan.script.parent, RunPaths(root).logs_dir, Path(plan.log).parent, plan.code_dir.parent):
+        is_private = folder != root and root in folder.parents
+        folder.mkdir(mode=0o700 if is_private else 0o777, parents=True, exist_ok=True)
     snapshot.write(plan.code_dir)
-    files.replace_file(plan.script, plan.text.encode())
+    files.replace_file(plan.script, plan.text.encode(), mode=0o600)
 
 
 def _check_free(run_dir: Path) -> None:

@@ -51,7 +51,7 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
 
     def open_it() -> None:
         try:
-            paths.logs_dir.mkdir(parents=True, exist_ok=True)
+            paths.logs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock.acquire(pids)
             sweep_leftovers(paths)
         except OSError as error:
@@ -109,7 +109,7 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
 
 def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths) -> Run:
     """Data, model, optimizer, state; resumed where there is something to resume from. Collective."""
-    processes.on_main(lambda: files.replace_file(paths.config, _yaml(config)))
+    processes.on_main(lambda: files.replace_file(paths.config, _yaml(config), mode=0o600))
     stop = StopRequests(paths.stop_file, is_main=processes.is_main)
     stop.install()
     if config.train.full_determinism:

@@ -1,8 +1,8 @@
 """An optimizer with faults, chosen by `optim.name`: a test says what goes wrong at which step of which rank.
 
-FAULTS is a JSON list of {"rank", "step" (counted from 1, in this process), "kind", "seconds"?, "bytes"?, "once"?: a
-file that marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang, quota (no file may grow beyond "bytes";
--1: any), nan (in the gradients of that step, while its loss is a number).
+FAULTS is a JSON list of {"rank", "step" (counted from 1, in this process), "kind", "seconds"?, "bytes"?, "message"?,
+"once"?: a file that marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang, quota (no file may grow beyond
+"bytes"; -1: any), nan (in the gradients of that step, while its loss is a number).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FaultyAdamW(torch.optim.AdamW):
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "raise":
-                raise RuntimeError("a fault that the test asked for")
+                raise RuntimeError(fault.get("message", "a fault that the test asked for"))
             case "quota":
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # EFBIG instead
                 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
