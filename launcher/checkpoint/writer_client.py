@@ -215,11 +215,13 @@ class WriterClient:
         )
 
     def kill(self) -> None:
-        """Ends the process without waiting for it: one that hangs in a file system dies when that answers, and does
+        """Ends the process, and waits only a moment: one that hangs in a file system dies when that answers, and does
         nothing more."""
         if self._process is None:
             return
         self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
         self._ended = [process for process in [*self._ended, self._process] if process.poll() is None]
         self._forget()
 

@@ -21,84 +21,9 @@ from safetensors import safe_open
 
 from launcher.base import block_io, manifest
 from launcher.base.paths import RunPaths
-from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult
-from launcher.checkpoint.layout import TensorSpec, plan_files
-from launcher.checkpoint.snapshot import SnapshotPlan
+from launcher.checkpoint.engine import Phase
 from launcher.checkpoint.writer import Writer
-
-_NUMEL = 300_000
-
-
-class FakeProcesses:
-    """One of `world_size` processes; the test itself sums over them."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.members: list[Checkpointer] = []
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def gather(self, value: Any) -> list[Any]:
-        if not self.is_main:
-            return [value]
-        if isinstance(value, list):
-            return [m._flight.hashed for m in self.members if m._flight is not None]
-        return [m._own_error for m in self.members]
-
-
-class Group:
-    """All processes of a fake run, in one."""
-
-    def __init__(self, root: Path, world_size: int, *, is_async: bool = True) -> None:
-        self.paths = RunPaths(root)
-        self.tensor = torch.arange(_NUMEL, dtype=torch.float32)
-        processes = [FakeProcesses(rank, world_size) for rank in range(world_size)]
-        self.members = processes[0].members = [
-            Checkpointer(
-                processes[rank], lambda rank=rank: self._plan(rank, world_size),  # type: ignore[arg-type,misc]
-                {"config.json": b"{}"} if rank == 0 else {}, zero_stage=0, is_async=is_async,
-                device=torch.device("cpu"),
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
-
-    def _plan(self, rank: int, world_size: int) -> SnapshotPlan:
-        files = plan_files("model", [TensorSpec("w", "F32", (_NUMEL,))], {"format": "pt"})
-        low, high = rank * _NUMEL // world_size, (rank + 1) * _NUMEL // world_size
-        place = files[0].places[0]
-        plan = SnapshotPlan(files)
-        plan.add(lambda: self.tensor, low, high, torch.float32, place.path, place.offset + low * 4)
-        return plan
-
-    def save(self, step: int) -> None:
-        for member in self.members:
-            texts = {"state/state.json": "{}", "trainer_state.json": "{}"} if member is self.members[0] else {}
-            self.save_of(member, step, texts)
-
-    def save_of(self, member: Checkpointer, step: int, texts: dict[str, str]) -> None:
-        member.save(step, texts, self.paths.checkpoint_dir(step))
-        member.finish_snapshot()  # as the loop does before each optimizer step
-
-    def tick(self) -> SaveResult | None:
-        """What the loop's all-reduce does at the end of each step."""
-        undone, failed = map(sum, zip(*(m.status() for m in self.members), strict=True))
-        results = [m.advance(undone, failed) for m in self.members]
-        return results[0]
-
-    def finish(self, seconds: float = 60.0) -> SaveResult:
-        deadline = time.monotonic() + seconds
-        while (result := self.tick()) is None:
-            assert time.monotonic() < deadline, "the save never ended"
-            time.sleep(0.005)
-        return result
-
-    def close(self) -> None:
-        for member in self.members:
-            if member.writer_pid not in (None, os.getpid()):
-                os.kill(member.writer_pid, signal.SIGCONT)
-            member.close()
+from tests.faults.writer_group import NUMEL, Group
 
 
 @pytest.fixture
@@ -253,7 +178,7 @@ def test_other_bytes_than_the_snapshot_never_reach_the_disk(group: Group) -> Non
     from safetensors.torch import load_file
 
     saved = load_file(group.paths.checkpoint_dir(1) / "model.safetensors")["w"]
-    assert torch.equal(saved, torch.arange(_NUMEL, dtype=torch.float32))
+    assert torch.equal(saved, torch.arange(NUMEL, dtype=torch.float32))
 
 
 def test_a_starved_writer_is_started_anew_with_a_share_of_busy_cores(
