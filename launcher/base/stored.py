@@ -18,6 +18,8 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     start: int
+    dtype: str | None = None
+    """safetensors' name of its dtype where that is not the dtype of the model's weights: some stay fp32."""
 
     @property
     def numel(self) -> int:

@@ -1,4 +1,4 @@
-"""The model: pretrained, from scratch, or empty for a resume; LoRA; the files that go beside its weights."""
+"""The model: pretrained, from scratch or resumed, the same way; LoRA; the files that go beside its weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from launcher.base.errors import ConfigError, UserError
+from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.config.settings import RunConfig
+from launcher.model import _deepspeed, _transformers
+from launcher.model.blueprint import Blueprint
 
 
-def trained_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype to build in: DeepSpeed keeps fp32 masters of its own, elsewhere the parameters are the masters."""
-    return saved_dtype(config) if config.strategy.zero_stage else torch.float32
+@dataclass(frozen=True)
+class BuiltModel:
+    """A module to train and what its checkpoints are to be like."""
+
+    module: nn.Module
+    stored: StoredTensors
+    """Of what its checkpoints hold: every parameter and persistent buffer, or an adapter's parameters alone."""
+    config: Any
+    """As `save_pretrained` would write it."""
 
 
 def saved_dtype(config: RunConfig) -> torch.dtype:
@@ -27,39 +37,25 @@ def saved_dtype(config: RunConfig) -> torch.dtype:
     return dtype
 
 
-def build_model(config: RunConfig, tokenizer: Any, *, is_resume: bool) -> nn.Module:
+def _built_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype to build in. DeepSpeed keeps fp32 masters of its own, and LoRA's base has none; elsewhere the
+    parameters are the masters."""
+    return saved_dtype(config) if config.strategy.zero_stage or config.model.peft else torch.float32
+
+
+def build_model(config: RunConfig, tokenizer: Any, *, resumed_from: Path | None = None) -> BuiltModel:
     """Builds the module on the CPU (under ZeRO-3: already partitioned).
 
     Args:
-        is_resume: every trainable weight comes from a checkpoint, so none is loaded or initialised here.
+        resumed_from: a checkpoint. It is the model's folder then: config, generation config and vocabulary are its own.
+            Its tensors are not read here: `load_state` fills every parameter and persistent buffer. An adapter's base
+            is built as at the first start.
 
     Raises:
         ConfigError: `model.config` is refused. UserError: the pretrained model cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
-    settings = config.model
-    model_config = _build_config(config, tokenizer)
-    arguments: dict[str, Any] = {
-        "attn_implementation": settings.attn_implementation,
-        "trust_remote_code": settings.trust_remote_code,
-        "dtype": trained_dtype(config),
-    }
-    torch.manual_seed(config.seed)
-    try:
-        if settings.model_name_or_path and not (is_resume and not settings.peft):
-            model = AutoModelForCausalLM.from_pretrained(
-                settings.model_name_or_path, revision=settings.revision, config=model_config, **arguments
-            )
-        else:
-            # From scratch each process initialises the whole model and DeepSpeed partitions it afterwards, so that the
-            # first weights are the same under every strategy.
-            with _filled_later(config) if is_resume and not settings.peft else no_zero_init():
-                model = AutoModelForCausalLM.from_config(model_config, **arguments)
-            model.tie_weights()  # left out where initialisation is
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        name = settings.model_name_or_path or "model.config"
-        raise UserError(f"the model {name} cannot be built: {error}") from error
+    settings, dtype = config.model, saved_dtype(config)
+    model = _load(config, tokenizer, resumed_from if not settings.peft else None)
     vocab_size = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocab_size:
         raise ConfigError(
@@ -68,59 +64,74 @@ def build_model(config: RunConfig, tokenizer: Any, *, is_resume: bool) -> nn.Mod
                 "Set model.tokenizer_name_or_path or model.config.vocab_size"
             ]
         )
+    blueprint = Blueprint.of(model, dtype)
+    parameters_are_masters = not config.strategy.zero_stage
+    blueprint.apply(model, has_masters=parameters_are_masters and not settings.peft)
+    stored = blueprint.stored
     model.config.use_cache = False
     if settings.peft:
         model = _with_lora(model, settings.peft)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if parameters_are_masters:
+            for param in trained.values():
+                param.data = param.data.float()
+        stored = {n: (StoredTensor(adapter_key(n), _deepspeed.full_shape(p), 0),) for n, p in trained.items()}
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.peft:
             model.enable_input_require_grads()
-    module: nn.Module = model
-    return module
+    return BuiltModel(model, stored, blueprint.config)
+
+
+def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
+    """The model as transformers builds it: from a checkpoint's config, pretrained, or initialised."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    settings = config.model
+    name = str(checkpoint or settings.model_name_or_path or "model.config")
+    model_config = _build_config(config, tokenizer, checkpoint)
+    arguments: dict[str, Any] = {
+        "attn_implementation": settings.attn_implementation,
+        "trust_remote_code": settings.trust_remote_code,
+        "dtype": _built_dtype(config),
+    }
+    torch.manual_seed(config.seed)
+    try:
+        if checkpoint is None and settings.model_name_or_path:
+            return AutoModelForCausalLM.from_pretrained(
+                name, revision=settings.revision, config=model_config, **arguments
+            )
+        # From scratch each process initialises the whole model and DeepSpeed partitions it afterwards, so that the
+        # first weights are the same under every strategy.
+        with _filled_later(config) if checkpoint is not None else _transformers.no_zero_init():
+            model = AutoModelForCausalLM.from_config(model_config, **arguments)
+        model.tie_weights()  # left out where initialisation is
+        if checkpoint is not None and (checkpoint / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+        return model
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"the model {name} cannot be built: {error}") from error
 
 
 @contextlib.contextmanager
 def _filled_later(config: RunConfig) -> Iterator[None]:
     """For parameters that a checkpoint will fill: no initialisation, and under ZeRO-3, which partitions each of them as
     soon as it is made, no broadcast of it before."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        if config.strategy.zero_stage != 3:
-            yield
-            return
-        from deepspeed.runtime.zero.partition_parameters import Init
-
-        def partition_only(self: Any, param: nn.Parameter) -> None:
-            self._convert_to_deepspeed_param(param)
-            param.partition()  # type: ignore[attr-defined]
-
-        broadcast_and_partition = Init._zero_init_param
-        Init._zero_init_param = partition_only
-        try:
-            yield
-        finally:
-            Init._zero_init_param = broadcast_and_partition
-
-
-@contextlib.contextmanager
-def no_zero_init() -> Iterator[None]:
-    """Whole parameters although ZeRO-3 is on."""
-    from transformers.integrations import deepspeed
-
-    before = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_transformers.no_init_weights())
+        if config.strategy.zero_stage == 3:
+            stack.enter_context(_deepspeed.partition_without_broadcast())
         yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
-def _build_config(config: RunConfig, tokenizer: Any) -> Any:
+def _build_config(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
     from transformers import AutoConfig
 
     settings = config.model
+    is_remote_code = settings.trust_remote_code and settings.model_name_or_path  # a checkpoint holds no code
     try:
+        if checkpoint is not None and not is_remote_code:
+            return AutoConfig.from_pretrained(checkpoint)
         if settings.model_name_or_path:
             return AutoConfig.from_pretrained(
                 settings.model_name_or_path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
@@ -131,9 +142,9 @@ def _build_config(config: RunConfig, tokenizer: Any) -> Any:
             fields.setdefault(name, getattr(tokenizer, name))
         return AutoConfig.for_model(**fields)
     except Exception as error:  # whatever a config class raises about its fields; strict ones have classes of their own
-        where = (
-            f"model.model_name_or_path={settings.model_name_or_path}" if settings.model_name_or_path else "model.config"
-        )
+        where = str(checkpoint) if checkpoint is not None else "model.config"
+        if checkpoint is None and settings.model_name_or_path:
+            where = f"model.model_name_or_path={settings.model_name_or_path}"
         raise UserError(f"{where}: {error}") from error
 
 
@@ -162,23 +173,27 @@ def adapter_key(name: str) -> str:
     return re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)
 
 
-def static_files(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, bytes]:
+def static_files(built: BuiltModel, tokenizer: Any) -> dict[str, bytes]:
     """What lies beside the weights in every checkpoint: model config, generation config, tokenizer, chat template."""
+    model: Any = built.module
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if config.model.peft:
-            for adapter in model.peft_config.values():
-                adapter.save_pretrained(name)
-        else:
-            saved = type(model.config).from_dict(model.config.to_dict())
-            saved.use_cache, saved.dtype = True, config.model.dtype
-            saved.architectures = [type(model).__name__]
-            saved.save_pretrained(name)
-            if getattr(model, "generation_config", None) is not None:
-                with contextlib.suppress(ValueError):
-                    model.generation_config.save_pretrained(name)
+        adapters = getattr(model, "peft_config", {})
+        for adapter in adapters.values():
+            adapter.save_pretrained(name)
+        if not adapters:
+            built.config.save_pretrained(name)
+            if model.can_generate():
+                _save_generation_config(model.generation_config, folder)
         tokenizer.save_pretrained(name)
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _save_generation_config(generation_config: Any, folder: Path) -> None:
+    try:
+        generation_config.save_pretrained(folder)
+    except ValueError:  # settings that contradict each other, which transformers loads with a warning but does not save
+        (folder / "generation_config.json").write_text(generation_config.to_json_string(use_diff=True))
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -124,11 +124,11 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     settings = result_settings(config, data.fingerprint, processes)
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
-    model = build_model(config, tokenizer, is_resume=point is not None)
-    statics = static_files(config, model, tokenizer) if processes.is_main else {}
-    optimizer = build_optimizer(config, model)
+    built = build_model(config, tokenizer, resumed_from=point.folder if point is not None else None)
+    statics = static_files(built, tokenizer) if processes.is_main else {}
+    optimizer = build_optimizer(config, built.module)
     schedule = Schedule(config, optimizer, total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(built.module, optimizer)
     state = TrainingState(config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps)
     state.settings = settings
     state.origin = point.state.get("origin") if point is not None else None

@@ -74,7 +74,6 @@ _LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-lin
         pytest.param("ddp", 3, ("model.dtype=bfloat16", "model.gradient_checkpointing=true"), id="ddp-3-bf16"),
         pytest.param("ddp", 4, ("train.per_device_train_batch_size=1", *_MOE), id="ddp-4-moe", marks=pytest.mark.slow),
         pytest.param("ddp", 3, (*_LORA, "model.dtype=bfloat16"), id="ddp-3-lora", marks=pytest.mark.slow),
-        pytest.param("zero2", 3, _LAYERDROP, id="zero2-3-layerdrop", marks=pytest.mark.slow),
         pytest.param("zero2", 3, ("model.dtype=bfloat16", *_MOE), id="zero2-3-moe", marks=pytest.mark.slow),
         pytest.param("zero3", 3, ("model.dtype=bfloat16", *_MOE), id="zero3-3-moe", marks=pytest.mark.slow),
         pytest.param("zero3", 3, (*_LORA, "model.gradient_checkpointing=true"), id="zero3-3-lora",

@@ -41,7 +41,7 @@ from launcher.model.build import build_model
 config = compose_arguments(sys.argv[1:])
 tokenizer = build_tokenizer(config)
 data = build_data(config, tokenizer, is_builder=True, wait=lambda: None)
-model = build_model(config, tokenizer, is_resume=False)
+model = build_model(config, tokenizer).module
 print("loaded", len(data.train), sum(p.numel() for p in model.parameters()))
 """
 

@@ -70,7 +70,7 @@ def main() -> None:
         remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False,
         deepspeed=deepspeed_settings(settings["stage"], bf16=is_bf16) if settings.get("stage") else None,
     )  # fmt: skip
-    model = build_model(config, tokenizer, is_resume=False)
+    model = build_model(config, tokenizer).module
     trainer = Trainer(
         model=model, args=arguments, train_dataset=[{"row": int(i)} for i in order], 
         data_collator=lambda items: collate(rows, np.array([i["row"] for i in items]), tokenizer.pad_token_id),

@@ -11,7 +11,7 @@ from torch import nn
 
 from launcher.base.errors import ResumeError
 from launcher.config.settings import RunConfig
-from launcher.model.build import no_zero_init
+from launcher.model._transformers import no_zero_init
 
 
 def is_adapter(folder: Path) -> bool:

@@ -1,0 +1,130 @@
+"""What is used of transformers that is not its public interface.
+
+Seen with transformers 5.23.0; tests/unit/test_private_names.py fails where an upgrade has moved or changed it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from launcher.base.stored import StoredTensor, StoredTensors
+
+
+@contextlib.contextmanager
+def no_zero_init() -> Iterator[None]:
+    """Whole parameters although ZeRO-3 is on."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+def no_init_weights() -> contextlib.AbstractContextManager[None]:
+    """Parameters stay as memory came: something else fills them."""
+    from transformers import initialization
+
+    context: contextlib.AbstractContextManager[None] = initialization.no_init_weights()
+    return context
+
+
+def build_without_memory(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of a class on the meta device, built of a copy of the config as `from_pretrained(dtype=…)` would."""
+    with no_zero_init(), torch.device("meta"):
+        model = cls._from_config(copy.deepcopy(config), dtype=dtype)
+        model.tie_weights()
+    return model
+
+
+def stored_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of every parameter and persistent buffer after `from_pretrained(dtype=…)`, by its name in memory.
+
+    Some stay fp32 whatever is asked for: `_keep_in_fp32_modules_strict` (routers, their biases, Mamba's A_log), or
+    because the class makes them so. Same rule as transformers/core_model_loading.py.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    pattern = build_glob_alternation(list(plan))[0] if plan else None
+    found = {}
+    for name, tensor in model.state_dict().items():
+        is_kept = pattern is not None and pattern.search(name) is not None and tensor.is_floating_point()
+        found[name] = torch.float32 if is_kept else tensor.dtype
+    return found
+
+
+def stored_tensors(model: Any) -> StoredTensors:
+    """How `save_pretrained` stores a model's parameters and persistent buffers, by their names in memory.
+
+    transformers holds the experts of a layer as one parameter and stores each for itself. Its own conversion is run
+    here on tensors without memory whose `contiguous()` does nothing, so that every result is still a view of the
+    parameter that it comes from, and says where in it its elements lie. Tied parameters are stored once.
+
+    Two architectures of transformers 5.23 (hrm_text, inkling2_text) weave several parameters into one stored tensor or
+    reorder inside. Those keep their names in memory, which `from_pretrained` reads as well.
+
+    Args:
+        model: on the meta device.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    whole: dict[int, str] = {}
+    for name, tensor in model.named_parameters():
+        whole[_storage(tensor)] = name
+    state = model.state_dict()
+    for name, tensor in state.items():
+        whole.setdefault(_storage(tensor), name)
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    kept = remove_tied_weights_from_state_dict(state, model)
+    tensors = {whole[_storage(tensor)]: tensor for tensor in kept.values()}
+    own = {whole[_storage(tensor)]: (_stored(name, tensor),) for name, tensor in kept.items()}
+    with _NoCopies(), torch.no_grad():
+        reverted = revert_weight_conversion(model, dict(kept))
+    parts: dict[str, list[StoredTensor]] = {}
+    for name, tensor in reverted.items():
+        of = whole.get(_storage(tensor))
+        if of is not None and tensor.is_contiguous():
+            parts.setdefault(of, []).append(_stored(name, tensor))
+    found = {}
+    for name, tensor in tensors.items():
+        ordered = sorted(parts.get(name, ()), key=lambda part: part.start)
+        found[name] = tuple(ordered) if _covers(ordered, tensor.numel()) else own[name]
+    return found
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _stored(name: str, tensor: Tensor) -> StoredTensor:
+    return StoredTensor(name, tuple(tensor.shape), int(tensor.storage_offset()))
+
+
+def _covers(parts: list[StoredTensor], numel: int) -> bool:
+    end = 0
+    for part in parts:
+        if part.start != end:
+            return False
+        end += part.numel
+    return end == numel
+
+
+class _NoCopies(TorchFunctionMode):
+    """`contiguous()` gives the view itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.contiguous:
+            return args[0]
+        return func(*args, **(kwargs or {}))
