@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from launcher.base import files
 from launcher.base.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -120,8 +119,9 @@ def fetch_model(name: str, revision: str | None, *, with_weights: bool = True, w
 
 def pushed_checkpoints(paths: RunPaths) -> dict[int, str]:
     """Step → commit of every checkpoint of this run that has reached the Hub."""
-    journal = files.read_json_or(paths.hub_dir / "journal.json", {})
-    pushed = journal.get("pushed", {}).values() if isinstance(journal, dict) else ()
+    from launcher.hub.records import read_journal
+
+    pushed = read_journal(paths.hub_dir / "journal.json")["pushed"].values()
     return {entry["step"]: entry["commit"] for entry in pushed if entry["step"] is not None}
 
 

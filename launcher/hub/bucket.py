@@ -22,10 +22,11 @@ import hf_xet
 from huggingface_hub import HfApi
 
 from launcher.base import manifest
+from launcher.hub.items import Item, UploadSettings
 from launcher.hub.layout import BUCKET_MARKER as MARKER
 from launcher.hub.layout import HashCache, LocalFile, best_step, outdated_folders
 from launcher.hub.remote import Throttle
-from launcher.hub.spool import Item, UploadSettings, reached
+from launcher.hub.spool import reached
 
 LATEST = "latest.json"
 MAX_FILES_PER_CALL = 100
@@ -79,7 +80,7 @@ class BucketTarget:
         """All of a checkpoint; with every_save, and of a final model, the files at the top."""
         is_whole = item.kind == "checkpoint" and self._settings.strategy != "every_save"
         return {
-            f.path: LocalFile(item.root / f.path, f.bytes, f.sha256)
+            f.path: LocalFile(item.source(f.path), f.bytes, f.sha256, item.name)
             for f in item.files
             if is_whole or ("/" not in f.path and f.path not in (manifest.NAME, "trainer_state.json"))
         }
@@ -97,8 +98,9 @@ class BucketTarget:
             self._delete([f"{folder}/{MARKER}"])
             reached("unmarked")
         same |= self._equal_content(wanted, there, set(wanted) - same)
-        missing = {f"{folder}/{p}": str(wanted[p].source) for p in wanted if p not in same}
-        self._add(missing)
+        missing = {p: wanted[p] for p in wanted if p not in same}
+        self._hashes.check(missing.items())
+        self._add({f"{folder}/{p}": str(file.source) for p, file in missing.items()})
         reached("uploaded")
         self._delete([f"{folder}/{p}" for p in there if p not in wanted and p != MARKER])
         after = self._tree(folder)

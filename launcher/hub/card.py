@@ -20,8 +20,8 @@ from launcher.config.settings import is_local_path
 from launcher.hub import metadata
 from launcher.hub.curve import draw_curve
 from launcher.hub.faults import redact
+from launcher.hub.items import Item, UploadSettings
 from launcher.hub.layout import best_step
-from launcher.hub.spool import Item, UploadSettings
 
 BEGIN = "<!-- launcher:begin (written at every push; put your own text above or below) -->"
 END = "<!-- launcher:end -->"

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import re
+import os
 import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from launcher.base import files, manifest
-from launcher.base.errors import DamagedCheckpointError
+from launcher.base.errors import DamagedCheckpointError, UnsafeFileError
 from launcher.base.paths import RunPaths
 from launcher.config.settings import RunConfig
 from launcher.hub.environment import uploader_environment
+from launcher.hub.items import Item, UploadSettings, checkpoint_item, default_repo_name, model_item
 from launcher.hub.progress import ProgressLine
-from launcher.hub.spool import Item, Spool, UploadSettings, checkpoint_item, model_item
+from launcher.hub.records import lines_from, open_append
+from launcher.hub.spool import Spool
 
 POLL_INTERVAL_S = 0.5
 RESTART_INTERVAL_S = 30.0
@@ -31,7 +31,7 @@ def build_settings(config: RunConfig, paths: RunPaths) -> UploadSettings:
         run_dir=str(paths.root.absolute()),
         strategy=hub.hub_strategy,
         run_name=config.run_name,
-        repo_id=hub.hub_model_id or re.sub(r"[^A-Za-z0-9_.-]+", "-", config.run_name).strip("-."),
+        repo_id=hub.hub_model_id or default_repo_name(config.run_name),
         bucket=hub.bucket,
         private=hub.hub_private_repo,
         revision=hub.hub_revision,
@@ -50,18 +50,31 @@ class SpoolHub:
         self._max_wait_s = config.hub.max_wait_s
         self._max_spool_bytes = config.hub.max_spool_bytes
         self._uploader = UploaderProcess(self._spool, self._settings)
+        self._is_begun = False
+        self._told: set[str] = set()
         self._notices: list[str] = []
         self._events_offset = 0
         self._next_poll = 0.0
 
     def start(self) -> None:
         with self._never_raising("start"):
-            self._spool.prepare()
-            self._spool.clean_up()
-            files.write_json(self._spool.settings_path, asdict(self._settings))
-            with contextlib.suppress(OSError):
-                self._events_offset = self._spool.events_path.stat().st_size
-            self._queue_missed()
+            self._try_begin()
+
+    def _try_begin(self) -> bool:
+        """Takes the spool over, at the first call at which no other process holds it; picks up what was left."""
+        if self._is_begun:
+            return True
+        self._spool.prepare()
+        if not self._spool.try_own():
+            self._tell_once(f"Hub: another process pushes from {self._spool.root}; this one begins when it has ended")
+            return False
+        self._is_begun = True
+        self._spool.clean_up()
+        self._spool.write_settings(self._settings)
+        with contextlib.suppress(OSError):
+            self._events_offset = self._spool.events_path.stat().st_size
+        self._queue_missed()
+        return True
 
     def _queue_missed(self) -> None:
         """Queues committed checkpoints that a kill kept from being handed over."""
@@ -71,18 +84,28 @@ class SpoolHub:
         dropped = self._spool.read_ledger()["dropped"]
         pending = self._spool.pending()
         whole = [(s, d) for s, d in self._paths.checkpoint_dirs() if (d / manifest.NAME).is_file()]
+        if linked := [d for _, d in whole if d.is_symlink()]:
+            whole = [(s, d) for s, d in whole if d not in linked]
+            self._notices.append(
+                f"Hub: {linked[0].name} is a link and is not pushed: what it leads to is not this run's"
+            )
         if self._settings.is_newest_enough:
             whole = [(s, d) for s, d in whole[-1:] if s > max(pushed, default=-1)]
         for step, folder in whole:
             if step not in pushed and folder.name not in pending and folder.name not in dropped:
-                with contextlib.suppress(DamagedCheckpointError):
+                try:
                     self._add(checkpoint_item(step, folder))
+                except (DamagedCheckpointError, UnsafeFileError, ValueError) as error:
+                    self._notices.append(f"Hub: ERROR: {folder.name} is not pushed: {error}")
 
     def checkpoint_committed(self, step: int, folder: Path) -> None:
         if self._settings.strategy == "end":
             return
         with self._never_raising(f"queueing checkpoint-{step}"):
-            self._add(checkpoint_item(step, folder))
+            if self._is_begun:
+                self._add(checkpoint_item(step, folder))
+            elif not self._try_begin():  # which queues this one too
+                return
             self._uploader.ensure_running()
 
     def _add(self, item: Item) -> None:
@@ -109,25 +132,15 @@ class SpoolHub:
         if now >= self._next_poll:
             self._next_poll = now + POLL_INTERVAL_S
             with self._never_raising("poll"):
-                if self._spool.pending():
+                if self._try_begin() and self._spool.pending():
                     self._uploader.ensure_running()
                 self._read_events()
         notices, self._notices = self._notices, []
         return notices
 
     def _read_events(self) -> None:
-        try:
-            if self._spool.events_path.stat().st_size <= self._events_offset:
-                return
-        except FileNotFoundError:
-            return
-        with self._spool.events_path.open("rb") as file:
-            file.seek(self._events_offset)
-            whole = file.read().rpartition(b"\n")[0]
-        self._events_offset += len(whole) + 1
-        for line in whole.decode("utf-8", "replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError):
-                self._notices.append(json.loads(line)["text"])
+        texts, self._events_offset = lines_from(self._spool.events_path, self._events_offset)
+        self._notices += texts
 
     def status(self) -> dict[str, Any]:
         with self._never_raising("status"):
@@ -139,7 +152,7 @@ class SpoolHub:
                 "pending": pending,
                 "failed": [*ledger["dropped"], *journal["failed"]],
                 "passed_over": [*ledger["passed_over"], *journal["passed_over"]],
-                "last_error": now.get("last_error"),
+                "last_error": now["last_error"],
                 "command": self._command if pending else None,
             }
         return {}
@@ -151,13 +164,16 @@ class SpoolHub:
     def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
         wait_s = self._max_wait_s if max_wait_s is None else max_wait_s
         with self._never_raising("finish"):
-            if model_dir is not None:
-                self._add_final(model_dir)
-            self._wait(wait_s)
+            if self._try_begin():
+                if model_dir is not None:
+                    self._add_final(model_dir)
+                self._wait(wait_s)
         with self._never_raising("finish"):
             self._uploader.stop()
             self._read_events()
             self._notices += self._left_over()
+            self._spool.release()
+            self._is_begun = False
         notices, self._notices = self._notices, []
         return notices
 
@@ -184,7 +200,7 @@ class SpoolHub:
             while self._spool.pending() and time.monotonic() < end:
                 self._uploader.ensure_running()
                 status = self._spool.read_status()
-                if status.get("state") == "blocked" and status.get("tried_at", 0.0) >= asked_at:
+                if status["state"] == "blocked" and status["tried_at"] >= asked_at:
                     return
                 line.show()
                 time.sleep(0.1)
@@ -193,12 +209,18 @@ class SpoolHub:
         pending = self._spool.pending()
         if not pending:
             return []
-        reason = self._spool.read_status().get("last_error")
+        reason = self._spool.read_status()["last_error"]
         return [
             f"Hub: not sent yet: {', '.join(pending)}"
             + (f" ({reason})" if reason else "")
             + f". To send: {self._command}"
         ]
+
+    def _tell_once(self, text: str) -> None:
+        """For what a poll finds many times a minute."""
+        if text not in self._told:
+            self._told.add(text)
+            self._notices.append(text)
 
     @contextlib.contextmanager
     def _never_raising(self, what: str) -> Any:
@@ -206,7 +228,10 @@ class SpoolHub:
         try:
             yield
         except Exception as error:
-            self._notices.append(f"Hub: {what} failed: {error!r}. The training goes on. To send later: {self._command}")
+            text = (
+                f"Hub: {what} failed: {str(error) or repr(error)}. The training goes on. To send later: {self._command}"
+            )
+            self._tell_once(text)
 
 
 class UploaderProcess:
@@ -226,7 +251,7 @@ class UploaderProcess:
             return
         self.stop()
         self._started_at = time.monotonic()
-        with self._spool.log_path.open("ab") as log:
+        with os.fdopen(open_append(self._spool.log_path), "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "launcher.hub.uploader", str(self._spool.root.absolute())],
                 stdin=subprocess.PIPE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from launcher.hub.spool import UploadSettings
+from launcher.hub.items import UploadSettings
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.base import manifest
-from launcher.hub.spool import Item
+from launcher.base.errors import UnsafeFileError
+from launcher.base.inner_files import open_regular, read_json_object
+from launcher.hub.items import Item
 
 BUCKET_MARKER = "complete.json"
+_BLOCK_BYTES = 2**20
 _CHECKPOINT_FILE = re.compile(r"^checkpoint-(\d+)/")
 _WEIGHTS = re.compile(
     r"^(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors$|^model\.safetensors\.index\.json$|^adapter_config\.json$"
@@ -21,11 +24,20 @@ _WEIGHTS = re.compile(
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to have on the Hub; sha256 in hex where it is known without reading."""
+    """A file of an upload to have on the Hub; sha256 in hex where it is known without reading."""
 
     source: Path
     bytes: int
     sha256: str | None
+    item: str = ""
+
+
+class DamagedFileError(Exception):
+    """A file is not what the manifest of its checkpoint says; `item` is the upload's name."""
+
+    def __init__(self, file: LocalFile, path: str) -> None:
+        super().__init__(f"{path} does not match its hash in {manifest.NAME}")
+        self.item = file.item
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,9 @@ def wanted_files(items: Sequence[Item], strategy: str) -> dict[str, LocalFile]:
     """Path in the repository → local file, for uploads in the order of their age: the newest model is at the top.
 
     end, every_save: the model at the top. checkpoint: also `last-checkpoint/`. all_checkpoints: also `checkpoint-N/`.
+
+    Raises:
+        UnsafeFileError, OSError: a file is a link, or not there.
     """
     wanted: dict[str, LocalFile] = {}
     for item in items:
@@ -51,7 +66,7 @@ def wanted_files(items: Sequence[Item], strategy: str) -> dict[str, LocalFile]:
                 del wanted[path]
         folder = {"checkpoint": "last-checkpoint", "all_checkpoints": item.name}.get(strategy)
         for file in item.files:
-            local = LocalFile(item.root / file.path, file.bytes, file.sha256)
+            local = LocalFile(item.source(file.path), file.bytes, file.sha256, item.name)
             if "/" not in file.path and file.path not in (manifest.NAME, "trainer_state.json"):
                 wanted[file.path] = local
             if item.kind == "checkpoint" and folder:
@@ -90,9 +105,9 @@ def best_step(items: Iterable[Item]) -> int | None:
     best = None
     for item in items:
         try:
-            state = json.loads((item.root / "trainer_state.json").read_text(encoding="utf-8"))
+            state = read_json_object(item.source("trainer_state.json"))
             best = int(str(state["best_model_checkpoint"]).rpartition("-")[2])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, UnsafeFileError):
             continue
     return best
 
@@ -103,7 +118,7 @@ def is_same(local: LocalFile, remote: RemoteFile, hashes: HashCache) -> bool:
         return False
     if remote.sha256 is not None:
         return (local.sha256 or hashes.sha256(local.source)) == remote.sha256
-    return git_blob_id(local.source.read_bytes()) == remote.blob_id
+    return hashes.git_blob_id(local.source) == remote.blob_id
 
 
 def git_blob_id(data: bytes) -> str:
@@ -112,15 +127,36 @@ def git_blob_id(data: bytes) -> str:
 
 
 class HashCache:
-    """sha256 of local files, each read once for as long as it is the same file."""
+    """Hashes of local files, each read once for as long as it is the same file."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int, int], str] = {}
+        self._known: dict[tuple[str, int, int, int], str] = {}
 
     def sha256(self, path: Path) -> str:
-        stat = path.stat()
-        key = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if key not in self._known:
-            with path.open("rb") as file:
-                self._known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._hash("sha256", path)
+
+    def git_blob_id(self, path: Path) -> str:
+        return self._hash("blob", path)
+
+    def _hash(self, kind: str, path: Path) -> str:
+        with open_regular(path) as file:
+            stat = os.fstat(file.fileno())
+            key = (kind, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if key not in self._known:
+                digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
+                if kind == "blob":
+                    digest.update(b"blob %d\0" % stat.st_size)
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+                self._known[key] = digest.hexdigest()
         return self._known[key]
+
+    def check(self, files: Iterable[tuple[str, LocalFile]]) -> None:
+        """Reads files that are about to be sent (which leaves them in the page cache) and compares their hashes.
+
+        Raises:
+            DamagedFileError: one is not what the manifest of its checkpoint says.
+        """
+        for path, file in files:
+            if file.sha256 is not None and self.sha256(file.source) != file.sha256:
+                raise DamagedFileError(file, path)

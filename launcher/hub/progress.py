@@ -44,12 +44,9 @@ class ProgressLine:
         """`Hub: [#####     ] 1 of 3 uploads, waiting: …`."""
         pending, status = len(self._spool.pending()), self._spool.read_status()
         self._total = max(self._total, pending)
-        sent = self._total_bytes - self._spool.held_bytes() + int(status.get("sent_bytes") or 0)
+        sent = self._total_bytes - self._spool.held_bytes() + int(status["sent_bytes"])
         filled = min(_BAR_WIDTH, max(0, _BAR_WIDTH * sent // self._total_bytes))
         bar = "#" * filled + " " * (_BAR_WIDTH - filled)
-        what = status.get("state", "starting")
-        error = status.get("last_error")
-        note = (
-            f", {what}: {error}" if error and what != "uploading" else f", {what} {status.get('item') or ''}".rstrip()
-        )
+        what, error = status["state"] or "starting", status["last_error"]
+        note = f", {what}: {error}" if error and what != "uploading" else f", {what} {status['item'] or ''}".rstrip()
         return f"Hub: [{bar}] {self._total - pending} of {self._total} uploads{note}"

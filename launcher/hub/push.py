@@ -7,21 +7,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launcher.base import files, manifest
-from launcher.base.errors import HubError, UserError
+from launcher.base import manifest
+from launcher.base.errors import DamagedCheckpointError, HubError, UnsafeFileError, UserError
+from launcher.base.inner_files import read_regular
 from launcher.base.paths import RunPaths
 from launcher.hub.environment import client_environment
+from launcher.hub.items import Item, UploadSettings, checkpoint_item, default_repo_name, model_item
 from launcher.hub.progress import ProgressLine
-from launcher.hub.spool import Item, Spool, UploadSettings, checkpoint_item, model_item
+from launcher.hub.records import lines_from
+from launcher.hub.spool import Spool
 
+MAX_CONFIG_BYTES = 2**22
 PATIENCE_S = 600.0
 """How long transient faults are waited out without --follow, in seconds."""
 
@@ -38,63 +43,118 @@ class Plan:
 def plan_push(folder: Path, overrides: dict[str, Any]) -> Plan:
     """Decides what `launcher push FOLDER` sends: what is pending in a run, else its model; or this very folder.
 
+    The folder may come from elsewhere: it decides neither where something goes nor that anything outside of it does.
+
     Args:
         overrides: fields of UploadSettings given on the command line.
 
     Raises:
-        UserError: there is nothing of ours, or nowhere to send it to.
+        UserError: there is nothing of ours, or nowhere to send it to. UnsafeFileError: it holds links.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder. Valid: a run, a checkpoint, or an exported model")
+    folder = folder.resolve()
     if (folder / manifest.NAME).is_file():
-        item = checkpoint_item(manifest.read(folder).step, folder)
-        return Plan(_settings(folder.parent, "checkpoint", overrides), (item,))
+        item = _readable(lambda: checkpoint_item(manifest.read(folder).step, folder), folder)
+        return Plan(_settings(folder.parent, overrides, "checkpoint"), (item,))
     spool = Spool(RunPaths(folder).hub_dir)
+    spool.refuse_links()
     pending = [d / n for d in (spool.active_dir, spool.queue_dir) for n in spool.names(d)]
     if pending:
-        settings = replace(spool.read_settings(), **overrides)
-        items = [spool.read_item(home) for home in sorted(pending, key=lambda p: p.name)]
-        return Plan(settings, tuple(items), spool)
+        items = [_readable(partial(spool.read_item, h), h) for h in sorted(pending, key=lambda p: p.name)]
+        _refuse_problems(items)
+        return Plan(_settings(folder, overrides), tuple(items), spool)
     item = model_item(folder, None, kind="folder")
     if any(f.path.endswith(".safetensors") for f in item.files):
-        known = files.read_json_or(spool.settings_path, {})
-        return Plan(_settings(folder, known.get("strategy", "every_save"), overrides), (item,))
+        return Plan(_settings(folder, overrides, default="every_save"), (item,))
     whole = [(s, p) for s, p in RunPaths(folder).checkpoint_dirs() if (p / manifest.NAME).is_file()]
     if not whole:
         raise UserError(f"{folder} holds no model of ours: no *.safetensors, no checkpoint-N with a manifest")
     step, newest = whole[-1]
-    return Plan(_settings(folder, "checkpoint", overrides), (checkpoint_item(step, newest),))
+    if newest.is_symlink():
+        raise UnsafeFileError(f"{newest} is a link. To send what it leads to: launcher push {newest.resolve()}")
+    item = _readable(lambda: checkpoint_item(step, newest), newest)
+    return Plan(_settings(folder, overrides, "checkpoint"), (item,))
 
 
-def _settings(run_dir: Path, strategy: str, overrides: dict[str, Any]) -> UploadSettings:
-    """From the run's spool, else its config.yaml, else the command line alone."""
-    paths = RunPaths(run_dir)
-    known = files.read_json_or(paths.hub_dir / "settings.json", {})
-    journal = files.read_json_or(paths.hub_dir / "journal.json", {})
-    hub, run_name = _config(paths)
-    repo_id = journal.get("repo_id") or known.get("repo_id") or hub.get("hub_model_id")
-    settings = UploadSettings(
-        run_dir=str(run_dir.absolute()),
-        strategy=strategy,
-        run_name=run_name,
-        repo_id=repo_id,
-        bucket=None if "repo_id" in overrides else known.get("bucket") or hub.get("bucket"),
-        private=hub.get("hub_private_repo"),
-        revision=hub.get("hub_revision"),
-        max_bytes_per_s=hub.get("max_bytes_per_s"),
-    )
-    settings = replace(settings, **overrides)
-    if settings.repo_id is None and settings.bucket is None:
-        raise UserError("there is no repository to push to: give it one with --repo-id ORG/NAME")
-    return settings
-
-
-def _config(paths: RunPaths) -> tuple[dict[str, Any], str]:
+def _readable(read: Callable[[], Item], place: Path) -> Item:
     try:
-        config = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
-        return dict(config.get("hub") or {}), str(config.get("run_name") or "run")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return {}, "run"
+        return read()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} is no upload of ours: {error}. Remove it, or give another folder") from error
+
+
+def _refuse_problems(items: Sequence[Item]) -> None:
+    """Before anything is sent: `launcher push` is there to say so, and the user to mend it."""
+    for item in items:
+        if problem := next(item.problems(), None):
+            raise UnsafeFileError(f"{item.home} cannot be sent: {problem}. Remove this folder to send the others")
+
+
+def _settings(
+    run_dir: Path, overrides: dict[str, Any], strategy: str | None = None, default: str = "checkpoint"
+) -> UploadSettings:
+    """From the command line, else from the config.yaml of a run that was made here.
+
+    A config.yaml that says that its run lies elsewhere was moved or received. It then decides nothing: not the
+    repository, nor what is deleted there.
+
+    Args:
+        strategy: None: what the run's own config says, else `default`. Old checkpoints on the Hub are deleted only
+            in the run's own name, not for a folder that was chosen by hand.
+
+    Raises:
+        UserError: there is no repository to push to.
+    """
+    hub, run_name, made_at = _config(RunPaths(run_dir))
+    is_own = _is_here(run_dir, made_at)
+    named = hub.get("bucket") or hub.get("hub_model_id")
+    hub = hub if is_own else {}
+    repo_id, bucket = overrides.get("repo_id"), hub.get("bucket")
+    if repo_id is None and bucket is None:
+        repo_id = hub.get("hub_model_id") or (default_repo_name(run_name) if hub.get("push_to_hub") else None)
+    if repo_id is None and bucket is None:
+        moved = f" (its config.yaml names {named}, but is of a run in {made_at})" if named and not is_own else ""
+        raise UserError(f"there is no repository to push {run_dir} to{moved}: give it one with --repo-id ORG/NAME")
+    raw = {
+        "run_dir": str(run_dir), "run_name": run_name, "repo_id": repo_id,
+        "bucket": None if "repo_id" in overrides else bucket,
+        "strategy": strategy or hub.get("hub_strategy") or default,
+        "save_total_limit": None if strategy or "repo_id" in overrides else hub.get("save_total_limit"),
+        "private": hub.get("hub_private_repo"), "revision": hub.get("hub_revision"),
+        "max_bytes_per_s": hub.get("max_bytes_per_s"),
+    }  # fmt: skip
+    try:
+        return UploadSettings.from_dict({**raw, **overrides})
+    except ValueError as error:
+        raise UserError(f"{run_dir}/config.yaml: hub.{error}") from error
+
+
+def _is_here(run_dir: Path, made_at: str | None) -> bool:
+    """Whether a run's own config.yaml gives it this place; a relative output_dir was relative to some folder above."""
+    if not made_at:
+        return False
+    path = Path(made_at).expanduser()
+    if path.is_absolute():
+        return path.resolve() == run_dir.resolve()
+    parts = Path(os.path.normpath(path)).parts
+    return ".." not in parts and run_dir.resolve().parts[-len(parts) :] == parts
+
+
+def _config(paths: RunPaths) -> tuple[dict[str, Any], str, str | None]:
+    """The hub group, run_name and output_dir of a config.yaml; whatever is missing or odd is left out."""
+    try:
+        config = yaml.safe_load(read_regular(paths.config, MAX_CONFIG_BYTES))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        config = {}
+    hub, name, made_at = (config.get(key) for key in ("hub", "run_name", "output_dir"))
+    return (
+        hub if isinstance(hub, dict) else {},
+        name if isinstance(name, str) else "run",
+        made_at if isinstance(made_at, str) else None,
+    )
 
 
 def describe(plan: Plan) -> str:
@@ -139,9 +199,10 @@ def _temporary_spool(plan: Plan) -> Iterator[Spool]:
     with tempfile.TemporaryDirectory(prefix="launcher-push-") as root:
         spool = Spool(Path(root))
         spool.prepare()
-        files.write_json(spool.settings_path, asdict(plan.settings))
         journal = Spool(RunPaths(Path(plan.settings.run_dir)).hub_dir).read_journal()
-        if journal["repo_id"] == plan.settings.repo_id:  # what the run knows: its card, its commits of this hour
+        if (
+            journal["repo_id"] == plan.settings.repo_id is not None
+        ):  # what the run knows: its card, its commits of this hour
             spool.write_journal({**journal, "target": plan.settings.bucket or plan.settings.repo_id})
         for item in plan.items:
             spool.add_reference(item)
@@ -151,7 +212,7 @@ def _temporary_spool(plan: Plan) -> Iterator[Spool]:
 def _upload(spool: Spool, settings: UploadSettings, follow: bool) -> list[str]:
     from launcher.hub.uploader import Uploader
 
-    offset = spool.events_path.stat().st_size if spool.events_path.exists() else 0
+    _, offset = _news(spool, 0)
     uploader = Uploader(spool, settings)
     done = threading.Event()
     watcher = threading.Thread(target=_show, args=(spool, uploader, done), daemon=True)
@@ -164,7 +225,9 @@ def _upload(spool: Spool, settings: UploadSettings, follow: bool) -> list[str]:
         spool.empty_trash()
     if fault is not None:
         raise HubError(f"not sent: {', '.join(spool.pending())}: {fault.message}. {fault.cure}".strip())
-    return _news(spool, offset)
+    if uploader.given_up:
+        raise DamagedCheckpointError("; ".join(uploader.given_up))
+    return _news(spool, offset)[0]
 
 
 def _show(spool: Spool, uploader: Any, done: threading.Event) -> None:
@@ -174,10 +237,11 @@ def _show(spool: Spool, uploader: Any, done: threading.Event) -> None:
             line.show()
 
 
-def _news(spool: Spool, offset: int) -> list[str]:
-    if not spool.events_path.exists():
-        return []
-    size = spool.events_path.stat().st_size
-    lines: Sequence[dict[str, Any]] = list(files.read_json_lines(spool.events_path)) if size > offset else []
-    whole = spool.events_path.read_bytes()[:offset].count(b"\n")
-    return [str(line["text"]) for line in lines[whole:]]
+def _news(spool: Spool, offset: int) -> tuple[list[str], int]:
+    """What was told since an offset, and the offset after it."""
+    found: list[str] = []
+    while True:
+        texts, after = lines_from(spool.events_path, offset)
+        if after == offset:
+            return found, offset
+        found, offset = [*found, *texts], after

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status
 
 from launcher.hub import card
+from launcher.hub.items import Item, UploadSettings
 from launcher.hub.layout import (
     HashCache,
     LocalFile,
@@ -26,7 +27,7 @@ from launcher.hub.layout import (
     stale_paths,
     wanted_files,
 )
-from launcher.hub.spool import Item, UploadSettings, reached
+from launcher.hub.spool import reached
 
 SINGLE_UPLOAD_BYTES = 8 * 2**20
 _COMMIT_ID = re.compile(r"^[0-9a-f]{40}$")
@@ -162,10 +163,12 @@ class RepoTarget:
     ) -> tuple[str, str | None]:
         """One commit on top of `head`, refused by the server where the head has moved since."""
         for group in upload_groups([op for op in operations if isinstance(op, CommitOperationAdd)]):
+            self._check(group, wanted)
             self._api.preupload_lfs_files(
                 self.name, group, revision=self._branch, create_pr=self._settings.create_pr, free_memory=False
             )
             reached("uploaded")
+        self._check(operations, wanted)
         if not any(op.path_in_repo == "README.md" for op in operations):
             operations = [*operations, *self._card_operations(items, wanted, remote, head, outdated)]
         reached("committing")
@@ -179,6 +182,11 @@ class RepoTarget:
             create_pr=self._settings.create_pr,
         )
         return str(info.oid), info.pr_url
+
+    def _check(self, operations: Iterable[Any], wanted: dict[str, LocalFile]) -> None:
+        """Reads what is about to be sent, each file once: a damaged one must not arrive."""
+        additions = [op.path_in_repo for op in operations if isinstance(op, CommitOperationAdd)]
+        self._hashes.check((path, wanted[path]) for path in additions if path in wanted)
 
     def _card_operations(
         self,
@@ -228,7 +236,7 @@ class RepoTarget:
         """Writes down, before the commit, which tags it makes wrong: a kill after it must not leave them so."""
         touched = {m[1] for op in operations if (m := re.match(r"checkpoint-(\d+)/", op.path_in_repo))}
         gone = {name.rpartition("-")[2] for name in outdated}
-        due = self._journal.get("tags_due") or {"move": [], "delete": []}
+        due = self._journal["tags_due"] or {"move": [], "delete": []}
         move = (touched | set(due["move"])) - gone
         self._journal["tags_due"] = {"move": sorted(move), "delete": sorted((gone | set(due["delete"])) - move)}
 
@@ -236,7 +244,7 @@ class RepoTarget:
         """`step-N` on the commit of each checkpoint; the tags of folders that went away go too."""
         if self._settings.strategy != "all_checkpoints":
             return
-        due = self._journal.get("tags_due") or {"move": [], "delete": []}
+        due = self._journal["tags_due"] or {"move": [], "delete": []}
         steps = [str(i.step) for i in items if i.kind == "checkpoint"]
         there = {tag.name: tag.target_commit for tag in self._api.list_repo_refs(self.name).tags}
         for step in steps:
@@ -256,7 +264,9 @@ class RepoTarget:
     def _opened_pull_request(self, wanted: dict[str, LocalFile]) -> str | None:
         """The pull request that an earlier try opened although its reply was lost; remembers those that were there."""
         refs = self._api.list_repo_refs(self.name, include_pull_requests=True).pull_requests or []
-        before = self._journal.setdefault("pull_requests_before", [ref.ref for ref in refs])
+        if self._journal["pull_requests_before"] is None:
+            self._journal["pull_requests_before"] = [ref.ref for ref in refs]
+        before = self._journal["pull_requests_before"]
         for ref in refs:
             if ref.ref not in before:
                 there = self._tree(ref.target_commit)

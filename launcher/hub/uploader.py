@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 from launcher.base.process import yield_cores
 from launcher.hub.faults import Backoff, Fault, classify, next_commit_delay_s
+from launcher.hub.items import Item, UploadSettings
+from launcher.hub.layout import DamagedFileError
 from launcher.hub.remote import Throttle, connect
-from launcher.hub.spool import Item, Spool, UploadSettings, reached
+from launcher.hub.spool import Spool, reached
 
 IDLE_S = 0.3
 MAX_BATCH = 20
@@ -44,9 +46,10 @@ class Uploader:
     def __init__(self, spool: Spool, settings: UploadSettings) -> None:
         self._spool = spool
         self._settings = settings
+        spool.refuse_links()
         self._journal = spool.read_journal()
         target = settings.bucket or settings.repo_id
-        if self._journal.get("target") != target:  # the user chose another one: what we know is about the old one
+        if self._journal["target"] != target:  # the user chose another one: what we know is about the old one
             self._journal.update(target=target, repo_id=None, card={}, last_squash=None, commits_since_squash=0)
         self._throttle = Throttle(settings.max_bytes_per_s)
         self._target = build_target(settings, self._journal, self._throttle)
@@ -54,6 +57,8 @@ class Uploader:
         self._status_lock = threading.Lock()
         self._told: str | None = None
         self._was_hurried = False
+        self.given_up: list[str] = []
+        """What will not be sent because it is damaged or holds links, with the reason."""
         self.hurry = threading.Event()
         """Set to try again at once; stays set: from then on waits are short."""
 
@@ -113,6 +118,9 @@ class Uploader:
         try:
             started = time.monotonic()
             pushed = self._target.push(items, self._save)
+        except DamagedFileError as error:
+            self._give_up(next(item for item in items if item.name == error.item), str(error))
+            return None  # nothing of this commit is there; the others are tried again without it
         except Exception as error:  # whatever the client raises; the training goes on and so do we
             fault = classify(error, self._target.name)
             self._report(fault, names, tried_at)
@@ -164,7 +172,7 @@ class Uploader:
         where = pushed.url or where
         self._spool.tell(f"Hub: {names} is at {where} ({size / 1e6:.1f} MB, {took_s:.0f} s)")
         for notice in self._journal["card"].get("notices", []):
-            if notice not in self._journal.setdefault("told_notices", []):
+            if notice not in self._journal["told_notices"]:
                 self._journal["told_notices"].append(notice)
                 self._spool.tell(f"Hub: {notice}")
 
@@ -185,17 +193,21 @@ class Uploader:
         return self._spool.claim()
 
     def _without_broken(self, items: list[Item]) -> list[Item]:
-        """Leaves out items whose files a power cut or somebody's hand removed."""
+        """Leaves out items of which a power cut or somebody's hand removed files, or that hold links."""
         whole = []
         for item in items:
-            if missing := item.missing:
-                self._spool.discard(item.home)
-                self._journal["failed"][item.name] = f"{missing[0]} is missing from the spool"
-                self._save()
-                self._spool.tell(f"Hub: {item.name} cannot be sent: {missing[0]} is missing from the spool")
+            if problem := next(item.problems(), None):
+                self._give_up(item, problem)
             else:
                 whole.append(item)
         return whole
+
+    def _give_up(self, item: Item, problem: str) -> None:
+        self._spool.discard(item.home)
+        self.given_up.append(f"{item.name} is not pushed: {problem}")
+        self._journal["failed"][item.name] = problem
+        self._save()
+        self._spool.tell(f"Hub: ERROR: {self.given_up[-1]}")
 
     def _wait_for_budget(self, items: list[Item]) -> list[Item]:
         """Keeps below the Hub's commits per hour; what is queued meanwhile shares the next commit."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hub.spool import checkpoint_item, model_item
+from launcher.hub.items import checkpoint_item, model_item
 from tests.hub.helpers import (
     UploaderUnderTest,
     make_checkpoint,

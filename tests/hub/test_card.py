@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from launcher.hub import card, metadata
-from launcher.hub.spool import Item, UploadSettings, checkpoint_item, model_item
+from launcher.hub.items import Item, UploadSettings, checkpoint_item, model_item
 from tests.hub.helpers import REPO, make_checkpoint, make_config, prepare_spool, upload_all, write_model
 from tests.hub.server import HubServer
 from tests.hub.state import card_problems

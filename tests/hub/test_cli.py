@@ -11,7 +11,7 @@ import pytest
 
 from launcher.base.errors import UserError
 from launcher.cli import prefetch, push
-from launcher.hub.spool import checkpoint_item, model_item
+from launcher.hub.items import checkpoint_item, model_item
 from tests.hub.helpers import (
     REPO,
     UploaderUnderTest,

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from launcher.hub.spool import Spool, checkpoint_item
+from launcher.hub.items import checkpoint_item
+from launcher.hub.spool import Spool
 from tests.hub.helpers import (
     REPO,
     UploaderUnderTest,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.base import manifest
-from launcher.hub.spool import checkpoint_item, model_item
+from launcher.hub.items import checkpoint_item, model_item
 from tests.hub.helpers import (
     REPO,
     make_checkpoint,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hub.spool import checkpoint_item
+from launcher.hub.items import checkpoint_item
 from tests.hub.helpers import (
     REPO,
     UploaderUnderTest,

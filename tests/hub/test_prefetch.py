@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from launcher.base import manifest
-from launcher.hub.spool import checkpoint_item
+from launcher.hub.items import checkpoint_item
 from tests.hub.helpers import REPO, make_checkpoint, make_config, prepare_spool, upload_all
 from tests.hub.server import HubServer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hub.spool import checkpoint_item, model_item
+from launcher.hub.items import checkpoint_item, model_item
 from tests.hub.helpers import REPO, make_checkpoint, make_config, prepare_spool, upload_all, write_model
 from tests.hub.server import HubServer
 

@@ -11,8 +11,9 @@ from launcher.base.errors import ResumeError
 from launcher.hub.curve import draw_curve
 from launcher.hub.faults import Backoff, classify, next_commit_delay_s, redact
 from launcher.hub.fetch import choose_folder, model_files, parse_uri
+from launcher.hub.items import checkpoint_item, model_item
 from launcher.hub.layout import outdated_folders, stale_paths, wanted_files
-from launcher.hub.spool import Spool, checkpoint_item, model_item
+from launcher.hub.spool import Spool
 from tests.hub.helpers import make_checkpoint, make_config, prepare_spool, write_model
 
 
