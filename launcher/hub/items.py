@@ -148,7 +148,7 @@ class Item:
 
 def _file(raw: Any) -> SpoolFile:
     path, size, sha256 = (raw.get(k) for k in ("path", "bytes", "sha256")) if isinstance(raw, dict) else (None,) * 3
-    if not is_inner_path(path):
+    if not isinstance(path, str) or not is_inner_path(path):
         raise ValueError(f"path={path!r} is no name of a file inside of a checkpoint")
     if type(size) is not int or not 0 <= size < _MAX_BYTES:
         raise ValueError(f"{path}: bytes={size!r} is no length")
