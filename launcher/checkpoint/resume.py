@@ -17,7 +17,9 @@ from launcher.base.process import RESTARTED
 if TYPE_CHECKING:
     from launcher.base.processes import Processes
 
-ROUNDING_KEYS = ("strategy", "num_processes", "per_device_train_batch_size")
+ROUNDING_KEYS = (
+    "strategy", "strategy.deepspeed.zero_optimization", "num_processes", "per_device_train_batch_size",
+)  # fmt: skip
 
 
 @dataclass

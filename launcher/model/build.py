@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,8 @@ def _with_lora(model: Any, peft_settings: dict[str, Any]) -> Any:
 
     try:
         lora = LoraConfig(**{"task_type": "CAUSAL_LM", **peft_settings})
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # an attribute that transformers renamed
+            return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except (TypeError, ValueError) as error:
         raise ConfigError([f"model.peft: {error}"]) from error
 

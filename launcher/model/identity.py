@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,7 +34,8 @@ def agreed_identity(config: RunConfig, processes: Processes) -> str | None:
     name, mine = config.model.model_name_or_path, None
     if name and processes.is_local_main:
         folder = local_folder(name, config.model.revision)
-        mine = identity(folder) if folder is not None else None
+        with contextlib.suppress(OSError, ValueError, KeyError, struct.error):  # loading it says what is wrong with it
+            mine = identity(folder) if folder is not None else None
     found = {value for value in processes.gather(mine) if value is not None}
     if len(found) > 1:
         raise UserError(
@@ -48,7 +50,7 @@ def local_folder(name: str, revision: str | None) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(name, "config.json", revision=revision, local_files_only=True)

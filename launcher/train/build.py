@@ -25,6 +25,7 @@ from launcher.config.settings import RunConfig, run_length, to_dict
 from launcher.data import StepSampler, build_data, build_tokenizer
 from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.model.build import build_model, static_files
+from launcher.model.identity import agreed_identity
 from launcher.model.optim import Schedule, build_optimizer
 from launcher.saving.interop.importing import import_checkpoint, import_notices
 from launcher.saving.save_schedule import SaveSchedule
@@ -80,8 +81,8 @@ def find_resume_point(config: RunConfig, paths: RunPaths, processes: Processes) 
 
 
 def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -> dict[str, Any]:
-    """What decides the result of a run; compared at a resume."""
-    name = config.model.model_name_or_path
+    """What decides the result of a run; compared at a resume. Collective."""
+    name, deepspeed = config.model.model_name_or_path, dict(config.strategy.deepspeed)
     return {
         "seed": config.seed,
         "data": fingerprint,
@@ -90,6 +91,8 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
         "train.mixed_precision": config.mixed_precision,
         "train.on_nonfinite": config.train.on_nonfinite,
         "model.model_name_or_path": Path(name).name if name else None,
+        "model.revision": config.model.revision,
+        "model.base": agreed_identity(config, processes),
         "model.config": config.model.config,
         "model.dtype": config.model.dtype,
         "model.attn_implementation": config.model.attn_implementation,
@@ -102,6 +105,8 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
         "scheduler.warmup_steps": config.scheduler.warmup_steps,
         "scheduler.lr_scheduler_kwargs": config.scheduler.lr_scheduler_kwargs,
         "strategy": config.strategy.name,
+        "strategy.deepspeed.zero_optimization": deepspeed.pop("zero_optimization", {}),
+        "strategy.deepspeed": deepspeed,
         "num_processes": processes.world_size,
         "per_device_train_batch_size": config.train.per_device_train_batch_size,
     }
@@ -125,6 +130,12 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
     built = build_model(config, tokenizer, resumed_from=point.folder if point is not None else None)
+    if settings["model.base"] is None and config.model.model_name_or_path:  # downloaded only now, or not needed
+        saved = point.state["settings"].get("model.base") if point is not None else None
+        settings["model.base"] = agreed_identity(config, processes) or saved
+        before, now = {"model.base": saved}, {"model.base": settings["model.base"]}
+        if saved is not None:
+            notices += resume.compare_settings(before, now, accept=config.checkpoint.accept_changes)
     statics = static_files(built, tokenizer) if processes.is_main else {}
     optimizer = build_optimizer(config, built.module)
     schedule = Schedule(config, optimizer, total_steps)
@@ -176,8 +187,11 @@ def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], to
         ResumeMismatchError: what differs would change the result, and `checkpoint.accept_changes` is not set.
     """
     saved, now = point.state["settings"], json.loads(json.dumps(settings))
-    if "imported" in point.state:  # another tool records only some of them
-        now = {key: now[key] for key in saved}
+    now = {key: now[key] for key in now if key in saved}  # another tool, or an older version, records only some of them
+    # A model is what it is, not what it is called; the name stands in for it where one of the two does not know it.
+    is_known = None not in (saved.get("model.base"), now.get("model.base"))
+    left_out = ("model.model_name_or_path", "model.revision") if is_known else ("model.base",)
+    saved, now = ({k: v for k, v in settings.items() if k not in left_out} for settings in (saved, now))
     notices = resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
     before = point.state["total_steps"]
     if before != total_steps:

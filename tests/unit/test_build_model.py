@@ -1,0 +1,75 @@
+"""What is in memory: fp32 masters of what is trained, everything else as it is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from launcher.config.compose import compose
+from launcher.data.tokenizer import byte_tokenizer
+from launcher.model.build import BuiltModel, build_model, static_files
+from tests.architectures import model_config
+
+_LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-linear")
+
+
+def make_base(folder: Path, name: str) -> Path:
+    config = AutoConfig.for_model(**model_config(name))
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"), "ernie4_5_moe")
+
+
+def build(base: Path, *more: str, resumed_from: Path | None = None) -> BuiltModel:
+    config = compose(
+        ["model=pretrained", f"model.model_name_or_path={base}", "model.dtype=bfloat16", "data=arithmetic", *more]
+    )
+    return build_model(config, byte_tokenizer(), resumed_from=resumed_from)
+
+
+def dtypes(built: BuiltModel, *, trained: bool) -> set[torch.dtype]:
+    return {p.dtype for p in built.module.parameters() if p.requires_grad == trained}
+
+
+def frozen(built: BuiltModel) -> list[str]:
+    return [name for name, param in built.module.named_parameters() if not param.requires_grad]
+
+
+def test_trained_parameters_are_fp32_masters_without_zero(base: Path) -> None:
+    assert dtypes(build(base, "strategy=ddp"), trained=True) == {torch.float32}
+    assert dtypes(build(base, "strategy=zero2"), trained=True) == {torch.bfloat16, torch.float32}  # routers stay fp32
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "zero2"])
+def test_loras_base_keeps_the_models_dtype(tmp_path: Path, strategy: str) -> None:
+    built = build(make_base(tmp_path, "llama"), f"strategy={strategy}", *_LORA)
+    assert dtypes(built, trained=False) == {torch.bfloat16}
+    assert dtypes(built, trained=True) == {torch.float32 if strategy != "zero2" else torch.bfloat16}
+    assert len(built.stored) == sum(p.requires_grad for p in built.module.parameters())
+
+
+def test_frozen_parameters_are_those_of_the_class_at_the_first_start_and_after_a_resume(base: Path) -> None:
+    """`from_pretrained` alone would make them trainable."""
+    assert frozen(build(base)) == ["model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"]
+    assert frozen(build(base, resumed_from=base)) == frozen(build(base))
+
+
+def test_files_beside_the_weights_are_the_same_after_a_resume(base: Path, tmp_path: Path) -> None:
+    """Also a generation config that transformers loads with a warning and refuses to save."""
+    text = '{"temperature": 0.6, "do_sample": false, "eos_token_id": [257, 256], "pad_token_id": 256}'
+    (base / "generation_config.json").write_text(text)
+    first = static_files(build(base), byte_tokenizer())
+    for name, data in first.items():
+        (tmp_path / name).write_bytes(data)
+    again = static_files(build(base, resumed_from=tmp_path), byte_tokenizer())
+    assert again == first
+    assert b'"temperature": 0.6' in first["generation_config.json"]
+    assert b'"dtype": "bfloat16"' in first["config.json"]
