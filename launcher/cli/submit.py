@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{paths.root} is finished: nothing to do. Its model is in that folder")
         return EXIT_DONE
     submission = submit_run(config)
+    for notice in submission.notices:
+        print(f"launcher: {notice}", file=sys.stderr)
     print(f"submitted job {submission.job_id}\nlog: {submission.log}\nscript: {submission.script}")
     print(f"how it stands: launcher status {paths.root}")
     return EXIT_DONE

@@ -186,6 +186,7 @@ class LaunchConfig:
     max_requeues: int = opt(100, "Slurm: requeues of one job", minimum=0)
     sbatch: dict[str, Any] = opt({}, "#SBATCH options under their own names")
     setup: list[str] = opt([], "Slurm: shell lines before the run")
+    code_files: list[str] = opt([], "Slurm: files to copy beside what git tracks; paths or globs")
     container: str | None = opt(None, "Slurm: srun --container-image")
     env: dict[str, str] = opt({}, "environment variables of the run")
 

@@ -7,10 +7,12 @@ three templates share one body by `{% include %}`. A name that a template needs 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from launcher.config.settings import RunConfig
 _BACKSTOP_S = 60
 """So many seconds before the time limit, or up to 60 earlier, the batch shell gets SIGUSR1. It obeys where the ranks do
 not know the job's end; those that do stop by themselves, later than the signal mostly comes."""
+_OPTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}
 _OURS = {
     "nodes": "launch.num_machines",
     "ntasks": "launch.num_machines (one task on each node starts the processes)",
@@ -41,7 +45,7 @@ def with_slurm_defaults(config: RunConfig, run_dir: Path) -> RunConfig:
         ConfigError: settings of launch that contradict each other, all of them.
     """
     launch = config.launch
-    problems = [*_sbatch_problems(launch.sbatch), *_env_problems(launch.env), *_text_problems(config)]
+    problems = [*_sbatch_problems(launch.sbatch), *_env_problems(launch.env), *_text_problems(config, run_dir)]
     total, per_node = launch.num_processes, launch.gpus_per_node
     own_gpus = [f"launch.sbatch.{key}={value}" for key, value in launch.sbatch.items() if asks_for_gpus(key, value)]
     if own_gpus and total is None and not per_node:
@@ -75,32 +79,69 @@ def _sbatch_problems(sbatch: Mapping[str, Any]) -> list[str]:
     for key, value in sbatch.items():
         if owner := _OURS.get(key.replace("-", "_")):
             problems.append(f"launch.sbatch.{key}={value} is set by {owner}. Leave launch.sbatch.{key} out")
-        if "\n" in f"{key}{value}":
-            problems.append(f"launch.sbatch.{key} must be one line (got {value!r})")
+        if not _OPTION_NAME.fullmatch(key):
+            problems.append(f"launch.sbatch.{key!r} is no name of an option (letters, digits, - and _)")
+        elif not _is_one_line(_option_text(value)):
+            problems.append(f"launch.sbatch.{key} must be one line of printable text (got {value!r})")
     return problems
 
 
 def _env_problems(env: Mapping[str, str]) -> list[str]:
     wrong = [name for name in env if not (name.isidentifier() and name.isascii())]
-    return [f"launch.env.{name} is no name of an environment variable (letters, digits and _)" for name in wrong]
+    problems = [f"launch.env.{name} is no name of an environment variable (letters, digits and _)" for name in wrong]
+    return problems + [
+        f"launch.env.{name} must be text without zero bytes that UTF-8 can hold (got {value!r})"
+        for name, value in env.items()
+        if not _is_text(value)
+    ]
 
 
-def _text_problems(config: RunConfig) -> list[str]:
-    """Values that the script could not hold on one line."""
-    texts = {"output_dir": config.output_dir, "run_name": config.run_name, "launch.container": config.launch.container}
-    problems = [f"{key} must be one line (got {text!r})" for key, text in texts.items() if text and "\n" in text]
-    return [*problems, *_setup_problems(config.launch.setup), *_mount_problems(config)]
+def _text_problems(config: RunConfig, run_dir: Path) -> list[str]:
+    """Values that the script could not hold on one line: an `#SBATCH` line ends with its line, whatever is quoted."""
+    launch = config.launch
+    texts = {
+        "output_dir": str(run_dir), "run_name": config.run_name, "launch.container": launch.container,
+        "launch.main_process_ip": launch.main_process_ip, "the working directory": str(Path.cwd()),
+        "the path of this Python": sys.executable,
+    }  # fmt: skip
+    problems = [
+        f"{key} must be one line of printable text (got {text!r})"
+        for key, text in texts.items()
+        if text and not _is_one_line(text)
+    ]
+    return [*problems, *_setup_problems(launch.setup), *_mount_problems(config)]
+
+
+def _is_one_line(text: str) -> bool:
+    """No control characters, no other line breaks of Unicode, and text that UTF-8 can hold."""
+    return _is_text(text) and not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text)
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _setup_problems(setup: Sequence[str]) -> list[str]:
     """What bash says to the lines, before a job has waited for its start only to end at once."""
+    if bad := [line for line in setup if not _is_text(line) or "\r" in line]:
+        return [
+            f"launch.setup holds what no bash script can: a zero byte, \\r, or text that is not Unicode (got {bad!r})"
+        ]
     if not setup or shutil.which("bash") is None:
         return []
-    read = subprocess.run(("bash", "-n"), input="\n".join(setup) + "\n", capture_output=True, text=True, check=False)
-    if read.returncode == 0:
+    text = "\n".join(setup) + "\n"
+    read = subprocess.run(("bash", "-n"), input=text, capture_output=True, text=True, encoding="utf-8", check=False)
+    said = (read.stderr.strip().splitlines() or [""])[0].removeprefix("bash: ")  # a here-document without end: code 0
+    if read.returncode == 0 and not said and _ends_in_backslash(text):
+        said = "the last line ends in a backslash and would swallow the next one"
+    if not said:
         return []
-    said = read.stderr.strip().splitlines()[0].removeprefix("bash: ")
     return [f"launch.setup cannot be read by bash: {said} (got {list(setup)!r}). Each line is one of a bash script"]
+
+
+def _ends_in_backslash(text: str) -> bool:
+    line = text.rstrip("\n")
+    return (len(line) - len(line.rstrip("\\"))) % 2 == 1
 
 
 def _mount_problems(config: RunConfig) -> list[str]:
@@ -147,9 +188,25 @@ def _option(name: str, value: Any) -> str | None:
         return None
     if value is True:
         return f"--{name}"
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    plain = text and not any(c in " \t\"'\\#" for c in text)
+    text = _option_text(value)
+    if not (_OPTION_NAME.fullmatch(name) and _is_one_line(text)):
+        raise ConfigError([f"launch.sbatch.{name!r} must be one line of printable text (got {text!r})"])
+    plain = text and not any(c.isspace() or c in "\"'\\#" for c in text)
     return f"--{name}={text}" if plain else f'--{name}="' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _option_text(value: Any) -> str:
+    """As it stands in the script."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def shell_word(value: object) -> str:
+    """One word of bash, on one line: sbatch reads lines that begin with #PBS or #BSUB wherever they stand."""
+    text = str(value)
+    if not any(c < " " or c == "\x7f" for c in text):
+        return shlex.quote(text)
+    escaped = "".join(_ESCAPES.get(c) or (f"\\{ord(c):03o}" if c < " " or c == "\x7f" else c) for c in text)
+    return f"$'{escaped}'"
 
 
 def launch_lines(config: RunConfig) -> list[str]:
@@ -162,7 +219,7 @@ def launch_lines(config: RunConfig) -> list[str]:
         main_process_port="$main_process_port",
     )  # fmt: skip
     given_by_job = {
-        "--config_file": "$code_dir/launcher/accelerate.yaml",
+        "--config_file": "$code_dir/launcher/agent/accelerate.yaml",
         "--num_cpu_threads_per_process": "$threads",
         "--machine_rank": "$SLURM_NODEID",
         "--main_process_ip": "$main_process_ip",
@@ -191,7 +248,7 @@ def render(
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, comment_start_string="{##", comment_end_string="##}",  # `{#` is bash's ${#name}
     )  # fmt: skip
-    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    environment.filters["sh"] = shell_word
     launch = config.launch
     return environment.get_template(template).render(
         sbatch_lines=sbatch_lines(config, log, array),

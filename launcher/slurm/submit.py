@@ -16,6 +16,7 @@ import yaml
 from launcher.base import files, lock
 from launcher.base.errors import RunLockedError, SlurmError, UserError
 from launcher.base.paths import RunPaths
+from launcher.config.rules import leaves
 from launcher.config.sbatch import meant_option
 from launcher.config.settings import LaunchConfig, RunConfig, to_dict
 from launcher.slurm.queue import ask_slurm, live_jobs
@@ -41,6 +42,7 @@ class Submission:
     job_id: str
     log: str
     script: Path
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,11 @@ def submit_run(config: RunConfig) -> Submission:
     """
     plan = _plan_run(config)
     _check_free(plan.jobs[0].run_dir)
-    _write(plan, take_snapshot())
+    snapshot = _snapshot_of([config])
+    _write(plan, snapshot)
     job_id = _sbatch(plan.script)
     RunPaths(plan.jobs[0].run_dir).slurm_dir.joinpath("job_id").write_text(f"{job_id}\n", encoding="utf-8")
-    return Submission(job_id, plan.log.replace("%j", job_id), plan.script)
+    return Submission(job_id, plan.log.replace("%j", job_id), plan.script, snapshot.notices)
 
 
 def _plan_run(config: RunConfig) -> _Plan:
@@ -111,7 +114,9 @@ def _escaped(log: str, config: RunConfig) -> str:
 
 def render_arrays(jobs: Sequence[ArrayJob], sweep_dir: Path, max_parallel: int | None = None) -> list[str]:
     """The scripts that `submit_array` would submit. Writes nothing and needs no Slurm."""
-    return [plan.text for plan in _plan_arrays(jobs, sweep_dir, max_parallel, take_snapshot())]
+    return [
+        plan.text for plan in _plan_arrays(jobs, sweep_dir, max_parallel, _snapshot_of([job.config for job in jobs]))
+    ]
 
 
 def submit_array(
@@ -130,14 +135,15 @@ def submit_array(
     Raises:
         ConfigError, SlurmError, SlurmUnavailableError: as `submit_run`; arrays before the refused one stay submitted.
     """
-    snapshot = take_snapshot()
-    submissions = []
+    snapshot = _snapshot_of([job.config for job in jobs])
+    submissions: list[Submission] = []
     for plan in _plan_arrays(jobs, sweep_dir, max_parallel, snapshot):
         _write(plan, snapshot)
         array_id = _sbatch(plan.script)
         for task, job in enumerate(plan.jobs):
             RunPaths(job.run_dir).slurm_dir.joinpath("job_id").write_text(f"{array_id}_{task}\n", encoding="utf-8")
-        submissions.append(Submission(array_id, plan.log.replace("%A", array_id), plan.script))
+        notices = () if submissions else snapshot.notices
+        submissions.append(Submission(array_id, plan.log.replace("%A", array_id), plan.script, notices))
     return submissions
 
 
@@ -180,6 +186,17 @@ def _plan_array(jobs: list[ArrayJob], root: Path, max_parallel: int | None, snap
 
 
 # --------------------------------------------------------------------------- files and Slurm
+
+
+def _snapshot_of(configs: Sequence[RunConfig]) -> Snapshot:
+    """The code with what any of the configs names."""
+    targets = {
+        str(value)
+        for config in configs
+        for key, value in leaves(to_dict(config))
+        if key.rpartition(".")[2] == "_target_" or key == "optim.name"
+    }
+    return take_snapshot(targets, [name for config in configs[:1] for name in config.launch.code_files])
 
 
 def _write(plan: _Plan, snapshot: Snapshot) -> None:

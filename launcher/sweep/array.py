@@ -73,7 +73,8 @@ def run_array(
             record.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(record, {"overrides": list(job.overrides)})
         for submission in submit_array(array_jobs(plan, pending), plan.paths.root, _max_parallel(plan)):
-            say(f"submitted Slurm array {submission.job_id}, logs in {submission.log}")
+            for text in (*submission.notices, f"submitted Slurm array {submission.job_id}, logs in {submission.log}"):
+                say(text)
     if not plan.config.sweep.wait:
         say(f"to see how it goes: launcher status {plan.paths.root}")
         return EXIT_DONE

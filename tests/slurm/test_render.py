@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +136,134 @@ def test_jobs_that_ask_for_other_nodes_get_an_array_of_their_own(tmp_path: Path)
     texts = render_arrays([job("a"), job("b", num_machines=2), job("c")], tmp_path)
     assert [text.split("#SBATCH --array=")[1].split("\n")[0] for text in texts] == ["0-1", "0-0"]
     assert f"  {tmp_path}/a\n  {tmp_path}/c\n" in texts[0]
+
+
+# --------------------------------------------------------------------------- nothing breaks out of the script
+
+_NASTY = [
+    *"ab01 \t\n\r\v\f\x1b\x7f\0'\"`$\\#;&|<>(){}[]*?!~=,:%@^-é漢\u0085\u2028\udc80", "$(id)", "${HOME}",
+    "\n#SBATCH --uid=0",
+    "\n#PBS -q evil\n", "\nEOF\n", "{{ 7*7 }}", "{% raw %}", "{#", "--wrap=id", "\\n",
+]  # fmt: skip
+
+
+def nasty(source: random.Random, *, is_line: bool) -> str:
+    pieces = [p for p in _NASTY if p.isprintable()] if is_line else [p for p in _NASTY if p not in ("\0", "\udc80")]
+    pieces = pieces if source.random() < 0.97 else _NASTY
+    return "".join(source.choices(pieces, k=source.randint(0, 8)))
+
+
+def is_one_line(text: str) -> bool:
+    return not any(c < " " or c in "\x7f\x85\u2028\u2029" or "\ud800" <= c <= "\udfff" for c in text)
+
+
+def as_sbatch_reads(line: str) -> list[str]:
+    """The options of an #SBATCH line by sbatch's rules: both quotes group, a backslash escapes everywhere."""
+    words: list[str] = []
+    word, quote, is_escaped, is_word = "", "", False, False
+    for c in line:
+        if is_escaped or (quote and c not in (quote, "\\")) or not (c.isspace() or c in "\"'\\#"):
+            word, is_escaped, is_word = word + c, False, True
+        elif c == "\\":
+            is_escaped = True
+        elif quote:
+            quote = ""
+        elif c in "\"'":
+            quote, is_word = c, True
+        elif c == "#":
+            break
+        elif is_word:
+            words, word, is_word = [*words, word], "", False
+    assert not quote
+    return [*words, word] if is_word else words
+
+
+def fuzzed_config(source: random.Random, folder: Path) -> tuple[RunConfig, dict[str, object]]:
+    sbatch: dict[str, object] = {
+        "comment": nasty(source, is_line=True), "mail-type": [nasty(source, is_line=True), nasty(source, is_line=True)],
+        "account": nasty(source, is_line=True),
+    }  # fmt: skip
+    image = nasty(source, is_line=True).replace(":", "").replace(",", "") or None
+    launch = LaunchConfig(
+        sbatch=sbatch, env={name: nasty(source, is_line=False) for name in ("FIRST", "SECOND")}, num_machines=2,
+        container=image if source.random() < 0.3 else None, main_process_ip=nasty(source, is_line=True) or None,
+    )  # fmt: skip
+    name = nasty(source, is_line=True).replace("/", "").replace("\0", "")
+    output_dir = f"{folder}/o{name.replace(':', '').replace(',', '') if launch.container else name}"
+    return RunConfig(output_dir=output_dir, run_name=nasty(source, is_line=True) or "x", launch=launch), sbatch
+
+
+def test_values_come_through_or_are_refused_when_they_are_nasty(tmp_path: Path) -> None:
+    """Seeded. What bash and sbatch read from the script is what the config holds, and nothing else."""
+    source, num_rendered = random.Random(7), 0
+    for _ in range(250):
+        config, sbatch = fuzzed_config(source, tmp_path)
+        lines = [config.output_dir, config.run_name, config.launch.container or "", config.launch.main_process_ip or ""]
+        lines += [str(sbatch["comment"]), *sbatch["mail-type"], str(sbatch["account"])]  # type: ignore[misc]
+        texts = [value for value in config.launch.env.values() if "\0" in value or "\udc80" in value]
+        is_valid = all(map(is_one_line, lines)) and not texts
+        try:
+            text = render_run(config)
+        except ConfigError as error:
+            assert not is_valid, error.problems
+            continue
+        assert is_valid
+        num_rendered += 1
+        wanted = {
+            f"--comment={sbatch['comment']}", f"--account={sbatch['account']}", f"--job-name={config.run_name}",
+            "--mail-type=" + ",".join(sbatch["mail-type"]),  # type: ignore[call-overload]
+            "--output=" + config.output_dir.replace("%", "%%") + "/logs/slurm-%j.log",
+        }  # fmt: skip
+        options = [
+            as_sbatch_reads(line.removeprefix("#SBATCH")) for line in text.split("\n") if line.startswith("#SBATCH")
+        ]
+        assert all(len(words) == 1 for words in options)
+        assert wanted <= {word for (word,) in options}
+        assert not [line for line in text.split("\n") if line.startswith(("#PBS", "#BSUB"))]
+        assert subprocess.run(["bash", "-n"], input=text.encode(), capture_output=True).stderr == b""
+        head = text.partition(
+            "# ---------------------------------------------------------------- what runs on the nodes"
+        )[0]
+        head = "squeue() { :; }; scontrol() { :; }; SLURM_JOB_ID=1\n" + head
+        shown = subprocess.run(
+            ["bash", "-c", head + '\nprintf "%s\\0" "$run_dir" "$FIRST" "$SECOND" "$main_process_ip"'],
+            capture_output=True, check=True, env={"PATH": os.environ["PATH"]},
+        ).stdout.decode().split("\0")  # fmt: skip
+        expected = [config.output_dir, *config.launch.env.values()]
+        assert shown[:3] == expected
+        if config.launch.main_process_ip:
+            assert shown[3] == config.launch.main_process_ip
+    assert num_rendered > 60
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ({"sbatch": {"mail-type": ["END", "FAIL\n#SBATCH --wrap=id"]}}, "launch.sbatch.mail-type must be one line"),
+        ({"sbatch": {"comment\n#SBATCH --wrap": "id"}}, "is no name of an option"),
+        ({"sbatch": {"comment": "a\r#SBATCH --wrap=id"}}, "launch.sbatch.comment must be one line"),
+        ({"sbatch": {"a b": "c"}}, "is no name of an option"),
+        ({"container": "a\x1b[2J"}, "launch.container must be one line"),
+        ({"env": {"A": "a\0b"}}, "launch.env.A must be text"),
+        ({"env": {"A\nB": "c"}}, "is no name of an environment variable"),
+        ({"setup": ["cat <<EOF"]}, "here-document"),
+        ({"setup": ["export A=1 \\"]}, "ends in a backslash"),
+        ({"setup": ["a\0b"]}, "zero byte"),
+    ],
+)
+def test_script_is_refused_when_a_value_would_break_out_of_it(launch: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        render_run(RunConfig(launch=LaunchConfig(**launch)))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\r", "a\x1b[2J"])
+def test_script_is_refused_when_the_working_directory_has_no_name_on_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(ConfigError, match="the working directory must be one line"):
+        render_run(RunConfig(output_dir="/shared/run"))
 
 
 # --------------------------------------------------------------------------- what a user mistypes, with --dry-run

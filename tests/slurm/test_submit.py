@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from launcher import cli
-from launcher.base.errors import RunLockedError, SlurmError, SlurmUnavailableError
+from launcher.base.errors import RunLockedError, SlurmError, SlurmUnavailableError, UserError
 from launcher.config.settings import LaunchConfig, RunConfig
 from launcher.slurm import ArrayJob, live_jobs, submit_array, submit_run
-from launcher.slurm.snapshot import take_snapshot
+from launcher.slurm.snapshot import Snapshot, take_snapshot
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import StandInRun, SubmitStandIn, stand_in_launch
 
@@ -61,6 +61,18 @@ def test_submission_is_refused_while_a_job_of_that_folder_is_queued(submit_stand
     wait_for(lambda: not live_jobs([run.root]), 10, "the job to leave the queue")
 
 
+def test_slurm_reads_a_value_as_it_was_set_when_it_holds_quotes(use_cluster: Cluster, tmp_path: Path) -> None:
+    comment = """a 'b' "c" \\ d\\" #e $HOME `id` é --wrap=f"""
+    submission = submit_run(RunConfig(output_dir="run", launch=LaunchConfig(sbatch={"hold": True, "comment": comment})))
+    assert use_cluster.run("squeue", "-h", "-j", submission.job_id, "-o", "%k").strip() == comment
+    use_cluster.run("scancel", submission.job_id)
+    modes = {
+        p.name: stat.S_IMODE(p.stat().st_mode) for p in Path("run").rglob("*") if p.parent.name in ("run", "slurm")
+    }
+    assert {modes[name] for name in ("slurm", "logs", "code")} == {0o700}
+    assert {modes[name] for name in ("job.sbatch", "config.yaml")} == {0o600}
+
+
 # --------------------------------------------------------------------------- files
 
 
@@ -71,23 +83,92 @@ def test_folder_holds_script_config_and_code_when_submitted(submit_stand_in: Sub
     assert (config["output_dir"], config["launch"]["num_processes"]) == (str(run.root), 2)
     assert (run.root / "slurm" / "job.sbatch").read_text().startswith("#!/bin/bash")
     assert (run.root / "slurm" / "job_id").read_text() == f"{run.job_id}\n"
-    train = run.root / "code" / "launcher" / "train.py"
+    train = run.root / "code" / "launcher" / "train" / "loop.py"
     assert train.is_file() and not train.stat().st_mode & stat.S_IWUSR
-    assert (run.root / "code" / "launcher" / "accelerate.yaml").is_file()
+    assert (run.root / "code" / "launcher" / "agent" / "accelerate.yaml").is_file()
 
 
-def test_snapshot_holds_what_git_does_not_ignore_when_in_a_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("metric.py", "pkg/deep.py", "ignored/x.py", "outputs/old/code/y.py", "notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("", encoding="utf-8")
-    (tmp_path / ".gitignore").write_text("ignored/\n", encoding="utf-8")
-    (tmp_path / "outputs/old/code/.gitignore").write_text("*\n", encoding="utf-8")
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with tracked, untracked, ignored and linked Python files."""
+    (tmp_path / "outside.py").write_text("OUTSIDE = 'secret'\n", encoding="utf-8")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/mod.py").write_text("OUTSIDE = 'secret'\n", encoding="utf-8")
+    root = tmp_path / "checkout"
+    for name in ("metric.py", "pkg/deep.py", "ignored/x.py", "outputs/old/code/y.py", "notes.txt", "private.py",
+                 "mine/__init__.py", "mine/metric.py", "moved/z.py"):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("", encoding="utf-8")
+    (root / ".gitignore").write_text("ignored/\n", encoding="utf-8")
+    (root / "outputs/old/code/.gitignore").write_text("*\n", encoding="utf-8")
+    (root / "alias.py").symlink_to("pkg/deep.py")
+    (root / "short").symlink_to("pkg")
+    (root / "leak.py").symlink_to("../outside.py")
+    (root / "absolute.py").symlink_to(root / "metric.py")
+    (root / "to_private.py").symlink_to("private.py")
+    monkeypatch.chdir(root)
     subprocess.run(["git", "init", "--quiet"], check=True)
-    mine = {name for name in take_snapshot().sources if not name.startswith("launcher/")}
-    assert mine == {"metric.py", "pkg/deep.py"}
+    tracked = ["metric.py", "pkg", "alias.py", "short", "leak.py", "absolute.py", "to_private.py", "moved", "notes.txt"]
+    subprocess.run(["git", "add", *tracked], check=True)
+    return root
+
+
+def own(snapshot: Snapshot) -> set[str]:
+    return {name for name in snapshot.sources if not name.startswith("launcher/")}
+
+
+def test_snapshot_holds_what_git_tracks_when_in_a_checkout(checkout: Path) -> None:
+    (checkout / "moved").rename(checkout / "elsewhere")
+    (checkout / "moved").symlink_to("../outside")
+    snapshot = take_snapshot()
+    assert own(snapshot) == {"metric.py", "pkg/deep.py", "alias.py", "short", "absolute.py"}
+    untracked, left_out = snapshot.notices
+    assert "mine/__init__.py" in untracked and "private.py" in untracked and "launch.code_files=[" in untracked
+    assert "leak.py" in left_out and "to_private.py" in left_out
+
+
+def test_snapshot_reads_nothing_through_a_link_when_a_tracked_folder_became_one(checkout: Path) -> None:
+    (checkout / "moved/z.py").rename(checkout / "moved/mod.py")
+    subprocess.run(["git", "add", "moved"], check=True)
+    (checkout / "moved/mod.py").unlink()
+    (checkout / "moved").rmdir()
+    (checkout / "moved").symlink_to("../outside")
+    take_snapshot().write(checkout / "code")
+    assert not [
+        p for p in (checkout / "code").rglob("*.py") if "secret" in p.read_text() and "OUTSIDE" in p.read_text()
+    ]
+    assert any("moved/mod.py" in notice for notice in take_snapshot().notices)
+
+
+def test_snapshot_keeps_modes_and_links_when_written(checkout: Path) -> None:
+    (checkout / "metric.py").chmod(0o600)
+    (checkout / "pkg/deep.py").chmod(0o755)
+    old = os.umask(0)
+    try:
+        take_snapshot().write(checkout / "code")
+    finally:
+        os.umask(old)
+    code = checkout / "code"
+    modes = [stat.S_IMODE((code / name).stat().st_mode) for name in ("metric.py", "pkg/deep.py", "")]
+    assert modes == [0o400, 0o555, 0o700]
+    assert str((code / "alias.py").readlink()) == "pkg/deep.py" and str((code / "short").readlink()) == "pkg"
+    assert str((code / "absolute.py").readlink()) == "metric.py"
+    assert all(p.resolve().is_relative_to(code) for p in code.rglob("*"))
+
+
+def test_snapshot_holds_what_is_named_when_git_does_not_track_it(checkout: Path) -> None:
+    snapshot = take_snapshot(["mine.metric.Metric", "torch.optim.AdamW", "metric.X", "not a module"], ["ignored/*.py"])
+    assert {"mine/__init__.py", "mine/metric.py", "ignored/x.py"} <= own(snapshot)
+    assert "mine" not in snapshot.notices[0] and "private.py" in snapshot.notices[0]
+    for name in ("../outside.py", str(checkout / "metric.py"), "nothing*.py"):
+        with pytest.raises(UserError, match=r"launch\.code_files"):
+            take_snapshot([], [name])
+
+
+def test_snapshot_leaves_out_a_pipe(checkout: Path) -> None:
+    (checkout / "metric.py").unlink()
+    os.mkfifo(checkout / "metric.py")
+    assert "metric.py" not in own(take_snapshot())
 
 
 def test_snapshot_walks_packages_only_when_not_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
