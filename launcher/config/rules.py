@@ -18,6 +18,7 @@ from launcher.config.settings import (
     is_local_path,
     to_dict,
 )
+from launcher.config.trackers import tracker_problems
 
 _DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 
@@ -305,5 +306,5 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model_problems, _data_problems, _eval_problems, _precision_problems, _checkpoint_problems, _hub_problems,
-    _secret_problems, _launch_problems, _folder_problems,
+    _secret_problems, tracker_problems, _launch_problems, _folder_problems,
 )  # fmt: skip

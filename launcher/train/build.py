@@ -34,9 +34,10 @@ from launcher.saving.training_state import TrainingState
 from launcher.train.accelerator import LauncherAccelerator
 from launcher.train.evaluation import Evaluator, Metric
 from launcher.train.loop import Run
-from launcher.train.metrics import MetricsFile, Progress, RunFile, Trackers
+from launcher.train.metrics import MetricsFile, Progress, RunFile
 from launcher.train.recorder import MainRecorder, NoRecorder, Recorder
 from launcher.train.step import TrainStep
+from launcher.train.trackers import Trackers
 from launcher.train.watchdog import Watchdog
 
 
@@ -212,7 +213,7 @@ def build_recorder(
         step=state.step, epoch=state.progress.epoch, total_steps=total_steps, length=run_length(config),
         resumed_from=config.checkpoint.resume_from_checkpoint,
     )  # fmt: skip
-    trackers = Trackers(accelerator, config.run_name, to_dict(config), config.tracker.init_kwargs)
+    trackers = Trackers(accelerator, config, paths, state.step)
     return MainRecorder(metrics, run_file, trackers, Progress(total_steps, state.step))
 
 

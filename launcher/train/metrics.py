@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, trackers, run.json, and one progress line on the main process."""
+"""What a run tells: metrics.jsonl, run.json, and one progress line on the main process."""
 
 from __future__ import annotations
 
@@ -68,39 +68,6 @@ class RunFile:
         self._fields |= {**fields, "updated_at": time.time()}
         with contextlib.suppress(OSError):
             files.write_json(self._path, self._fields)
-
-
-class Trackers:
-    """The Accelerate tracker that `tracker=` names; one that fails is reported once and left out."""
-
-    def __init__(self, accelerator: Any, run_name: str, config: dict[str, Any], init_kwargs: dict[str, Any]) -> None:
-        self._accelerator = accelerator
-        self.notice: str | None = None
-        self._is_on = bool(accelerator.log_with)
-        try:
-            if self._is_on:
-                flat = {k: v for k, v in _flat(config) if isinstance(v, (int, float, str, bool))}
-                accelerator.init_trackers(run_name, config=flat, init_kwargs=init_kwargs)
-        except Exception as error:  # a tracker of somebody else's must never end a training
-            self._is_on, self.notice = False, f"the tracker could not start and is left out: {error}"
-
-    def log(self, line: dict[str, Any]) -> None:
-        if self._is_on:
-            values = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
-            with contextlib.suppress(Exception):
-                self._accelerator.log(values, step=line["step"])
-
-    def close(self) -> None:
-        if self._is_on:
-            with contextlib.suppress(Exception):
-                self._accelerator.end_training()
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in config.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return found
 
 
 class Progress:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from launcher.train.metrics import MetricsFile, Progress, RunFile, Trackers
+from launcher.train.metrics import MetricsFile, Progress, RunFile
+from launcher.train.trackers import Trackers
 
 
 class Recorder(Protocol):
