@@ -65,6 +65,7 @@ def build_model(config: RunConfig, tokenizer: Any, *, resumed_from: Path | None 
                 "Set model.tokenizer_name_or_path or model.config.vocab_size"
             ]
         )
+    _refuse_layerdrop(config, model.config)
     blueprint = Blueprint.of(model, dtype)
     parameters_are_masters = not config.strategy.zero_stage
     blueprint.apply(model, has_masters=parameters_are_masters and not settings.peft)
@@ -112,6 +113,20 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
         return model
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"the model {name} cannot be built: {error}") from error
+
+
+def _refuse_layerdrop(config: RunConfig, model_config: Any) -> None:
+    """Each process leaves other layers out. DDP knows which gradients are missing where; DeepSpeed 0.19 does not, and
+    adds up gradients of different parameters, or hangs."""
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        share = getattr(model_config, name, 0.0)
+        if config.strategy.zero_stage and share:
+            raise ConfigError(
+                [
+                    f"strategy={config.strategy.name} cannot train a model with {name}={share}: its processes would "
+                    "leave out different layers. Set strategy=ddp, or 0 for it in the model's config"
+                ]
+            )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from launcher.base.errors import ConfigError
 from launcher.config.compose import compose
 from launcher.data.tokenizer import byte_tokenizer
 from launcher.model.build import BuiltModel, build_model, static_files
@@ -73,3 +74,13 @@ def test_files_beside_the_weights_are_the_same_after_a_resume(base: Path, tmp_pa
     assert again == first
     assert b'"temperature": 0.6' in first["generation_config.json"]
     assert b'"dtype": "bfloat16"' in first["config.json"]
+
+
+def test_layers_left_out_at_random_are_refused_under_zero() -> None:
+    """DeepSpeed adds up the gradients of different parameters there, or hangs."""
+    fields = (
+        "{model_type: opt, hidden_size: 32, ffn_dim: 48, num_hidden_layers: 2, num_attention_heads: 4, layerdrop: 0.5}"
+    )
+    config = compose([f"model.config={fields}", "data=arithmetic", "strategy=zero2"])
+    with pytest.raises(ConfigError, match=r"layerdrop=0\.5.*strategy=ddp"):
+        build_model(config, byte_tokenizer())

@@ -1,0 +1,89 @@
+"""What is used of other libraries that is not their public interface is still there, and means what it meant.
+
+Seen with torch 2.13, transformers 5.23.0, accelerate 1.15.0, deepspeed 0.19.8. Where one of these fails after an
+upgrade, the module that it names is the one to look at; pyproject.toml must not let in a version that fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+_NAMES = {
+    "launcher/model/_transformers.py": [
+        "transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref",
+        "transformers.integrations.deepspeed:unset_hf_deepspeed_config",
+        "transformers.initialization:no_init_weights",
+        "transformers.core_model_loading:revert_weight_conversion",
+        "transformers.core_model_loading:build_glob_alternation",
+        "transformers.modeling_utils:remove_tied_weights_from_state_dict",
+        "transformers.modeling_utils:PreTrainedModel._from_config",
+        "transformers.modeling_utils:PreTrainedModel._get_dtype_plan",
+        "transformers.modeling_utils:PreTrainedModel._keys_to_ignore_on_save",
+    ],
+    "launcher/model/_deepspeed.py": [
+        "deepspeed.runtime.zero.partition_parameters:Init._zero_init_param",
+        "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
+    ],
+    "launcher/train/accelerator.py": [
+        "deepspeed.comm.torch:build_shm_op",
+        "torch.utils.cpp_extension:_get_build_directory",
+    ],
+    "launcher/saving/training_state.py": [
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("used_by", "name"), [(used_by, name) for used_by, names in _NAMES.items() for name in names]
+)  # fmt: skip
+def test_private_name_is_there(used_by: str, name: str) -> None:
+    module, _, path = name.partition(":")
+    value = importlib.import_module(module)
+    for attribute in path.split("."):
+        assert hasattr(value, attribute), f"{name} is gone; {used_by} uses it"
+        value = getattr(value, attribute)
+
+
+@pytest.mark.parametrize(
+    ("cls", "attributes"),
+    [
+        ("stage_1_and_2:DeepSpeedZeroOptimizer", ("single_partition_of_fp32_groups", "round_robin_bit16_groups",
+                                                  "round_robin_bit16_offsets")),
+        ("stage3:DeepSpeedZeroOptimizer_Stage3", ("fp32_partitioned_groups_flat", "fp16_groups",
+                                                  "sub_group_to_group_id", "persistent_parameters")),
+    ],
+)  # fmt: skip
+def test_zero_optimizers_have_the_attributes_that_state_is_read_from(cls: str, attributes: tuple[str, ...]) -> None:
+    """launcher/checkpoint/segments.py; made in __init__, so looked for in the source."""
+    module, _, name = cls.partition(":")
+    source = inspect.getsource(getattr(importlib.import_module(f"deepspeed.runtime.zero.{module}"), name))
+    assert [a for a in attributes if f"self.{a}" not in source] == []
+
+
+def test_ddp_rebuilds_no_buckets_when_it_looks_for_unused_parameters() -> None:
+    """launcher/train/accelerator.py relies on it: with rebuilt buckets a resumed run sums in another order."""
+    import os
+    import socket
+
+    import torch.distributed as dist
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    try:
+        rebuilt = {}
+        for find in (False, True):
+            model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+            ddp = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=find)
+            for _ in range(3):
+                ddp(torch.ones(1, 8)).sum().backward()
+            rebuilt[find] = bool(ddp._get_ddp_logging_data().get("has_rebuilt_buckets"))
+        assert rebuilt == {False: True, True: False}
+    finally:
+        dist.destroy_process_group()
