@@ -10,6 +10,7 @@ from typing import Any
 from launcher.base.secrets import is_secret, refusal
 from launcher.config import sbatch
 from launcher.config.settings import (
+    DATA_SUFFIX,
     MIXED_PRECISION,
     CheckpointConfig,
     DataConfig,
@@ -19,8 +20,6 @@ from launcher.config.settings import (
     to_dict,
 )
 from launcher.config.trackers import tracker_problems
-
-_DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 
 
 def contradictions(config: RunConfig, explicit: Collection[str] = ()) -> list[str]:
@@ -113,8 +112,8 @@ def _missing_files(key: str, names: Any) -> Iterator[str]:
     for name in [names] if isinstance(names, str) else names or []:
         if not expand_files([str(name)]):
             yield f"{key}: {name} does not exist (looked in {Path.cwd()})"
-        elif not _DATA_SUFFIX.search(str(name)):
-            yield f"{key}: {name} must end in .jsonl or .parquet"
+        elif not DATA_SUFFIX.search(str(name)) and not Path(str(name)).expanduser().is_dir():
+            yield f"{key}: {name} must be a .jsonl, .ndjson, .json, .csv or .parquet (.gz, .zst), or a folder of such"
 
 
 def _source_problems(data: DataConfig) -> Iterator[str]:

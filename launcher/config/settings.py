@@ -7,6 +7,7 @@ transformers' TrainingArguments, Accelerate, DeepSpeed and Slurm. Units are in t
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from launcher.config.schema import opt
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 SAVE_STRATEGIES = ("no", "steps", "epoch", "best")
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+LOSS_ON = ("all_assistant_turns", "last_assistant_turn")
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 SCHEDULERS = (
@@ -51,7 +53,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    train_files: list[str] = opt([], "JSON Lines or Parquet: messages, or prompt + completion, or text")
+    train_files: list[str] = opt([], "JSON Lines, JSON, CSV, Parquet; folders, globs. Formats: docs/data.md")
     eval_files: list[str] = opt([], "same formats")
     dataset_name: str | None = opt(None, "a Hub data set instead of files")
     dataset_config: str | None = opt(None, "its configuration")
@@ -62,6 +64,10 @@ class DataConfig:
     max_length: int = opt(1024, "tokens; longer rows are cut and counted", minimum=2)
     packing: bool = opt(False, "several rows in one sequence, attention kept apart")
     completion_only_loss: bool | None = opt(None, "default: true for messages and prompt + completion")
+    loss_on: str = opt(
+        "all_assistant_turns", "of a conversation; a message's `weight: 0` or `train: false` too", choices=LOSS_ON
+    )
+    columns: dict[str, str] = opt({}, "own names for ours: data.columns.messages=dialogue")
     chat_template: str | None = opt(None, "a Jinja file or text instead of the tokenizer's own")
     on_bad_row: str = opt("stop", "a row that cannot be used", choices=("stop", "skip"))
     cache_dir: str | None = opt(None, "tokenised data, by content; default ~/.cache/launcher")
@@ -236,14 +242,19 @@ def is_local_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir() or name.count("/") > 1
 
 
+DATA_SUFFIX = re.compile(r"\.(jsonl|ndjson|json|csv|parquet)(\.gz|\.zst)?$", re.I)
+
+
 def _expand(name: str) -> Iterator[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         yield path
+    elif path.is_dir():
+        yield from sorted(p for p in path.rglob("*") if p.is_file() and DATA_SUFFIX.search(p.name))
     elif any(c in name for c in "*?["):
         yield from sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
 
 
 def expand_files(names: list[str]) -> list[Path]:
-    """The files that `data.train_files` or `data.eval_files` name; globs are sorted."""
+    """The files that `data.train_files` or `data.eval_files` name; what a folder holds and globs are sorted."""
     return [path for name in names for path in _expand(name)]

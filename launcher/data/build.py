@@ -34,6 +34,7 @@ class Data:
     eval: TokenRows | None
     eval_rows: Sequence[dict[str, Any]]  # as they were read, for evaluations by generation; same order as `eval`
     notices: list[str]  # what was cut, left out or repeated
+    end_token_ids: list[int]  # the special tokens that end what is learnt from, the most frequent first
     fingerprint: str  # of the training samples: their tokens, masks and order
 
 
@@ -66,7 +67,7 @@ def build_data(config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Cal
     try:
         plan = _plan(config.data)
         cache_dir = Path(config.data.cache_dir or default_cache_dir()).expanduser()
-        formatter = Formatter(tokenizer, config.data.max_length, config.data.completion_only_loss)
+        formatter = build_formatter(config.data, tokenizer)
         sources = [*plan.train, *([plan.eval] if plan.eval else [])]
         folders = _folders(config.data, sources, tokenizer, cache_dir)
         if is_builder:
@@ -79,6 +80,11 @@ def build_data(config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Cal
         wait()
     stores = [_open(folder, source) for folder, source in zip(folders, sources, strict=True)]
     return _assemble(config, plan, stores)
+
+
+def build_formatter(data: DataConfig, tokenizer: Any) -> Formatter:
+    """What makes tokens of rows, by the settings."""
+    return Formatter(tokenizer, data.max_length, data.completion_only_loss, data.loss_on, data.columns)
 
 
 def _build_all(folders: list[Path], sources: list[Source], formatter: Formatter, on_bad_row: str) -> None:
@@ -108,6 +114,8 @@ def _folders(data: DataConfig, sources: list[Source], tokenizer: Any, cache_dir:
         "tokenizer": tokenizer_key(tokenizer),
         "max_length": data.max_length,
         "completion_only_loss": data.completion_only_loss,
+        "loss_on": data.loss_on,
+        "columns": data.columns,
         "on_bad_row": data.on_bad_row,
     }
     return [cache_dir / "tokens" / _hash({**common, "content": source.content_key(hashes)})[:32] for source in sources]
@@ -221,7 +229,15 @@ def _assemble(config: RunConfig, plan: _Plan, stores: list[TokenStore]) -> Data:
         raw = _RawRows([(source, store.numbers[ids]) for source, store, ids in pieces])
     else:
         evaluation, raw = None, _RawRows([])
-    return Data(train, evaluation, raw, notices, _fingerprint(train_stores, order, bounds))
+    return Data(train, evaluation, raw, notices, _end_tokens(train_stores), _fingerprint(train_stores, order, bounds))
+
+
+def _end_tokens(stores: list[TokenStore]) -> list[int]:
+    counts: dict[int, int] = {}
+    for store in stores:
+        for token, count in store.report.end_tokens.items():
+            counts[int(token)] = counts.get(int(token), 0) + count
+    return sorted(counts, key=lambda token: -counts[token])
 
 
 def _fingerprint(stores: list[TokenStore], order: np.ndarray, bounds: np.ndarray | None) -> str:
@@ -287,6 +303,11 @@ def _store_notices(source: Source, store: TokenStore, max_length: int) -> Iterat
         yield (
             f"{source.name}: {report.num_bad} of {report.num_read} rows cannot be used and were skipped, "
             f"the first: {report.problems[0]}"
+        )
+    if report.num_endless:
+        yield (
+            f"{source.name}: {report.num_endless} of {report.num_read} rows do not end with a special token: a model "
+            "that learns from them alone does not learn to stop (data.chat_template, model.eos_token)"
         )
     if report.num_rewritten:
         yield (

@@ -24,10 +24,11 @@ import numpy as np
 
 from launcher.base.errors import DataError
 from launcher.base.files import fsync_dir, read_json_or, remove_tree, rename, write_file
-from launcher.data.formats import BadRowError, Encoded, Formatter
+from launcher.data.formats import Encoded, Formatter
+from launcher.data.normalise import BadRowError
 from launcher.data.sources import RawRow, Source
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_PROBLEMS_SHOWN = 20
 _BATCH_ROWS = 512
 _DTYPES = {"mask": "bool", "offsets": "int64", "labelled": "int64", "numbers": "int64"}
@@ -43,6 +44,8 @@ class BuildReport:
     num_truncated: int = 0
     num_unlabelled: int = 0  # nothing left to learn from within max_length: left out
     num_rewritten: int = 0  # the chat template changed the assistant's words
+    num_endless: int = 0  # what is learnt from has no special token at its end, and was not cut
+    end_tokens: dict[str, int] = field(default_factory=dict)  # id of a special token → rows that end with it
     problems: list[str] = field(default_factory=list)  # the first MAX_PROBLEMS_SHOWN
 
 
@@ -166,6 +169,10 @@ def _encode_all(source: Source, formatter: Formatter, report: BuildReport) -> It
                 continue
             report.num_truncated += result.is_truncated
             report.num_rewritten += result.is_rewritten
+            if result.end_token is not None:
+                report.end_tokens[str(result.end_token)] = report.end_tokens.get(str(result.end_token), 0) + 1
+            else:
+                report.num_endless += not result.is_truncated
             if result.mask.any():
                 yield number, result
             else:

@@ -7,7 +7,6 @@ Nothing gets a second BOS or EOS. Loss falls on completions and on assistant tur
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +14,22 @@ from typing import Any
 import numpy as np
 
 from launcher.base.errors import ConfigError
+from launcher.data.chat_template import RESERVED, ChatTemplate, Conversation, kwargs_key
+from launcher.data.normalise import (
+    BadRowError,
+    check_text,
+    messages_of,
+    normalise,
+    takes_part,
+    template_kwargs,
+    text_of_content,
+    tools_of,
+)
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class BadRowError(ValueError):
-    """This row cannot be used; says why."""
+_MEND = (
+    "Set data.chat_template=FILE.jinja to one that marks the assistant's words with "
+    "{% generation %} … {% endgeneration %}"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Encoded:
     mask: np.ndarray
     is_truncated: bool
     is_rewritten: bool
+    end_token: int | None = None
+    """The special token that ends what was trained on; None where there is none, or it was cut off."""
 
 
 @dataclass
@@ -53,24 +63,30 @@ class Formatter:
         tokenizer: a PreTrainedTokenizerBase.
         max_length: tokens; longer rows are cut at the end.
         completion_only_loss: None means true where a row has a completion or an assistant.
+        loss_on: `all_assistant_turns`, or `last_assistant_turn` of each conversation.
+        columns: our names for columns → the rows' own.
     """
 
     tokenizer: Any
     max_length: int
     completion_only_loss: bool | None
-    has_generation_tags: bool = field(init=False)
+    loss_on: str = "all_assistant_turns"
+    columns: dict[str, str] = field(default_factory=dict)
+    _template: ChatTemplate | None = field(init=False, default=None)
+    _headers: dict[tuple[str, ...], str] = field(init=False, default_factory=dict)
+    _special_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        template = self.tokenizer.chat_template
-        templates = template.values() if isinstance(template, dict) else [template or ""]
-        self.has_generation_tags = all(_GENERATION_TAG.search(text) for text in templates)
+        if self.tokenizer.chat_template:
+            self._template = ChatTemplate(self.tokenizer)
+        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = frozenset({*added, *self.tokenizer.all_special_ids})
 
     def encode(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Encoded | BadRowError]:
         """Encodes a batch of (where, row); the answers are in the same order.
 
         Raises:
-            ConfigError: a setting does not fit the data at all (completion_only_loss on text; a chat template that
-                is missing or rewrites earlier turns).
+            ConfigError: a setting does not fit the data at all (completion_only_loss on text; no chat template).
         """
         results: list[Encoded | BadRowError | None] = []
         rendered: list[Rendered] = []
@@ -86,15 +102,15 @@ class Formatter:
     # ------------------------------------------------------------------ render
 
     def _render(self, where: str, row: dict[str, Any]) -> Rendered:
-        row = {key: value for key, value in row.items() if value is not None}
-        if "prompt" in row and "completion" in row:
-            return self._render_completion(where, row)
-        if "messages" in row:
-            return self._render_messages(where, row)
-        if "text" in row:
-            return self._render_text(where, row)
-        found = ", ".join(sorted(row)) or "nothing"
-        raise BadRowError(f"has no messages, no prompt + completion and no text (it has {found})")
+        row = normalise(row, self.columns)
+        if "prompt" in row:
+            rendered = self._render_completion(row)
+        elif "messages" in row:
+            rendered = self._render_messages(row)
+        else:
+            rendered = self._render_text(where, row)
+        check_text(rendered.text)
+        return rendered
 
     def _render_text(self, where: str, row: dict[str, Any]) -> Rendered:
         if self.completion_only_loss:
@@ -106,101 +122,120 @@ class Formatter:
             )
         return Rendered(self._with_eos(_text(row, "text")), add_special_tokens=True)
 
-    def _render_completion(self, where: str, row: dict[str, Any]) -> Rendered:
+    def _render_completion(self, row: dict[str, Any]) -> Rendered:
         only = self.completion_only_loss is not False
         if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
             prompt = _text(row, "prompt")
             text = self._with_eos(prompt + _text(row, "completion"))
             return Rendered(text, add_special_tokens=True, prompt=prompt if only else None)
-        prompt_turns, completion_turns = _messages(row, "prompt"), _messages(row, "completion")
-        text = self._chat(where, row, prompt_turns + completion_turns)
-        is_rewritten = _is_rewritten(text, completion_turns)
+        takes_text = self._chat_template.takes_text
+        prompt_turns = messages_of(row, "prompt", takes_text=takes_text)
+        answer = messages_of(row, "completion", takes_text=takes_text)
+        chat = self._chat(row, prompt_turns + answer)
+        is_rewritten = _is_rewritten(chat.text, answer)
         if not only:
-            return Rendered(text, add_special_tokens=False, is_rewritten=is_rewritten)
-        self._chat_start(where, row, prompt_turns, text)
-        asked = self._chat(where, row, prompt_turns, add_generation_prompt=True)
-        return Rendered(text, add_special_tokens=False, prompt=asked, is_rewritten=is_rewritten)
+            return Rendered(chat.text, add_special_tokens=False, is_rewritten=is_rewritten)
+        first = self._spans_of(row, prompt_turns + answer, chat, len(prompt_turns))
+        spans = [(first[0][0], len(chat.text))]
+        return Rendered(chat.text, add_special_tokens=False, spans=spans, is_rewritten=is_rewritten)
 
-    def _render_messages(self, where: str, row: dict[str, Any]) -> Rendered:
-        turns = _messages(row, "messages")
+    def _render_messages(self, row: dict[str, Any]) -> Rendered:
+        turns = messages_of(row, "messages", takes_text=self._chat_template.takes_text)
+        trained = [takes_part(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
+        chat = self._chat(row, turns)
         if self.completion_only_loss is False:
-            return Rendered(self._chat(where, row, turns), add_special_tokens=False)
+            return Rendered(chat.text, add_special_tokens=False)
+        chosen = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and trained[i]]
         if not any(turn["role"] == "assistant" for turn in turns):
             raise BadRowError("messages has no assistant turn to learn from")
-        if self.has_generation_tags:
-            text, spans = self._chat_with_spans(where, row, turns)
+        if self.loss_on == "last_assistant_turn":
+            chosen = chosen[-1:]
+        if chat.generated is not None and len(chosen) == sum(turn["role"] == "assistant" for turn in turns):
+            spans = chat.generated
         else:
-            text = self._chat(where, row, turns)
-            spans = self._spans_by_prefix(where, row, turns, text)
-        return Rendered(text, add_special_tokens=False, spans=spans, is_rewritten=_is_rewritten(text, turns))
+            spans = [span for i in chosen for span in self._spans_of(row, turns, chat, i)]
+        return Rendered(chat.text, False, spans=spans, is_rewritten=_is_rewritten(chat.text, turns))
 
-    def _spans_by_prefix(
-        self, where: str, row: dict[str, Any], turns: list[dict[str, Any]], text: str
-    ) -> list[tuple[int, int]]:
-        """Where each assistant turn lies in `text`: between the prompt for it and the text with it."""
-        spans = []
-        for i, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            self._chat_start(where, row, turns[:i], text)
-            until = self._chat_start(where, row, turns[: i + 1], text)
-            asked = self._chat(where, row, turns[:i], add_generation_prompt=True) if i else ""
-            spans.append((_common_length(asked, text), len(until)))
-        return spans
-
-    def _chat_start(self, where: str, row: dict[str, Any], turns: list[dict[str, Any]], text: str) -> str:
-        """The first turns as text, which must be how the text of the whole conversation begins."""
-        start = self._chat(where, row, turns) if turns else ""
-        if not text.startswith(start):  # Phi-3's template, for one, closes whatever it renders with an EOS
-            start = start.removesuffix(self.tokenizer.eos_token or "")
-        if not text.startswith(start):
-            raise self._rewriting_error(where)
-        return start
-
-    def _chat(self, where: str, row: dict[str, Any], turns: list[dict[str, Any]], **kwargs: Any) -> str:
-        tools, kwargs = _tools(row), _template_kwargs(row) | kwargs
-        try:
-            text: str = self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **kwargs)
-        except Exception as error:
-            raise self._template_error(error) from error
-        return text
-
-    def _chat_with_spans(
-        self, where: str, row: dict[str, Any], turns: list[dict[str, Any]]
-    ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        render: Any = render_jinja_template  # annotated as returning str
-        tools, kwargs = _tools(row), self.tokenizer.special_tokens_map | _template_kwargs(row)
-        template = self.tokenizer.get_chat_template(tools=tools)
-        try:
-            texts, spans = render(
-                conversations=[turns],
-                tools=tools,
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **kwargs,
-            )
-        except Exception as error:
-            raise self._template_error(error) from error
-        return texts[0], spans[0]
-
-    def _template_error(self, error: Exception) -> Exception:
-        """Templates are programs: whatever one raises, it refused this row, unless there is no template at all."""
-        if not self.tokenizer.chat_template:
-            return ConfigError(
+    @property
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise ConfigError(
                 ["the data holds messages but the tokenizer has no chat template. Set data.chat_template=FILE.jinja"]
             )
-        return BadRowError(f"the chat template refused it: {error}")
+        return self._template
 
-    def _rewriting_error(self, where: str) -> ConfigError:
-        return ConfigError(
-            [
-                f"the chat template rewrites earlier turns (first seen at {where}), so it cannot be told which tokens "
-                "the assistant wrote. Set data.chat_template=FILE.jinja to one that marks them with "
-                "{% generation %} … {% endgeneration %} or leaves earlier turns as they are"
+    def _chat(
+        self, row: dict[str, Any], turns: list[dict[str, Any]], *, add_generation_prompt: bool = False
+    ) -> Conversation:
+        """The rendered conversation; a template that takes calls' arguments as text only gets them so."""
+        tools, kwargs = tools_of(row), template_kwargs(row)
+        if RESERVED.search(json.dumps(turns, ensure_ascii=False)):
+            raise BadRowError("holds code points that Unicode keeps from being exchanged (U+FDD0 to U+FDD4)")
+        problem: Exception | None = None
+        for attempt in (turns, _with_text_arguments(turns)):
+            try:
+                return self._chat_template.render(attempt, tools, kwargs, add_generation_prompt=add_generation_prompt)
+            except Exception as error:  # templates are programs: whatever one raises, it refused this row
+                problem = problem or error
+        raise BadRowError(f"the chat template refused it: {problem}") from problem
+
+    def _spans_of(
+        self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int
+    ) -> list[tuple[int, int]]:
+        """The characters of turn i that the model is to write: without the header that a generation prompt holds.
+
+        Raises:
+            BadRowError: it cannot be told which these are.
+        """
+        pieces = chat.turns[i]
+        if chat.generated is not None:
+            return [
+                (max(a, low), min(b, high)) for low, high in pieces for a, b in chat.generated if a < high and low < b
             ]
-        )
+        if not pieces:
+            return [] if _is_empty(turns[i]) else [self._span_by_prefix(row, turns, chat, i)]
+        _refuse_swallowed_turns(turns, chat, i)
+        start, end = pieces[0]
+        if i == len(turns) - 1:  # what comes after the loop: Phi-3's EOS
+            pieces = [*pieces[:-1], (pieces[-1][0], len(chat.text))]
+        header = self._header(row, turns, chat, i)
+        start += _common_length(header, chat.text[start:end])
+        return [(start, pieces[0][1]), *pieces[1:]]
+
+    def _span_by_prefix(
+        self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int
+    ) -> tuple[int, int]:
+        """For a template that has no loop over the messages: between the prompt for turn i and the text with it.
+
+        Raises:
+            BadRowError: the conversation's beginning is rendered otherwise once more follows.
+        """
+        asked = self._chat(row, turns[:i], add_generation_prompt=True).text if i else ""
+        until = self._chat(row, turns[: i + 1]).text
+        if not chat.text.startswith(until):
+            until = until.removesuffix(self.tokenizer.eos_token or "")
+        if not chat.text.startswith(until):
+            raise BadRowError(
+                "the chat template rewrites earlier turns and has no loop over the messages, so it cannot be told "
+                f"where message {i} is. {_MEND}"
+            )
+        return _common_length(asked, chat.text), len(until)
+
+    def _header(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> str:
+        """What the template prints to ask for turn i: the same after every turn of one role."""
+        before = turns[i - 1]["role"] if i else ""
+        key = (before, kwargs_key(template_kwargs(row)), str(bool(row.get("tools"))))
+        if key not in self._headers:
+            asked = turns[:i] or [{"role": "user", "content": turns[i].get("content") or "?"}]
+            try:
+                prompt = self._chat(row, asked, add_generation_prompt=True).text
+                plain = self._chat(row, asked).text
+            except BadRowError:  # some templates refuse a conversation that ends there
+                return next((header for known, header in self._headers.items() if known[1:] == key[1:]), "")
+            start = chat.turns[i][0][0]
+            is_beginning = i > 0 and prompt[:start] == chat.text[:start]
+            self._headers[key] = prompt[start:] if is_beginning else prompt[_common_length(plain, prompt) :]
+        return self._headers[key]
 
     def _with_eos(self, text: str) -> str:
         eos = self.tokenizer.eos_token
@@ -255,10 +290,23 @@ class Formatter:
         tokens, mask = tokens[keep], mask[keep]
         mask[:1] = False
         limit = self.max_length
-        return Encoded(tokens[:limit], mask[:limit], len(tokens) > limit, item.is_rewritten)
+        is_cut = len(tokens) > limit
+        tokens, mask = tokens[:limit], mask[:limit]
+        return Encoded(tokens, mask, is_cut, item.is_rewritten, None if is_cut else self._end_token(tokens, mask))
+
+    def _end_token(self, tokens: np.ndarray, mask: np.ndarray) -> int | None:
+        """The special token near the end of what bears loss: only white space may follow it there."""
+        labelled = tokens[mask]
+        for k in range(1, min(3, len(labelled)) + 1):
+            token = int(labelled[-k])
+            if token in self._special_ids:
+                return token
+            if self.tokenizer.decode([token]).strip():
+                return None
+        return None
 
 
-# ---------------------------------------------------------------------- validation
+# ---------------------------------------------------------------------- helpers
 
 
 def _text(row: dict[str, Any], key: str) -> str:
@@ -270,58 +318,50 @@ def _text(row: dict[str, Any], key: str) -> str:
     return value
 
 
-def _messages(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    value = row[key]
-    if not isinstance(value, list):
-        wanted = "a list of messages" if key == "messages" else "text or a list of messages, like the other one"
-        raise BadRowError(f"{key} must be {wanted} (got {type(value).__name__})")
-    if not value:
-        raise BadRowError(f"{key} is empty")
-    return [_message(turn, f"{key}[{i}]") for i, turn in enumerate(value)]
+def _with_text_arguments(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with the arguments of calls as JSON text, which is what DeepSeek's template takes."""
+    changed = []
+    for turn in turns:
+        if calls := turn.get("tool_calls"):
+            turn = {**turn, "tool_calls": [
+                {**call, "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])}}
+                for call in calls
+            ]}  # fmt: skip
+        changed.append(turn)
+    return changed
 
 
-def _message(turn: Any, name: str) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise BadRowError(f"{name} must be a message with role and content (got {type(turn).__name__})")
-    message: dict[str, Any] = {key: value for key, value in turn.items() if value is not None}
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise BadRowError(f"{name}.role must be one of {', '.join(ROLES)} (got {role!r})")
-    if content is None and (message.get("tool_calls") or message.get("reasoning_content")):
-        return message
-    if not isinstance(content, (str, list)):
-        raise BadRowError(f"{name}.content must be text (got {type(content).__name__})")
-    if isinstance(content, list) and not all(isinstance(part, dict) for part in content):
-        raise BadRowError(f"{name}.content must be text or a list of typed parts")
-    is_empty = not content.strip() if isinstance(content, str) else not content
-    if is_empty and role in ("user", "assistant") and not message.get("tool_calls"):
-        raise BadRowError(f"{name}.content is empty")
-    return message
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _tools(row: dict[str, Any]) -> list[Any] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise BadRowError(f"tools is not valid JSON: {error}") from error
-    if tools is not None and not isinstance(tools, list):
-        raise BadRowError(f"tools must be a list (got {type(tools).__name__})")
-    return tools or None
+def _is_empty(turn: dict[str, Any]) -> bool:
+    return not turn.get("content") and not turn.get("tool_calls") and not turn.get("reasoning_content")
 
 
-def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    kwargs = row.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise BadRowError(f"chat_template_kwargs must be a group (got {type(kwargs).__name__})")
-    return kwargs
+def _refuse_swallowed_turns(turns: list[dict[str, Any]], chat: Conversation, i: int) -> None:
+    """Raises: BadRowError, where the template prints a tool's answer as part of the assistant's turn (Gemma 4)."""
+    for k in range(i + 1, len(turns)):
+        if turns[k]["role"] == "assistant":
+            return
+        words = text_of_content(turns[k].get("content") or "", "content").strip()
+        if not chat.turns[k] and words and any(words in chat.text[a:b] for a, b in chat.turns[i]):
+            raise BadRowError(
+                f"the chat template prints message {k} ({turns[k]['role']}) inside of the assistant's turn before it, "
+                f"so it cannot be told which words are whose. {_MEND}"
+            )
 
 
 def _is_rewritten(text: str, turns: list[dict[str, Any]]) -> bool:
-    """Whether some assistant's words are missing from the text: Qwen's and R1's templates drop `<think>` parts."""
-    words = (turn.get("content") for turn in turns if turn["role"] == "assistant")
-    return any(isinstance(content, str) and content.strip() not in text for content in words)
+    """Whether some of an assistant's words are missing from the text: some templates drop `<think>` parts."""
+    for turn in turns:
+        if turn["role"] != "assistant":
+            continue
+        words = [text_of_content(turn.get("content") or "", "content"), turn.get("reasoning_content") or ""]
+        words += [call["function"]["name"] for call in turn.get("tool_calls") or []]
+        if any(part.strip() not in text for part in words):
+            return True
+    return False
 
 
 def _token_span(batch: Any, place: int, start: int, end: int, length: int) -> slice:

@@ -1,12 +1,16 @@
-"""Where rows come from: JSON Lines and Parquet files, a Hub data set, a generator. Rows are streamed."""
+"""Where rows come from: JSON Lines, JSON, CSV and Parquet files, a Hub data set, a generator. Rows are streamed."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import hashlib
 import inspect
+import io
 import json
+import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +18,10 @@ from typing import Any, Protocol
 
 from launcher.base.errors import DataError
 from launcher.data.file_hashes import FileHashes
+from launcher.data.normalise import without_nulls
 
 _PARQUET_BATCH_ROWS = 256
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """JSON Lines (or a JSON array) and Parquet files, plain or gzipped, in the order given."""
+    """JSON Lines (or a JSON array), CSV and Parquet files, plain, .gz or .zst, in the order given."""
 
     paths: tuple[Path, ...]
 
@@ -62,7 +68,7 @@ class FileSource:
     def rows(self) -> Iterator[RawRow]:
         for path in self.paths:
             try:
-                yield from (_parquet_rows(path) if _kind(path) == "parquet" else _json_rows(path))
+                yield from {"parquet": _parquet_rows, "csv": _csv_rows, "json": _json_rows}[_kind(path)](path)
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error}") from error
 
@@ -85,7 +91,7 @@ class HubSource:
 
     def rows(self) -> Iterator[RawRow]:
         for number, row in enumerate(self._load(), start=1):
-            yield RawRow(f"{self.name}:{number}", row)
+            yield RawRow(f"{self.name}:{number}", without_nulls(row))
 
     def _load(self) -> Any:
         import datasets
@@ -143,34 +149,65 @@ class GeneratorSource:
         return make
 
 
+_PACKED = (".gz", ".zst")
+_KINDS = {".parquet": "parquet", ".csv": "csv"}
+"""Everything else is JSON."""
+
+
 def _kind(path: Path) -> str:
-    return "parquet" if path.name.endswith((".parquet", ".parquet.gz")) else "json"
+    return _KINDS.get(Path(_unpacked_name(path)).suffix, "json")
+
+
+def _unpacked_name(path: Path) -> str:
+    name = path.name.lower()
+    for packed in _PACKED:
+        name = name.removesuffix(packed)
+    return name
 
 
 def _json_rows(path: Path) -> Iterator[RawRow]:
     """One row per line; blank lines are no rows. A file that is one JSON array gives its elements."""
-    with _open(path) as file:
-        is_array = path.name.removesuffix(".gz").endswith(".json") and file.read(1) == b"["
-    with _open(path) as file:
-        if is_array:
-            yield from _array_rows(path, file.read())
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _json_row(f"{path}:{number}", line)
+    number = 0
+    try:
+        with _open(path) as file:
+            head = file.read(4096).removeprefix(_BOM).lstrip()
+        with _open(path) as file:
+            if _is_array(path, head):
+                yield from _array_rows(path, file.read())
+                return
+            if _is_one_object(path, head):
+                yield _json_row(f"{path}:1", file.read().removeprefix(_BOM))
+                return
+            for number, line in enumerate(file, start=1):
+                text = line.removeprefix(_BOM) if number == 1 else line
+                if text.strip():
+                    yield _json_row(f"{path}:{number}", text)
+    except (EOFError, zlib.error, OSError) as error:  # a file that was cut off or damaged
+        raise DataError(f"{path} cannot be read after line {number}: {error}") from error
+
+
+def _is_array(path: Path, head: bytes) -> bool:
+    """Whether a file is one JSON array; in JSON Lines a line may be a list by mistake."""
+    is_json = _unpacked_name(path).endswith(".json")
+    return head.startswith(b"[") and (is_json or head[1:].lstrip().startswith(b"{"))
+
+
+def _is_one_object(path: Path, head: bytes) -> bool:
+    """Whether a .json file is one object over several lines."""
+    return _unpacked_name(path).endswith(".json") and head.split(b"\n", 1)[0].strip() == b"{"
 
 
 def _json_row(where: str, line: bytes) -> RawRow:
     try:
         return _row(where, json.loads(line))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError; too many levels
         return RawRow(where, None, f"invalid JSON: {error}")
 
 
 def _array_rows(path: Path, content: bytes) -> Iterator[RawRow]:
     try:
-        rows = json.loads(content)
-    except ValueError as error:
+        rows = json.loads(content.removeprefix(_BOM))
+    except (ValueError, RecursionError) as error:
         yield RawRow(f"{path}:{getattr(error, 'lineno', 1)}", None, f"invalid JSON: {error}")
         return
     for number, value in enumerate(rows, start=1):
@@ -183,6 +220,24 @@ def _row(where: str, value: Any) -> RawRow:
     return RawRow(where, None, f"must be a JSON object (got {type(value).__name__})")
 
 
+def _csv_rows(path: Path) -> Iterator[RawRow]:
+    """The first line names the columns; an empty cell is no value."""
+    csv.field_size_limit(sys.maxsize)
+    number = 1
+    try:
+        with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
+            reader = csv.DictReader(text, strict=True)
+            for value in reader:
+                number = reader.line_num
+                if None in value or None in value.values():
+                    wanted = len(reader.fieldnames or [])
+                    yield RawRow(f"{path}:{number}", None, f"has not as many cells as the header ({wanted})")
+                else:
+                    yield RawRow(f"{path}:{number}", {key: cell for key, cell in value.items() if cell != ""})
+    except (csv.Error, UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
+        raise DataError(f"{path} cannot be read as CSV after line {number}: {error}") from error
+
+
 def _parquet_rows(path: Path) -> Iterator[RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -193,12 +248,19 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
                 for value in batch.to_pylist():
                     number += 1
-                    yield RawRow(f"{path}:{number}", value)
-    except pa.ArrowException as error:
+                    yield RawRow(f"{path}:{number}", without_nulls(value))
+    except (pa.ArrowException, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read as Parquet (after row {number}): {error}") from error
 
 
 def _open(path: Path) -> contextlib.AbstractContextManager[Any]:
-    if path.name.endswith(".gz"):
+    """The bytes of a file, unpacked; seekable where Parquet needs that."""
+    name = path.name.lower()
+    if name.endswith(".gz"):
         return gzip.open(path, "rb")
+    if name.endswith(".zst"):
+        import pyarrow as pa
+
+        stream = pa.input_stream(str(path), compression="zstd")
+        return io.BytesIO(stream.read()) if _kind(path) == "parquet" else io.BufferedReader(stream)
     return path.open("rb")

@@ -113,10 +113,16 @@ def test_messages_when_template_writes_bos(word_tokenizer: Any) -> None:
 
 
 def test_messages_when_template_rewrites_earlier_turns(tokenizer: Any) -> None:
+    """What is trained on is what the template makes of the whole conversation."""
     tokenizer.chat_template = REWRITING_TEMPLATE
-    with pytest.raises(ConfigError, match=r"(?s)rewrites earlier turns.*rows\.jsonl:1.*data\.chat_template"):
-        encode(tokenizer, chat("hi", "<think>m</think>yo", "ok?", "no"))
-    assert pieces(tokenizer, encode(tokenizer, chat("hi", "<think>m</think>yo")))[1][1] == "<think>m</think>yo<|end|>"
+    encoded = encode(tokenizer, chat("hi", "<think>m</think>yo", "ok?", "<think>n</think>né"))
+    assert pieces(tokenizer, encoded) == [
+        (NONE, "<|user|>hi<|end|><|assistant|>"),
+        (LOSS, "yo<|end|>"),
+        (NONE, "<|user|>ok?<|end|><|assistant|>"),
+        (LOSS, "<think>n</think>né<|end|>"),
+    ]
+    assert encoded.is_rewritten
 
 
 def test_messages_when_rewriting_template_has_generation_tags(tokenizer: Any) -> None:
@@ -163,9 +169,12 @@ def test_completion_when_messages(tokenizer: Any) -> None:
 
 def test_completion_when_template_rewrites_the_prompt(tokenizer: Any) -> None:
     tokenizer.chat_template = REWRITING_TEMPLATE
-    row = {"prompt": chat("hi", "<think>m</think>yo")["messages"], "completion": as_chat("user", "ok?")}
-    with pytest.raises(ConfigError, match=r"data\.chat_template"):
-        encode(tokenizer, row)
+    prompt = [*chat("hi", "<think>m</think>yo")["messages"], *as_chat("user", "ok?")]
+    encoded = encode(tokenizer, {"prompt": prompt, "completion": as_chat("assistant", "<think>n</think>a")})
+    assert pieces(tokenizer, encoded) == [
+        (NONE, "<|user|>hi<|end|><|assistant|>yo<|end|><|user|>ok?<|end|><|assistant|>"),
+        (LOSS, "<think>n</think>a<|end|>"),
+    ]
 
 
 def test_completion_when_tokenizer_adds_bos(word_tokenizer: Any) -> None:

@@ -1,0 +1,186 @@
+"""A tokenizer's chat template that also tells where in its text each message stands.
+
+Templates rewrite conversations: Qwen3's drops the reasoning of earlier answers, others move or merge turns. So the
+place of a turn cannot be found by rendering the beginning of a conversation. Instead the loops of the template (Jinja's
+syntax tree) are given marks: a turn is what the template prints while a loop stands at that message.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_START, _INNER, _END = "\ufdd0", "\ufdd1", "\ufdd2"
+"""Code points that Unicode reserves for a program's own use: no text that is exchanged holds them."""
+MARKS = (_START, _INNER, _END)
+_MARK = re.compile(f"{_START}(\\d+){_INNER}|{_END}")
+_MARK_FUNCTION = "launcher_mark_"
+_PROBE = "probe of content"
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A rendered conversation.
+
+    `turns[i]` are the characters [start, end) that the template printed at message i, in order; empty where it printed
+    nothing there. `generated` are those inside of `{% generation %}`; None where the template has no such tags.
+    """
+
+    text: str
+    turns: list[list[tuple[int, int]]]
+    generated: list[tuple[int, int]] | None
+
+
+class _Marks:
+    """The function that a marked template calls at both ends of every turn of every loop."""
+
+    def __init__(self, messages: Sequence[Any]) -> None:
+        self._numbers = {id(message): i for i, message in enumerate(messages)}
+        self._open: list[tuple[int, bool]] = []
+
+    def __call__(self, loop: int, is_start: bool, *values: Any) -> str:
+        if is_start:
+            number = next((self._numbers[id(v)] for v in values if id(v) in self._numbers), None)
+            self._open.append((loop, number is not None))
+            return "" if number is None else f"{_START}{number}{_INNER}"
+        while self._open:
+            at, is_message = self._open.pop()
+            if at == loop:
+                return _END if is_message else ""
+        return ""
+
+
+class ChatTemplate:
+    """Renders conversations with the tokenizer's template, or with its template for tools where it has one.
+
+    Args:
+        tokenizer: a PreTrainedTokenizerBase with a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._compiled: dict[str, Any] = {}
+        self.takes_text = self._shows(_PROBE)
+        """Whether a message's content may be a text; else it must be a list of parts."""
+
+    def _shows(self, content: Any) -> bool:
+        try:
+            return _PROBE in self.render([{"role": "user", "content": content}]).text
+        except Exception:  # whatever a template raises about content that it does not take
+            return False
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: list[Any] | None = None, kwargs: dict[str, Any] | None = None,
+        *, add_generation_prompt: bool = False,
+    ) -> Conversation:  # fmt: skip
+        """Whatever the template raises is raised."""
+        source = self._tokenizer.get_chat_template(tools=tools)
+        template, has_tags = self._template(source)
+        values = {**self._tokenizer.special_tokens_map, **(kwargs or {})}
+        rendered: str = template.render(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **values,
+            **{_MARK_FUNCTION: _Marks(messages)},
+        )  # fmt: skip
+        text, turns, generated = _read_marks(rendered, len(messages))
+        return Conversation(text, turns, generated if has_tags else None)
+
+    def _template(self, source: str) -> tuple[Any, bool]:
+        if source not in self._compiled:
+            self._compiled[source] = _compile(source), _GENERATION_TAG.search(source) is not None
+        found: tuple[Any, bool] = self._compiled[source]
+        return found
+
+
+def _compile(source: str) -> Any:
+    """The template with marks, in the very environment in which transformers renders it."""
+    from jinja2 import nodes
+    from jinja2.visitor import NodeTransformer
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # seen: transformers 5.23
+
+    environment: Any = _compile_jinja_template(source).environment
+
+    def call(number: int, is_start: bool, names: list[str]) -> nodes.Output:
+        arguments: list[nodes.Expr] = [nodes.Const(number), nodes.Const(is_start)]
+        arguments += [nodes.Name(name, "load") for name in names]
+        return nodes.Output([nodes.Call(nodes.Name(_MARK_FUNCTION, "load"), arguments, [], None, None)])
+
+    class Marking(NodeTransformer):
+        number = 0
+        loops: list[int]  # around the current node
+
+        def visit_For(self, node: nodes.For) -> nodes.For:
+            self.number += 1
+            number = self.number
+            self.loops.append(number)
+            self.generic_visit(node)
+            self.loops.pop()
+            names = [name.name for name in node.target.find_all(nodes.Name)]
+            if isinstance(node.target, nodes.Name):
+                names = [node.target.name]
+            node.body = [call(number, True, names), *node.body, call(number, False, [])]
+            return node
+
+        def visit_Continue(self, node: nodes.Continue) -> list[nodes.Node]:
+            return [call(self.loops[-1], False, []), node]
+
+        visit_Break = visit_Continue
+
+        def visit_CallBlock(self, node: nodes.CallBlock) -> list[nodes.Node]:
+            """`{% generation %}`: its own marks, so that the text is rendered once."""
+            self.generic_visit(node)
+            is_generation = "_generation_support" in repr(node.call)
+            if not is_generation:
+                return [node]
+            start, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_GENERATED, _GENERATED_END))
+            return [start, *node.body, end]
+
+    marking = Marking()
+    marking.loops = []
+    tree = marking.visit(environment.parse(source))
+    tree.set_environment(environment)
+    for node in tree.find_all(nodes.Node):
+        if getattr(node, "lineno", None) is None:
+            node.lineno = 1
+    code = environment.compile(tree, None, None)
+    return environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+
+_GENERATED, _GENERATED_END = "\ufdd3", "\ufdd4"
+_ANY_MARK = re.compile(f"{_START}(\\d+){_INNER}|{_END}|{_GENERATED}|{_GENERATED_END}")
+RESERVED = re.compile(f"[{_START}-{_GENERATED_END}]")
+"""What no message may hold."""
+
+
+def _read_marks(rendered: str, num_messages: int) -> tuple[str, list[list[tuple[int, int]]], list[tuple[int, int]]]:
+    """The text without marks, where each message stands in it, and what was inside of generation tags."""
+    turns: list[list[tuple[int, int]]] = [[] for _ in range(num_messages)]
+    generated: list[tuple[int, int]] = []
+    parts: list[str] = []
+    opened: list[tuple[int, int]] = []  # message, start
+    length = at = generated_start = 0
+    for mark in _ANY_MARK.finditer(rendered):
+        part = rendered[at : mark.start()]
+        parts.append(part)
+        length, at = length + len(part), mark.end()
+        if mark[1] is not None:
+            opened.append((int(mark[1]), length))
+        elif mark[0] == _END:
+            if opened:
+                number, start = opened.pop()
+                if start < length:
+                    turns[number].append((start, length))
+        elif mark[0] == _GENERATED:
+            generated_start = length
+        elif generated_start < length:
+            generated.append((generated_start, length))
+    parts.append(rendered[at:])
+    return "".join(parts), turns, generated
+
+
+def kwargs_key(kwargs: dict[str, Any]) -> str:
+    """Of what a template was told beside the messages."""
+    return json.dumps(kwargs, sort_keys=True, default=str)
