@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from launcher.base import block_io
+from launcher.base import block_io, files
 from launcher.base.errors import DamagedCheckpointError
+from launcher.base.inner_files import is_inner_path
 
 FORMAT = "launcher-checkpoint"
 FORMAT_VERSION = 1
@@ -24,6 +27,24 @@ _READ_BYTES = 2**18
 """Of the page cache at once, into memory that stays in the processor's cache; hashing is all that is left to pay."""
 
 
+_MAX_VERSION = 1000
+_MAX_COUNT = 2**53
+"""Of steps, processes and bytes: beyond it JSON numbers are not exact any more."""
+_HASH_TEXT = re.compile(r"[0-9a-f]{64}")
+
+Role = Literal["weights", "model", "card", "state"]
+"""`model`: what from_pretrained reads beside the weights: config, tokenizer, chat template."""
+
+
+def role_of(path: str) -> Role:
+    """What a file of a checkpoint is there for, by its path in the folder."""
+    if path.startswith("state/") or path in ("trainer_state.json", NAME):
+        return "state"
+    if path == "README.md":
+        return "card"
+    return "weights" if ".safetensors" in path else "model"
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One file of a checkpoint: path relative to its folder, length in bytes, and hashes in hex."""
@@ -33,12 +54,36 @@ class FileEntry:
     sha256: str
     chunk_sha256: tuple[str, ...]
 
+    @property
+    def role(self) -> Role:
+        return role_of(self.path)
+
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "chunk_sha256": list(self.chunk_sha256)}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> FileEntry:
-        return cls(str(raw["path"]), int(raw["bytes"]), str(raw["sha256"]), tuple(raw["chunk_sha256"]))
+        """
+        Raises:
+            ValueError: it describes no file of a checkpoint. KeyError, TypeError: it is of another form.
+        """
+        path, size, whole, chunks = raw["path"], _count(raw, "bytes"), raw["sha256"], raw["chunk_sha256"]
+        if not is_inner_path(path) or path == NAME:
+            raise ValueError(f"it names a file outside its folder: {path!r:.200}")
+        if not isinstance(chunks, list) or len(chunks) != -(-size // CHUNK_BYTES):
+            raise ValueError(f"the hashes of {path} are not those of {size} bytes")
+        if not all(isinstance(h, str) and _HASH_TEXT.fullmatch(h) for h in (whole, *chunks)):
+            raise ValueError(f"the hashes of {path} are no hashes")
+        if len(chunks) == 1 and chunks[0] != whole:
+            raise ValueError(f"the hashes of {path} contradict each other")
+        return cls(path, size, whole, tuple(chunks))
+
+
+def _count(raw: dict[str, Any], key: str, low: int = 0, high: int = _MAX_COUNT) -> int:
+    value = raw[key]
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{key} is {value!r:.100}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -73,7 +118,7 @@ def hash_file(path: Path) -> FileEntry:
 
     Returns: an entry whose path is only the file's name.
     """
-    size = path.stat().st_size
+    size = path.lstat().st_size
     whole, chunks = hashlib.sha256(), []
     chunk, read = hashlib.sha256(), 0
     for block in block_io.read_blocks(path, min(_BLOCK_BYTES, CHUNK_BYTES)):
@@ -106,11 +151,10 @@ def build(folder: Path, *, step: int, world_size: int, zero_stage: int, hashed: 
         OSError: one of `hashed` has another length than it had.
     """
     known = {entry.path: entry for entry in hashed}
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
-    names = [p.relative_to(folder).as_posix() for p in paths]
-    for name, path in zip(names, paths, strict=True):
-        if name in known and path.stat().st_size != known[name].bytes:
-            raise OSError(errno.EIO, "its length has changed since it was hashed", str(path))
+    names = [name for name in files.list_files(folder) if name != NAME]
+    for name in names:
+        if name in known and (folder / name).lstat().st_size != known[name].bytes:
+            raise OSError(errno.EIO, "its length has changed since it was hashed", str(folder / name))
     known |= {entry.path: entry for entry in hash_files(folder, [n for n in names if n not in known])}
     return Manifest(step, world_size, zero_stage, tuple(known[name] for name in names))
 
@@ -119,43 +163,57 @@ def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
     Raises:
-        FileNotFoundError: there is none, so the folder is not ours.
-        DamagedCheckpointError: it cannot be read, or a newer version of the product wrote it.
+        FileNotFoundError: there is none, so it is no checkpoint of ours. DamagedCheckpointError: see `parse`.
     """
     path = folder / NAME
     try:
-        text = path.read_bytes()
-        raw = json.loads(text)
-        version = raw["format_version"]
+        data = files.read_bytes(path, files.MAX_JSON_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+    return parse(data, path)
+
+
+def parse(data: bytes, path: Path) -> Manifest:
+    """A manifest from its text; `path` is for messages.
+
+    Raises:
+        DamagedCheckpointError: it cannot be read, is of a newer version, or names files outside its folder.
+    """
+    try:
+        raw = files.parse_json(data)
         if _is_newer(raw):
             raise DamagedCheckpointError(
-                f"{folder} was written by a newer launcher (format_version {version}, this one reads "
+                f"{path.parent} was written by a newer launcher (format_version {raw['format_version']}, this one reads "
                 f"{FORMAT_VERSION}): pip install --upgrade accelerate-launcher"
             )
         own_hash = raw.pop(_HASH, None)
-        if set(raw) != _KEYS or (own_hash is not None and (own_hash != _own_hash(raw) or text[-1:] != b"\n")):
+        if set(raw) != _KEYS or (own_hash is not None and (own_hash != _own_hash(raw) or data[-1:] != b"\n")):
             raise ValueError("it does not match its own hash")
+        if raw["format"] != FORMAT:
+            raise ValueError(f"format is {raw['format']!r:.100}")
         entries = tuple(map(FileEntry.from_dict, raw["files"]))
-        manifest = Manifest(int(raw["step"]), int(raw["world_size"]), int(raw["zero_stage"]), entries, int(version))
+        if len({entry.path for entry in entries}) != len(entries):
+            raise ValueError("it names a file twice")
+        step, world_size = _count(raw, "step"), _count(raw, "world_size", low=1)
+        zero_stage, version = _count(raw, "zero_stage", high=3), _count(raw, "format_version", high=FORMAT_VERSION)
+        return Manifest(step, world_size, zero_stage, entries, version)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: {error!r}") from error
-    for entry in manifest.files:
-        if entry.path.startswith("/") or ".." in Path(entry.path).parts:
-            raise DamagedCheckpointError(f"{path} names a file outside its folder: {entry.path}")
-    return manifest
+        raise DamagedCheckpointError(f"{path} cannot be read: {error!r:.500}") from error
 
 
 def is_newer_format(folder: Path) -> bool:
     """Whether a later version wrote it: then it is whole, but not for us."""
     try:
-        return _is_newer(json.loads((folder / NAME).read_bytes()))
+        return _is_newer(files.read_json(folder / NAME))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _is_newer(raw: dict[str, Any]) -> bool:
     version = raw["format_version"]
-    if not isinstance(version, int) or version <= FORMAT_VERSION:
+    if type(version) is not int or not FORMAT_VERSION < version <= _MAX_VERSION:
         return False
     # One flipped bit makes a 3, 5 or 9 of our 1: then the hash is still that of our version.
     ours = {**raw, "format_version": FORMAT_VERSION}
@@ -167,11 +225,16 @@ def structural_problems(folder: Path, manifest: Manifest) -> list[str]:
     """Missing files and wrong lengths; reads no content."""
     problems = []
     for entry in manifest.files:
-        path = folder / entry.path
-        if not path.is_file():
+        try:
+            with files.open_read(folder / entry.path, within=folder) as file:
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
             problems.append(f"{entry.path} is missing")
-        elif (size := path.stat().st_size) != entry.bytes:
-            problems.append(f"{entry.path} has {size} bytes instead of {entry.bytes}")
+        except (OSError, ValueError) as error:
+            problems.append(f"{entry.path} cannot be read: {error}")
+        else:
+            if size != entry.bytes:
+                problems.append(f"{entry.path} has {size} bytes instead of {entry.bytes}")
     return problems
 
 
@@ -188,9 +251,8 @@ def chunk_problem(folder: Path, entry: FileEntry, index: int) -> str | None:
     end = min(start + CHUNK_BYTES, entry.bytes)
     digest, view = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
     try:
-        with (folder / entry.path).open("rb", buffering=0) as file:
-            file.seek(start)
-            while offset < end and (count := file.readinto(view[: end - offset])):
+        with files.open_read(folder / entry.path, within=folder) as file:
+            while offset < end and (count := os.preadv(file.fileno(), [view[: end - offset]], offset)):
                 digest.update(view[:count])
                 offset += count
     except OSError as error:
@@ -221,5 +283,4 @@ def verify(folder: Path, share: int = 0, shares: int = 1, threads: int = 2) -> l
 def unknown_files(folder: Path, manifest: Manifest) -> list[str]:
     """Files that are in the folder but not in the manifest; they are ignored."""
     known = {f.path for f in manifest.files} | {NAME}
-    found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return sorted(name for name in found if name not in known)
+    return [name for name in files.list_files(folder) if name not in known]
