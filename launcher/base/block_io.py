@@ -75,7 +75,7 @@ def edges(data: memoryview, offset: int) -> Iterator[tuple[memoryview, int]]:
             yield data[start:end], offset + start
 
 
-def check_bytes(path: Path, parts: Iterable[tuple[memoryview, int]]) -> None:
+def check_bytes(path: Path, parts: Iterable[tuple[memoryview, int]], within: Path | None = None) -> None:
     """Compares small parts of a file, each inside one block, with what they should be.
 
     Raises:
@@ -83,7 +83,7 @@ def check_bytes(path: Path, parts: Iterable[tuple[memoryview, int]]) -> None:
     """
     buffer = mmap.mmap(-1, BLOCK_BYTES)
     with contextlib.ExitStack() as stack:
-        fds = _open_for_reading(path, stack)
+        fds = _open_for_reading(path, within, stack)
         for data, offset in parts:
             start = offset % BLOCK_BYTES
             _read_at(fds, buffer, offset - start)
@@ -98,9 +98,9 @@ def _reopen_direct(fd: int, flags: int) -> int:
     return -1
 
 
-def _open_for_reading(path: Path, stack: contextlib.ExitStack) -> list[int]:
+def _open_for_reading(path: Path, within: Path | None, stack: contextlib.ExitStack) -> list[int]:
     """File descriptors for `_read_at`: a buffered one and, where the file system has it, a direct one."""
-    fds = [files.open_fd(path)]
+    fds = [files.open_fd(path, within=within)]
     if (direct := _reopen_direct(fds[0], os.O_RDONLY)) >= 0:
         fds.append(direct)
 
@@ -112,7 +112,7 @@ def _open_for_reading(path: Path, stack: contextlib.ExitStack) -> list[int]:
     return fds
 
 
-def read_blocks(path: Path, block_bytes: int) -> Iterator[memoryview]:
+def read_blocks(path: Path, block_bytes: int, within: Path | None = None) -> Iterator[memoryview]:
     """The bytes of a file in order, `block_bytes` at a time, past the page cache where the file system can do that.
 
     What comes is what the disk holds, and nothing else is pushed out of memory for it. A block is only valid until the
@@ -121,7 +121,7 @@ def read_blocks(path: Path, block_bytes: int) -> Iterator[memoryview]:
     buffer = mmap.mmap(-1, block_bytes)  # direct reads need whole pages
     view, offset = memoryview(buffer), 0
     with contextlib.ExitStack() as stack:
-        fds = _open_for_reading(path, stack)
+        fds = _open_for_reading(path, within, stack)
         while count := _read_at(fds, buffer, offset):
             yield view[:count]
             offset += count

@@ -52,15 +52,15 @@ def _operation(name: str, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _folder_of(path: Path, within: Path | None, *, create: bool = False) -> Iterator[int]:
-    """The folder that holds `path`, as a descriptor; made where it is missing if `create`."""
+def _folder_of(path: Path, within: Path | None, *, create: int | None = None) -> Iterator[int]:
+    """The folder that holds `path`, as a descriptor; made with the mode `create` where it is missing."""
     base = path.parent if within is None else within
     fd = os.open(base, _FOLDER_FLAGS)
     try:
         for name in path.parent.relative_to(base).parts:
-            if create:
+            if create is not None:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(name, dir_fd=fd)
+                    os.mkdir(name, create, dir_fd=fd)
             inner = _open_folder_at(name, fd, _FOLDER_FLAGS, path)
             os.close(fd)
             fd = inner
@@ -84,7 +84,7 @@ def open_fd(path: Path, flags: int = os.O_RDONLY, *, within: Path | None = None,
     """Opens a regular file that is no link; for reading, unless `flags` say otherwise.
 
     A file of a Hub cache's snapshot is read: there it is a link into the cache's own blobs. An existing file that has
-    a second name somewhere (a hard link) is not opened for writing.
+    a second name (a hard link) is not written to, only appended to: copies by `cp -al` are common.
 
     Args:
         within: a folder below which no name of the path may be a link either.
@@ -103,7 +103,7 @@ def open_fd(path: Path, flags: int = os.O_RDONLY, *, within: Path | None = None,
     try:
         info = os.fstat(fd)
         _refuse_odd(info, path)
-        if is_write and info.st_nlink > 1:
+        if is_write and not flags & os.O_APPEND and info.st_nlink > 1:
             raise OSError(errno.EMLINK, "has a second name somewhere else and is not written to", str(path))
     except OSError:
         os.close(fd)
@@ -159,9 +159,9 @@ def open_append(path: Path, *, within: Path | None = None, mode: int = 0o644) ->
     return os.fdopen(open_fd(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, within=within, mode=mode), "ab")
 
 
-def make_dirs(path: Path, *, within: Path) -> None:
+def make_dirs(path: Path, *, within: Path, mode: int = 0o777) -> None:
     """Makes a folder below `within`, and those above it; what is there already must be folders and no links."""
-    with _folder_of(path / "-", within, create=True):
+    with _folder_of(path / "-", within, create=mode):
         pass
 
 

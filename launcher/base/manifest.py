@@ -113,7 +113,7 @@ def _own_hash(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> FileEntry:
+def hash_file(path: Path, within: Path | None = None) -> FileEntry:
     """Reads every byte once, past the page cache where the file system can do that.
 
     Returns: an entry whose path is only the file's name.
@@ -121,7 +121,7 @@ def hash_file(path: Path) -> FileEntry:
     size = path.lstat().st_size
     whole, chunks = hashlib.sha256(), []
     chunk, read = hashlib.sha256(), 0
-    for block in block_io.read_blocks(path, min(_BLOCK_BYTES, CHUNK_BYTES)):
+    for block in block_io.read_blocks(path, min(_BLOCK_BYTES, CHUNK_BYTES), within):
         whole.update(block)
         read += len(block)
         if size > CHUNK_BYTES:  # else the file's hash is that of its only chunk
@@ -140,7 +140,7 @@ def hash_files(folder: Path, paths: Iterable[str], threads: int = 2) -> list[Fil
     """Hashes files of a folder, as they are read back from the file system. `paths` are relative to it."""
     ordered = list(paths)
     with ThreadPoolExecutor(threads) as pool:  # hashlib releases the GIL
-        hashed = pool.map(lambda path: hash_file(folder / path), ordered)
+        hashed = pool.map(lambda path: hash_file(folder / path, folder.parent), ordered)
         return [replace(entry, path=path) for entry, path in zip(hashed, ordered, strict=True)]
 
 
@@ -185,8 +185,8 @@ def parse(data: bytes, path: Path) -> Manifest:
         raw = files.parse_json(data)
         if _is_newer(raw):
             raise DamagedCheckpointError(
-                f"{path.parent} was written by a newer launcher (format_version {raw['format_version']}, this one reads "
-                f"{FORMAT_VERSION}): pip install --upgrade accelerate-launcher"
+                f"{path.parent} was written by a newer launcher (format_version {raw['format_version']}, this one "
+                f"reads {FORMAT_VERSION}): pip install --upgrade accelerate-launcher"
             )
         own_hash = raw.pop(_HASH, None)
         if set(raw) != _KEYS or (own_hash is not None and (own_hash != _own_hash(raw) or data[-1:] != b"\n")):
@@ -197,7 +197,10 @@ def parse(data: bytes, path: Path) -> Manifest:
         if len({entry.path for entry in entries}) != len(entries):
             raise ValueError("it names a file twice")
         step, world_size = _count(raw, "step"), _count(raw, "world_size", low=1)
-        zero_stage, version = _count(raw, "zero_stage", high=3), _count(raw, "format_version", high=FORMAT_VERSION)
+        zero_stage, version = (
+            _count(raw, "zero_stage", high=3),
+            _count(raw, "format_version", low=1, high=FORMAT_VERSION),
+        )
         return Manifest(step, world_size, zero_stage, entries, version)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error!r:.500}") from error
@@ -283,4 +286,7 @@ def verify(folder: Path, share: int = 0, shares: int = 1, threads: int = 2) -> l
 def unknown_files(folder: Path, manifest: Manifest) -> list[str]:
     """Files that are in the folder but not in the manifest; they are ignored."""
     known = {f.path for f in manifest.files} | {NAME}
-    return [name for name in files.list_files(folder) if name not in known]
+    try:
+        return [name for name in files.list_files(folder) if name not in known]
+    except OSError as error:
+        return [str(error)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _CODE_DIR = Path(__file__).resolve().parent.parent
 
 
@@ -28,7 +28,7 @@ def _packaged(name: str, checkout_name: str | None = None) -> Path:
 
 def checkpoint_step(path: Path) -> int | None:
     """The N of a folder named exactly `checkpoint-N`, else None."""
-    match = _CHECKPOINT.match(path.name)
+    match = _CHECKPOINT.fullmatch(path.name)
     return int(match.group(1)) if match else None
 
 
@@ -96,6 +96,16 @@ class RunPaths:
         return self.root / "code"
 
     @property
+    def imported_dir(self) -> Path:
+        """Checkpoints made from another tool's, where their own name in output_dir is taken."""
+        return self.root / "imported"
+
+    @property
+    def own_dirs(self) -> tuple[Path, ...]:
+        """The folders that a run makes for itself; as links they would lead its writes out of output_dir."""
+        return (self.logs_dir, self.hub_dir, self.code_dir, self.slurm_dir, self.imported_dir)
+
+    @property
     def slurm_dir(self) -> Path:
         return self.root / "slurm"
 
@@ -126,7 +136,7 @@ class RunPaths:
         return self.logs_dir / f"stacks-rank-{rank}.txt"
 
     def checkpoint_dirs(self) -> Iterator[tuple[int, Path]]:
-        """(step, folder) of everything named exactly `checkpoint-N`, by rising step."""
+        """(step, folder) of all folders named exactly `checkpoint-N`, by rising step; links to folders among them."""
         if not self.root.is_dir():
             return
         found = [(step, p) for p in self.root.iterdir() if (step := checkpoint_step(p)) is not None and p.is_dir()]

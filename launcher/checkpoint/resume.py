@@ -6,17 +6,25 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from launcher.base import files, manifest
 from launcher.base.errors import DamagedCheckpointError, ResumeError, ResumeMismatchError
-from launcher.base.paths import CheckpointPaths, RunPaths
+from launcher.base.paths import CheckpointPaths, RunPaths, checkpoint_step
 from launcher.base.process import RESTARTED
 
 if TYPE_CHECKING:
     from launcher.base.processes import Processes
 
+_STATE_PATH = CheckpointPaths(Path()).run_state.as_posix()
+_STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int,), "total_steps": (int,), "samples_seen": (int,), "world_size": (int,), "progress": (dict,),
+    "scheduler": (dict,), "scaler": (dict, NoneType), "optimizer": (dict,), "settings": (dict,),
+    "origin": (str, NoneType), "imported": (dict, NoneType),
+}  # fmt: skip
 ROUNDING_KEYS = (
     "strategy", "strategy.deepspeed.zero_optimization", "num_processes", "per_device_train_batch_size",
 )  # fmt: skip
@@ -102,9 +110,9 @@ def _newest(paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, 
             point = _open(folder, processes)
             point.notices = notices + point.notices
             return point, point.notices
-        aside = processes.broadcast(str(_move_aside(folder, "damaged")) if processes.is_main else None)
-        damaged.append(Path(aside).name)
-        notices.append(f"{folder.name} is damaged ({problems[0]}); moved to {Path(aside).name}")
+        aside = processes.on_main(partial(_move_aside, folder, "damaged"))
+        damaged.append(aside.name)
+        notices.append(f"{folder.name} is damaged ({problems[0]}); moved to {aside.name}")
     left_over = processes.broadcast(sorted(p.name for p in paths.root.glob("checkpoint-*.damaged*")))
     if damaged or left_over:
         raise DamagedCheckpointError(
@@ -128,6 +136,11 @@ def _candidates(paths: RunPaths, notices: list[str]) -> list[str]:
             manifest.read(folder)  # raises with the line that mends it
         else:
             found.append(str(folder))
+            if folder.is_symlink():
+                notices.append(
+                    f"{folder.name} is a link to {folder.readlink()}: it is read, but never deleted, and "
+                    "checkpoint.save_total_limit does not count it"
+                )
     return found[::-1]
 
 
@@ -135,19 +148,27 @@ def _problems(folder: Path, processes: Processes) -> list[str]:
     """Each process re-reads its share of the chunks; all get all problems. Collective."""
     try:
         mine = manifest.verify(folder, processes.rank, processes.world_size)
-        if not mine and manifest.read(folder).step != int(folder.name.rpartition("-")[2].partition(".")[0] or -1):
-            mine = [f"manifest.json is of step {manifest.read(folder).step}"]
-    except (OSError, ValueError) as error:
+        found = manifest.read(folder)
+        if not mine and found.step != checkpoint_step(folder):
+            mine = [f"manifest.json is of step {found.step}"]
+        if not mine and any(entry.path == _STATE_PATH for entry in found.files):
+            read_state(folder)
+    except (OSError, ValueError, DamagedCheckpointError) as error:
         mine = [str(error)]
     return [p for share in processes.gather(mine) for p in share]
 
 
 def _move_aside(folder: Path, why: str) -> Path:
     target, count = folder.with_name(f"{folder.name}.{why}"), 1
-    while target.exists():
+    while files.is_taken(target):
         count += 1
         target = folder.with_name(f"{folder.name}.{why}-{count}")
-    files.rename(folder, target)
+    try:
+        files.rename(folder, target)
+    except OSError as error:
+        raise DamagedCheckpointError(
+            f"{folder} is {why} and cannot be renamed to {target.name}: {error}. Rename or remove it yourself"
+        ) from error
     return target
 
 
@@ -162,18 +183,38 @@ def _explicit(folder: Path, processes: Processes, importer: Callable[[Path], Pat
     return _open(folder, processes)
 
 
-def _open(folder: Path, processes: Processes) -> ResumePoint:
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, whose bytes are those of its manifest; its values have the types that they should.
+
+    Raises:
+        DamagedCheckpointError: it is not one that this tool wrote.
+    """
     path = CheckpointPaths(folder).run_state
-    if not path.is_file():
+    try:
+        state = files.read_json(path, within=folder)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds {state!r:.100}")
+        wrong = [k for k, types in _STATE_TYPES.items() if k in state and type(state[k]) not in types]
+        if wrong or state.get("step") != manifest.read(folder).step:
+            key = [*wrong, "step"][0]
+            raise ValueError(f"{key} is {state.get(key)!r:.100}")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path} is not the state of this checkpoint: {error}") from error
+    return state
+
+
+def _open(folder: Path, processes: Processes) -> ResumePoint:
+    found = manifest.read(folder)
+    if all(entry.path != _STATE_PATH for entry in found.files):
         raise ResumeError(
             f"{folder} holds only the model (it was saved with checkpoint.save_only_model=true) and cannot be resumed. "
             f"To train on from its weights: model.model_name_or_path={folder} in another output_dir, or start again "
             "with checkpoint.resume_from_checkpoint=never"
         )
-    state = files.read_json(path)
-    point = ResumePoint(folder, int(state["step"]), state)
+    state = read_state(folder)
+    point = ResumePoint(folder, found.step, state)
     if processes.is_main:
-        unknown = manifest.unknown_files(folder, manifest.read(folder))
+        unknown = manifest.unknown_files(folder, found)
         point.notices += (
             [f"{folder.name}: ignored, not part of the checkpoint: {', '.join(unknown)}"] if unknown else []
         )

@@ -5,18 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from launcher.base.files import remove_tree
+from launcher.base.files import remove_file, remove_tree
 from launcher.base.manifest import NAME
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.writer import DELETED_PREFIX
 
-_HALF_REPLACED = re.compile(r"^\.(.+\.tmp(-\d+)?|lock-.+)$")
-"""The temporary names of `files.replace_file`, `finish.publish` and the lock."""
+_HALF_REPLACED = re.compile(r"^\.(.+\.tmp(-[0-9a-f]+)?|lock-.+)$")
+"""The temporary names of `files.replace_file` and `files.copy_file` (earlier versions too) and the lock."""
 
 
 def our_steps(paths: RunPaths) -> list[int]:
-    """Steps of the folders that carry our manifest; foreign `checkpoint-N` folders do not count and are not touched."""
-    return [step for step, folder in paths.checkpoint_dirs() if (folder / NAME).is_file()]
+    """Steps of the folders that carry our manifest; foreign `checkpoint-N` folders do not count and are not touched.
+
+    Nor do links: a checkpoint that was moved to another disk and linked is read, but it is not ours to delete any more.
+    """
+    return [s for s, folder in paths.checkpoint_dirs() if (folder / NAME).is_file() and not folder.is_symlink()]
 
 
 def expired_steps(steps: Iterable[int], limit: int | None, best_step: int | None) -> list[int]:
@@ -36,9 +39,12 @@ def expired_steps(steps: Iterable[int], limit: int | None, best_step: int | None
 
 
 def sweep_leftovers(paths: RunPaths) -> None:
-    """Removes what a crash left behind: half saves, deletions and replacements. Only while holding the lock."""
+    """Removes what a crash left behind: half saves, deletions and replacements. Only while holding the lock.
+
+    Of a link only the link itself.
+    """
     for path in list(paths.root.iterdir()):
-        if path.name.startswith((".tmp-checkpoint-", DELETED_PREFIX)) and path.is_dir():
+        if path.name.startswith((".tmp-checkpoint-", DELETED_PREFIX)):
             remove_tree(path)
-        elif _HALF_REPLACED.match(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+        elif _HALF_REPLACED.match(path.name) and (path.is_symlink() or not path.is_dir()):
+            remove_file(path)

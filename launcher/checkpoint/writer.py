@@ -57,8 +57,8 @@ class Writer:
         """Writes this process's byte ranges and small files into the temporary folder, durable on return."""
         started = time.monotonic()
         folder = Path(command["dir"])
-        folder.mkdir(exist_ok=True)
-        (folder / "state").mkdir(exist_ok=True)
+        root = folder.parent  # no name below it may be a link: others may write to output_dir too
+        files.make_dirs(folder / "state", within=root)
         by_file: dict[str, list[tuple[memoryview, int]]] = {path: [] for path in command["files"]}
         for path, head in command["heads"].items():
             by_file[path].append((memoryview(base64.b64decode(head)), 0))
@@ -68,13 +68,12 @@ class Writer:
         for path, ranges in by_file.items():
             if ranges:
                 self._edges[folder / path] = [edge for data, offset in ranges for edge in block_io.edges(data, offset)]
-                _write_ranges(folder / path, command["files"][path], ranges)
+                _write_ranges(folder / path, command["files"][path], ranges, root)
         for path, data in self._statics.items() if command["statics"] else ():
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            files.write_file(target, data)
+            files.make_dirs((folder / path).parent, within=root)
+            files.write_file(folder / path, data, within=root)
         for path, text in command["texts"].items():
-            files.write_file(folder / path, text.encode())
+            files.write_file(folder / path, text.encode(), within=root)
         return {"event": "written", "step": command["step"], "seconds": time.monotonic() - started}
 
     def hash(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +84,7 @@ class Writer:
         """
         edges, self._edges = self._edges, {}
         for path, parts in edges.items():
-            block_io.check_bytes(path, parts)
+            block_io.check_bytes(path, parts, Path(command["dir"]).parent)
         hashed = manifest.hash_files(Path(command["dir"]), command["files"])
         return {"event": "hashed", "step": command["step"], "entries": [entry.to_dict() for entry in hashed]}
 
@@ -98,7 +97,7 @@ class Writer:
             hashed=map(manifest.FileEntry.from_dict, command["hashed"]),
         )  # fmt: skip
         committed = {"event": "committed", "step": command["step"], "bytes": built.total_bytes}
-        if target.exists():
+        if files.is_taken(target):
             if not _holds(target, built):
                 raise FileExistsError(f"{target} exists already and is not of this run: move it away")
             files.remove_tree(folder)  # the attempt before was committed after all, as its writer was ended
@@ -106,14 +105,17 @@ class Writer:
         missing = [p for p in command["files"] if p not in {f.path for f in built.files}]
         if missing:
             raise FileNotFoundError(f"not written: {', '.join(missing)}")
-        files.write_file(folder / manifest.NAME, built.to_json())
+        files.write_file(folder / manifest.NAME, built.to_json(), within=folder.parent)
         for inner in sorted({folder / parent for f in built.files for parent in Path(f.path).parents}, reverse=True):
             files.fsync_dir(inner)
         files.rename(folder, target)
         return {**committed, "seconds": time.monotonic() - started}
 
     def retain(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Deletes what retention chose; renames first, so that no half checkpoint keeps a valid name."""
+        """Deletes what retention chose; renames first, so that no half checkpoint keeps a valid name.
+
+        Retention chooses no link; one that took a folder's place since then is deleted itself, not what it leads to.
+        """
         for name in command["expired"]:
             path = Path(name)
             hidden = path.with_name(f"{DELETED_PREFIX}{path.name}")
@@ -165,8 +167,8 @@ def _holds(target: Path, built: manifest.Manifest) -> bool:
         return False
 
 
-def _write_ranges(path: Path, size: int, ranges: list[tuple[memoryview, int]]) -> None:
-    file = block_io.RangeWriter(path, size)
+def _write_ranges(path: Path, size: int, ranges: list[tuple[memoryview, int]], root: Path) -> None:
+    file = block_io.RangeWriter(path, size, within=root)
     try:
         for data, offset in ranges:
             file.write(data, offset)

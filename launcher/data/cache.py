@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from launcher.base.errors import DataError
-from launcher.base.files import fsync_dir, read_json_or, remove_tree, rename, write_file
+from launcher.base.files import fsync_dir, open_append, read_json_or, remove_tree, rename, write_file
 from launcher.data.formats import Encoded, Formatter
 from launcher.data.normalise import BadRowError
 from launcher.data.sources import RawRow, Source
@@ -209,7 +209,7 @@ def _stop_on_bad_rows(source: Source, report: BuildReport, on_bad_row: str) -> N
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Held by one process of this host at a time; the kernel lets go when its holder dies."""
-    with path.open("w") as file:
+    with open_append(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.base import files
 from launcher.base.errors import CheckpointWriteError
 from launcher.base.files import free_bytes
 from launcher.base.paths import RunPaths
@@ -210,7 +211,7 @@ class Saver:
 
     def is_name_taken(self) -> bool:
         """Whether a folder that is not ours has the name of this step's checkpoint: it is never moved; main process."""
-        return not self.is_whole and self._paths.checkpoint_dir(self._state.step).exists()
+        return not self.is_whole and files.is_taken(self._paths.checkpoint_dir(self._state.step))
 
     def _lack_of_room(self) -> str | None:
         """Why the disk has no room for a save, or None; main process.

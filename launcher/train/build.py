@@ -53,7 +53,13 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
 
     def open_it() -> None:
         try:
-            paths.logs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            paths.root.mkdir(parents=True, exist_ok=True)
+            for folder in filter(Path.is_symlink, paths.own_dirs):
+                raise UserError(
+                    f"{folder} is a link to {folder.readlink()}: what a run writes stays inside of its output_dir. "
+                    "Remove the link, or set another output_dir=… (which may itself be a link)"
+                )
+            files.make_dirs(paths.logs_dir, within=paths.root, mode=0o700)
             lock.acquire(pids)
             sweep_leftovers(paths)
         except OSError as error:

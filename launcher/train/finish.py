@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from launcher.base import files, manifest
@@ -94,17 +93,17 @@ def publish(source: Path, root: Path, *, is_temporary: bool) -> None:
     Raises:
         CheckpointWriteError: a file could not be written; what was there before is whole.
     """
-    names = [f.path for f in manifest.read(source).files if not f.path.startswith("state/")]
-    names = [n for n in names if n != "trainer_state.json"]
+    names = [entry.path for entry in manifest.read(source).files if entry.role != "state"]
     try:
         for stale in root.glob("*.safetensors*"):
             if stale.name not in names:
-                stale.unlink()
+                files.remove_file(stale)
         for name in names:
-            target = root / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            ready = source / name if is_temporary else copied(source / name, target)
-            files.rename(ready, target)
+            files.make_dirs((root / name).parent, within=root)
+            if is_temporary:
+                files.rename(source / name, root / name)
+            else:
+                files.copy_file(source / name, root / name, within=root)
         if is_temporary:
             files.remove_tree(source)
     except OSError as error:
@@ -112,12 +111,3 @@ def publish(source: Path, root: Path, *, is_temporary: bool) -> None:
             f"the model could not be put into {root}: {error}. It is whole in {source}: make room and "
             "run the same command again to finish"
         ) from error
-
-
-def copied(source: Path, target: Path) -> Path:
-    """A durable copy of a file beside its target, under a temporary name."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, temporary)
-    with temporary.open("rb+") as file:
-        files.fsync_file(file.fileno(), temporary)
-    return temporary

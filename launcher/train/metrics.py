@@ -23,21 +23,19 @@ class MetricsFile:
         self._path = path
 
     def append(self, line: dict[str, Any]) -> None:
-        with (
-            contextlib.suppress(OSError),
-            self._path.open("a", encoding="utf-8") as file,
-        ):  # a full disk must not end a run
-            file.write(json.dumps(line) + "\n")
+        with contextlib.suppress(OSError), files.open_append(self._path) as file:  # a full disk must not end a run
+            file.write((json.dumps(line) + "\n").encode())
 
     def last(self, key: str) -> Any:
-        """The newest value of a key, also of an earlier start; None where there is none."""
-        values = [line[key] for line in files.read_json_lines(self._path) if key in line]
+        """The newest number of a key, also of an earlier start; None where there is none."""
+        values = [v for line in files.read_json_lines(self._path) if isinstance(v := line.get(key), (int, float))]
         return values[-1] if values else None
 
     def trim(self, step: int) -> None:
         """Removes lines beyond `step`, and one that a crash cut off."""
         if self._path.is_file():
-            kept = [line for line in files.read_json_lines(self._path) if line.get("step", 0) <= step]
+            lines = files.read_json_lines(self._path)
+            kept = [line for line in lines if isinstance(at := line.get("step", 0), (int, float)) and at <= step]
             files.replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 

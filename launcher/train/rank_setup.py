@@ -98,10 +98,9 @@ def opened(paths: RunPaths, lock: RunLock, processes: Processes) -> None:
         os.dup2(fd, 2)
         os.close(fd)
     if not processes.is_main and not os.environ.get("LAUNCHER_DEBUG"):
-        log = os.open(paths.rank_log(processes.rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
+        with files.open_append(paths.rank_log(processes.rank), within=paths.root) as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
 
 
 def training_began(recorder: Recorder) -> None:

@@ -6,6 +6,8 @@ import faulthandler
 from pathlib import Path
 from typing import IO
 
+from launcher.base import files
+
 
 class Watchdog:
     """faulthandler's own C thread watches: it needs neither the GIL nor a reachable peer.
@@ -17,7 +19,7 @@ class Watchdog:
     def __init__(self, path: Path, timeout_s: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._timeout_s = timeout_s
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file: IO[bytes] = files.open_append(path)
 
     def alive(self) -> None:
         """Starts the time anew."""

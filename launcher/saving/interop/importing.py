@@ -66,18 +66,18 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
     state = _trainer_state(source)
     step = int(state["global_step"])
     target = paths.checkpoint_dir(step)
-    if target.exists():
-        target = paths.root / "imported" / target.name
+    if files.is_taken(target):
+        target = paths.imported_dir / target.name
         if _is_import_of(target, source):
             return target
     foreign, model = _read(source, config)
     temporary = paths.temporary_dir(step)
     try:
         files.remove_tree(temporary)
-        (temporary / "state").mkdir(parents=True)
+        files.make_dirs(temporary / "state", within=paths.root)
         _write(temporary, source, foreign, _run_state(source, state, foreign, config, model), config)
-        target.parent.mkdir(exist_ok=True)
-        files.remove_tree(target)  # an earlier import that was damaged
+        files.make_dirs(target.parent, within=paths.root)
+        files.remove_tree(target, within=paths.root)  # an earlier import that was damaged
         Writer(memoryview(b"")).commit(
             {"step": step, "dir": temporary, "target": target, "world_size": foreign.world_size,
              "zero_stage": foreign.zero_stage, "files": [], "hashed": []}

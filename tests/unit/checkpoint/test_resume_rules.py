@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from launcher.base import manifest
-from launcher.base.errors import DamagedCheckpointError, ResumeMismatchError
+from launcher.base.errors import DamagedCheckpointError, ResumeError, ResumeMismatchError
 from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED
 from launcher.checkpoint.resume import ResumePoint, compare_settings, find, origin_id
 from tests.faults.file_layer import OneProcess
 
 
-def make(root: Path, step: int, **state: Any) -> Path:
+def make(root: Path, step: int, /, **state: Any) -> Path:
     folder = root / f"checkpoint-{step}"
     (folder / "state").mkdir(parents=True)
-    (folder / "state/state.json").write_text(json.dumps({"step": step, **state}))
+    (folder / "state/state.json").write_text(json.dumps({"step": step} | state))
     (folder / "manifest.json").write_bytes(manifest.build(folder, step=step, world_size=1, zero_stage=0).to_json())
     return folder
 
@@ -78,6 +78,55 @@ def test_a_newer_format_is_refused_and_nothing_is_moved(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpointError, match="pip install --upgrade"):
         go(tmp_path)
     assert folder.exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"step": Infinity}', "null", "{}", "7"])
+def test_a_manifest_of_nonsense_is_moved_aside_and_the_next_one_is_used(tmp_path: Path, text: str) -> None:
+    make(tmp_path, 10)
+    (make(tmp_path, 20) / "manifest.json").write_text(text)
+    point, notices = go(tmp_path)
+    assert point is not None and point.step == 10
+    assert "checkpoint-20 is damaged" in notices[0] and (tmp_path / "checkpoint-20.damaged").is_dir()
+
+
+@pytest.mark.parametrize(
+    "state", [{"step": "20"}, {"step": 19}, {"step": 20.0}, {"settings": []}, {"optimizer": None}, {"total_steps": {}}]
+)
+def test_a_state_of_nonsense_is_moved_aside_and_the_next_one_is_used(tmp_path: Path, state: dict[str, Any]) -> None:
+    make(tmp_path, 10)
+    make(tmp_path, 20, **state)
+    point, notices = go(tmp_path)
+    assert point is not None and point.step == 10
+    assert "is not the state of this checkpoint" in notices[0]
+
+
+def test_a_state_that_the_manifest_does_not_name_is_not_used(tmp_path: Path) -> None:
+    folder = make(tmp_path, 10)
+    (folder / "state/state.json").unlink()
+    (folder / "manifest.json").write_bytes(manifest.build(folder, step=10, world_size=1, zero_stage=0).to_json())
+    (folder / "state/state.json").write_text(json.dumps({"step": 10}))
+    with pytest.raises(ResumeError, match="holds only the model"):
+        go(tmp_path)
+
+
+def test_a_link_to_a_checkpoint_is_read_and_said(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    make(root, 10)
+    (root / "checkpoint-10").rename(tmp_path / "moved")
+    (root / "checkpoint-10").symlink_to(tmp_path / "moved")
+    point, notices = go(root)
+    assert point is not None and point.step == 10 and "never deleted" in notices[0]
+
+
+def test_only_the_link_is_renamed_when_what_it_leads_to_is_damaged(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    make(root, 5)
+    (make(root, 10) / "state/state.json").write_text("x")
+    (root / "checkpoint-10").rename(tmp_path / "moved")
+    (root / "checkpoint-10").symlink_to(tmp_path / "moved")
+    point, _ = go(root)
+    assert point is not None and point.step == 5
+    assert (root / "checkpoint-10.damaged").is_symlink() and (tmp_path / "moved/state").is_dir()
 
 
 _SAVED = {"seed": 1, "strategy": "zero2", "num_processes": 2, "optim.learning_rate": 1e-3}

@@ -73,3 +73,19 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     sweep_leftovers(RunPaths(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_linked_checkpoints_are_not_counted(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").write_text("{}")
+    (tmp_path / "checkpoint-1").rename(tmp_path / "moved")
+    (tmp_path / "checkpoint-1").symlink_to("moved")
+    assert our_steps(RunPaths(tmp_path)) == [2]
+    assert [step for step, _ in RunPaths(tmp_path).checkpoint_dirs()] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-07", "checkpoint-٣", "checkpoint-7\n", "checkpoint-+7", "checkpoint-7.0"])
+def test_only_the_plain_name_is_a_checkpoint(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    assert list(RunPaths(tmp_path).checkpoint_dirs()) == []

@@ -1,0 +1,72 @@
+"""Nothing outside of output_dir is read, written or deleted by a run, whatever lies in its folder when it starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.base import manifest
+from launcher.base.paths import RunPaths
+from launcher.checkpoint.retention import sweep_leftovers
+from tests.decoy import Decoy
+from tests.distributed.runs import Lab, log_text
+
+
+def test_a_run_leaves_everything_outside_alone_when_links_lie_in_its_folder(lab: Lab, tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", Decoy(tmp_path / "outside")
+    run.mkdir()
+    for name, target in {
+        ".tmp-checkpoint-7": "", ".tmp-checkpoint-10": "", ".tmp-checkpoint-20": "deep",
+        ".tmp-deleted-checkpoint-1": "",
+        ".config.json.tmp": "a", ".model.safetensors.tmp": "a", ".config.yaml.tmp": "a", ".run.json.tmp-1": "a",
+        "config.yaml": "a", "run.json": "a", "config.json": "config.json", "model.safetensors": "model.safetensors",
+        "metrics.jsonl": "a", "trainer_state.json": "a",
+    }.items():  # fmt: skip
+        (run / name).symlink_to(outside.root / target)
+    codes = lab.run_codes(run, "single", 1)
+    assert codes == [0], log_text(run)
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+    assert outside.disturbed() == []
+    assert not any(
+        (run / name).is_symlink() for name in ("run.json", "config.yaml", "config.json", "model.safetensors")
+    )
+    assert [manifest.verify(run / f"checkpoint-{step}") for step in (10, 20)] == [[], []]
+    assert not list(run.glob(".tmp-*"))
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_read_and_never_deleted(lab: Lab, tmp_path: Path) -> None:
+    run, disk = tmp_path / "run", tmp_path / "other disk"
+    disk.mkdir()
+    lab.run(run, "single", 1, "train.max_steps=10")
+    (run / "checkpoint-10").rename(disk / "checkpoint-10")
+    (disk / "checkpoint-10/foreign.txt").write_text("mine")
+    (run / "checkpoint-10").symlink_to(disk / "checkpoint-10")
+
+    lab.run(run, "single", 1, "train.max_steps=40", "checkpoint.save_total_limit=1", "checkpoint.accept_changes=true")
+
+    assert "checkpoint-10 is a link to" in log_text(run) and "continuing from" in log_text(run)
+    assert (run / "checkpoint-10").is_symlink() and manifest.verify(disk / "checkpoint-10") == []
+    assert (disk / "checkpoint-10/foreign.txt").read_text() == "mine"
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-40"]
+
+
+def test_a_start_is_refused_when_a_folder_of_its_own_is_a_link(lab: Lab, tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", Decoy(tmp_path / "outside")
+    run.mkdir()
+    (run / ".hub").symlink_to(outside.root)
+    assert lab.run_codes(run, "single", 1) == [2]
+    assert ".hub is a link to" in log_text(run) and "Remove the link" in log_text(run)
+
+
+@pytest.mark.parametrize(
+    "name", [".tmp-checkpoint-7", ".tmp-deleted-checkpoint-7", ".config.json.tmp-ab12", ".lock-x-1"]
+)
+def test_only_the_link_goes_at_the_next_start(tmp_path: Path, name: str) -> None:
+    run, outside = tmp_path / "run", Decoy(tmp_path / "outside")
+    run.mkdir()
+    (run / name).symlink_to(outside.root)
+    sweep_leftovers(RunPaths(run))
+    assert list(run.iterdir()) == []
+    assert outside.disturbed() == []
