@@ -74,6 +74,7 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
     temporary = paths.temporary_dir(step)
     try:
         files.remove_tree(temporary)
+        paths.root.mkdir(parents=True, exist_ok=True)
         files.make_dirs(temporary / "state", within=paths.root)
         _write(temporary, source, foreign, _run_state(source, state, foreign, config, model), config)
         files.make_dirs(target.parent, within=paths.root)
