@@ -80,7 +80,7 @@ class BucketTarget:
         """All of a checkpoint; with every_save, and of a final model, the files at the top."""
         is_whole = item.kind == "checkpoint" and self._settings.strategy != "every_save"
         return {
-            f.path: LocalFile(item.source(f.path), f.bytes, f.sha256, item.name)
+            f.path: LocalFile(item.source(f.path), f.bytes, f.sha256, item.name, f.path)
             for f in item.files
             if is_whole or ("/" not in f.path and f.path not in (manifest.NAME, "trainer_state.json"))
         }
@@ -99,7 +99,7 @@ class BucketTarget:
             reached("unmarked")
         same |= self._equal_content(wanted, there, set(wanted) - same)
         missing = {p: wanted[p] for p in wanted if p not in same}
-        self._hashes.check(missing.items())
+        self._hashes.check(missing.values())
         self._add({f"{folder}/{p}": str(file.source) for p, file in missing.items()})
         reached("uploaded")
         self._delete([f"{folder}/{p}" for p in there if p not in wanted and p != MARKER])

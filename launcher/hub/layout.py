@@ -29,14 +29,16 @@ class LocalFile:
     source: Path
     bytes: int
     sha256: str | None
-    item: str = ""
+    item: str
+    path: str
+    """Inside of the upload's folder."""
 
 
 class DamagedFileError(Exception):
     """A file is not what the manifest of its checkpoint says; `item` is the upload's name."""
 
-    def __init__(self, file: LocalFile, path: str) -> None:
-        super().__init__(f"{path} does not match its hash in {manifest.NAME}")
+    def __init__(self, file: LocalFile) -> None:
+        super().__init__(f"{file.path} does not match its hash in {manifest.NAME}")
         self.item = file.item
 
 
@@ -66,7 +68,7 @@ def wanted_files(items: Sequence[Item], strategy: str) -> dict[str, LocalFile]:
                 del wanted[path]
         folder = {"checkpoint": "last-checkpoint", "all_checkpoints": item.name}.get(strategy)
         for file in item.files:
-            local = LocalFile(item.source(file.path), file.bytes, file.sha256, item.name)
+            local = LocalFile(item.source(file.path), file.bytes, file.sha256, item.name, file.path)
             if "/" not in file.path and file.path not in (manifest.NAME, "trainer_state.json"):
                 wanted[file.path] = local
             if item.kind == "checkpoint" and folder:
@@ -151,12 +153,12 @@ class HashCache:
                 self._known[key] = digest.hexdigest()
         return self._known[key]
 
-    def check(self, files: Iterable[tuple[str, LocalFile]]) -> None:
+    def check(self, files: Iterable[LocalFile]) -> None:
         """Reads files that are about to be sent (which leaves them in the page cache) and compares their hashes.
 
         Raises:
             DamagedFileError: one is not what the manifest of its checkpoint says.
         """
-        for path, file in files:
+        for file in files:
             if file.sha256 is not None and self.sha256(file.source) != file.sha256:
-                raise DamagedFileError(file, path)
+                raise DamagedFileError(file)

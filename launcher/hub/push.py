@@ -33,11 +33,18 @@ PATIENCE_S = 600.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be sent. `spool`: the pending uploads of a run; None: `items`, straight from their folders."""
+    """What will be sent. `spool`: the pending uploads of a run; None: `items`, straight from their folders.
+
+    Raises:
+        UnsafeFileError: a file is missing, or is a link.
+    """
 
     settings: UploadSettings
     items: tuple[Item, ...]
     spool: Spool | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_problems(self.items)
 
 
 def plan_push(folder: Path, overrides: dict[str, Any]) -> Plan:
@@ -62,7 +69,6 @@ def plan_push(folder: Path, overrides: dict[str, Any]) -> Plan:
     pending = [d / n for d in (spool.active_dir, spool.queue_dir) for n in spool.names(d)]
     if pending:
         items = [_readable(partial(spool.read_item, h), h) for h in sorted(pending, key=lambda p: p.name)]
-        _refuse_problems(items)
         return Plan(_settings(folder, overrides), tuple(items), spool)
     item = model_item(folder, None, kind="folder")
     if any(f.path.endswith(".safetensors") for f in item.files):
@@ -85,10 +91,11 @@ def _readable(read: Callable[[], Item], place: Path) -> Item:
 
 
 def _refuse_problems(items: Sequence[Item]) -> None:
-    """Before anything is sent: `launcher push` is there to say so, and the user to mend it."""
+    """Links and missing files are told before anything is sent: the user is there to mend it."""
     for item in items:
         if problem := next(item.problems(), None):
-            raise UnsafeFileError(f"{item.home} cannot be sent: {problem}. Remove this folder to send the others")
+            cure = f" To send the others, remove {item.home}" if item.home != Path() else ""
+            raise UnsafeFileError(f"{item.name} cannot be sent: {problem}.{cure}")
 
 
 def _settings(

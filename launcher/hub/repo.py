@@ -186,7 +186,7 @@ class RepoTarget:
     def _check(self, operations: Iterable[Any], wanted: dict[str, LocalFile]) -> None:
         """Reads what is about to be sent, each file once: a damaged one must not arrive."""
         additions = [op.path_in_repo for op in operations if isinstance(op, CommitOperationAdd)]
-        self._hashes.check((path, wanted[path]) for path in additions if path in wanted)
+        self._hashes.check(wanted[path] for path in additions if path in wanted)
 
     def _card_operations(
         self,
