@@ -14,9 +14,6 @@ from typing import Any
 from launcher.base import files
 from launcher.base.errors import UnsafeFileError
 
-open_regular = files.open_read
-read_regular = files.read_bytes
-
 
 def is_inner_path(path: Any) -> bool:
     """Whether a text can name a file inside of a folder: relative, in its shortest form, one line."""

@@ -22,10 +22,11 @@ import hf_xet
 from huggingface_hub import HfApi
 
 from launcher.base import manifest
+from launcher.base.inner_files import read_json_object
 from launcher.hub.items import Item, UploadSettings
 from launcher.hub.layout import BUCKET_MARKER as MARKER
 from launcher.hub.layout import HashCache, LocalFile, best_step, outdated_folders
-from launcher.hub.remote import Throttle
+from launcher.hub.remote import Throttle, require_xet
 from launcher.hub.spool import reached
 
 LATEST = "latest.json"
@@ -64,6 +65,7 @@ class BucketTarget:
         Raises:
             Exception: anything the client raises; calling again sends only what is missing.
         """
+        require_xet(self.name)
         if self._journal["repo_id"] is None:
             name = self.name if "/" in self.name else f"{self._api.whoami()['name']}/{self.name}"
             self._api.create_bucket(name, private=self._settings.private, exist_ok=True)
@@ -122,13 +124,18 @@ class BucketTarget:
         return found
 
     def _read_marker(self, folder: str, there: dict[str, str]) -> dict[str, Any]:
+        """What an earlier push noted of a folder; nothing where that is not ours."""
         if MARKER not in there:
             return {}
         with tempfile.TemporaryDirectory() as temporary:
             target = Path(temporary) / MARKER
             self._api.download_bucket_files(self.name, [(f"{folder}/{MARKER}", target)])
-            files: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))["files"]
-        return files
+            try:
+                files = read_json_object(target).get("files")
+            except ValueError:
+                return {}
+        entries = files.items() if isinstance(files, dict) else ()
+        return {path: e for path, e in entries if isinstance(e, dict) and {"sha256", "xet_hash"} <= set(e)}
 
     def _add(self, files: dict[str, Any]) -> None:
         pairs = [(source, path) for path, source in files.items()]

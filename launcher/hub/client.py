@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from launcher.config.settings import RunConfig
 from launcher.hub.environment import uploader_environment
 from launcher.hub.items import Item, UploadSettings, checkpoint_item, default_repo_name, model_item
 from launcher.hub.progress import ProgressLine
-from launcher.hub.records import lines_from, open_append
+from launcher.hub.records import lines_from
 from launcher.hub.spool import Spool
 
 POLL_INTERVAL_S = 0.5
@@ -251,7 +250,7 @@ class UploaderProcess:
             return
         self.stop()
         self._started_at = time.monotonic()
-        with os.fdopen(open_append(self._spool.log_path), "ab") as log:
+        with files.open_append(self._spool.log_path, mode=0o600) as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "launcher.hub.uploader", str(self._spool.root.absolute())],
                 stdin=subprocess.PIPE,

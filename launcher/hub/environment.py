@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from launcher.hub.items import UploadSettings
 
+_HUB_HOST = re.compile(r"([a-z0-9-]+\.)*(huggingface\.co|hf\.co)")
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+
+def is_xet_trusted(endpoint: str, environment: Mapping[str, str]) -> bool:
+    """Whether Xet may be used with an endpoint.
+
+    hf_xet stores and reads where an answer's casUrl says, also in a folder of this machine (`local:///…`), and asks for
+    that answer itself. So the endpoint must be the Hub, or be declared trustworthy by HF_HUB_DISABLE_XET=0.
+    """
+    url = urlsplit(endpoint)
+    is_hub = url.scheme == "https" and bool(_HUB_HOST.fullmatch(url.hostname or ""))
+    return is_hub or environment.get("HF_HUB_DISABLE_XET", "").strip().lower() in ("0", "false", "no", "off")
 
 
 def client_environment(settings: UploadSettings) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.base.secrets import redacted
 
 _BEARER = re.compile(r"(?i:bearer)\s+\S+")
+_URL_PASSWORD = re.compile(r"(?<=://)[^\s/@'\"]+@")
 _SIGNED_URL = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
 _XET_STATUS = re.compile(
     r"(?i:status|http|code)\D{0,24}\b([45]\d\d)\b|\b([45]\d\d) (?:Unauthorized|Forbidden|Not Found)"
@@ -95,6 +96,8 @@ def classify(error: BaseException, repo_id: str) -> Fault:
     url = str(response.request.url) if response is not None else ""
     if "Invalid metadata in README.md" in str(error) or ("validate-yaml" in url and status and status < 500):
         return Fault("card", text)
+    if "EndpointError" in names:
+        return Fault("permanent", text, "is HF_ENDPOINT the Hub, or a gateway to it that you trust?")
     if "OfflineModeIsEnabled" in names:
         cure = "HF_HUB_OFFLINE is set: send it from a machine with internet"
         return Fault("permanent", "the Hub client is in offline mode", cure)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
-import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.base import files, manifest
-from launcher.base.errors import DamagedCheckpointError, ResumeError, UserError
+from launcher.base.errors import DamagedCheckpointError, HubError, ResumeError, UnsafeFileError, UserError
 from launcher.base.paths import CheckpointPaths, RunPaths
+from launcher.hub.answers import expecting, is_commit_id
+from launcher.hub.items import checkpoint_item
 
 _URI = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>.+))?$")
 _TOKENIZER_FILE = re.compile(r"^([^/]+\.(json|txt|model|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja)$")
@@ -28,9 +30,10 @@ _PICKLED_WEIGHTS_FILE = re.compile(r"^pytorch_model[^/]*\.bin$")
 _CODE_FILE = re.compile(r"^[^/]+\.py$")
 _MAX_DOWNLOADS = 8
 _BUCKET_PREFIX = "hf://buckets/"
-_BUCKET_URI = re.compile(r"^hf://buckets/([\w.-]+/[\w.-]+)(?:/(checkpoint-\d+))?/?$")
-_FOLDER = re.compile(r"^(last-checkpoint|checkpoint-\d+)$")
-_STEP_TAG = re.compile(r"^step-(\d+)$")
+_BUCKET_URI = re.compile(r"^hf://buckets/([\w.-]+/[\w.-]+)(?:/(checkpoint-[0-9]{1,19}))?/?$")
+_FOLDER = re.compile(r"last-checkpoint|checkpoint-[0-9]{1,19}")
+_STEP_TAG = re.compile(r"step-([0-9]{1,19})")
+_MAX_NAMES_PER_CALL = 500
 
 
 class NothingThereError(ResumeError):
@@ -60,9 +63,9 @@ def parse_uri(uri: str) -> Source:
         )
     revision, folder = match["revision"], match["path"]
     if revision and not folder:
-        if _FOLDER.match(revision):
+        if _FOLDER.fullmatch(revision):
             revision, folder = None, revision
-        elif step := _STEP_TAG.match(revision):
+        elif step := _STEP_TAG.fullmatch(revision):
             folder = f"checkpoint-{step[1]}"
     return Source(match["repo"], revision, folder)
 
@@ -74,7 +77,7 @@ def choose_folder(paths: Iterable[str], wanted: str | None) -> str | None:
     """
     suffix = f"/{manifest.NAME}"
     folders = [p.removesuffix(suffix) for p in paths if p.endswith(suffix)]
-    folders = [f for f in folders if _FOLDER.match(f)]
+    folders = [f for f in folders if _FOLDER.fullmatch(f)]
     if wanted is not None:
         return wanted if wanted in folders else None
     if "last-checkpoint" in folders:
@@ -102,7 +105,9 @@ def fetch(uri: str, paths: RunPaths) -> Path:
                 f"checkpoint.resume_from_checkpoint={uri}: there is no such repository or revision, or the token may "
                 "not see it. Set HF_TOKEN or run `hf auth login` for a private one"
             ) from None
-        commit = str(info.sha)
+        commit = info.sha
+        if commit is None or not is_commit_id(commit):  # it becomes the name of a folder
+            raise HubError(f"{uri} cannot be read: the endpoint names {commit!r} as its commit")
         listed = [s.rfilename for s in info.siblings or []]
         folder = choose_folder(listed, source.folder)
         if folder is None:
@@ -112,30 +117,115 @@ def fetch(uri: str, paths: RunPaths) -> Path:
                 "hub.hub_strategy=checkpoint or all_checkpoints hold them; to start from the weights alone: "
                 f"model.model_name_or_path={source.repo_id}"
             )
-        download_dir = paths.hub_dir / "fetch" / f"{source.repo_id.replace('/', '--')}-{commit}"
-        download_dir.mkdir(parents=True, exist_ok=True)
-        _download(api, source.repo_id, commit, f"{folder}/{manifest.NAME}", download_dir)
+        place = _Place(api, source.repo_id, commit, folder)
+        download_dir = _download_dir(paths, f"{source.repo_id.replace('/', '--')}-{commit}")
         checkpoint = download_dir / folder
-        wanted = manifest.read(checkpoint)
+        manifest_bytes = place.sizes([manifest.NAME]).get(manifest.NAME, 0)
+        if not 0 < manifest_bytes <= files.MAX_JSON_BYTES:
+            raise DamagedCheckpointError(f"{folder}/{manifest.NAME} of {uri} is no manifest: {manifest_bytes} bytes")
+        with expecting(manifest_bytes):
+            place.download(manifest.NAME, download_dir)
+        wanted = _read_manifest(checkpoint, folder, uri)
         target = paths.checkpoint_dir(wanted.step)
         if target.is_dir() and manifest.verify(target) == []:
             return target
         _refuse_model_only(wanted, folder, uri, source.repo_id)
+        _refuse_other_sizes(wanted, place.sizes([e.path for e in wanted.files]), folder, uri)
+        _refuse_without_room(wanted, paths, uri)
         for abandoned in (download_dir / ".cache").rglob("*.incomplete"):  # a killed client's, never used again
             abandoned.unlink()
-        with ThreadPoolExecutor(_MAX_DOWNLOADS) as pool:  # the first error gives up what has not begun
+        with expecting(wanted.total_bytes), ThreadPoolExecutor(_MAX_DOWNLOADS) as pool:
             largest_first = sorted(wanted.files, key=lambda entry: -entry.bytes)
-            for _ in pool.map(
-                lambda e: _fetch_file(api, source.repo_id, commit, folder, e, download_dir), largest_first
-            ):
-                pass
-    return _move_into_place(checkpoint, target, download_dir)
+            for _ in pool.map(lambda entry: _fetch_file(place, entry, download_dir), largest_first):
+                pass  # the first error gives up what has not begun
+    return _move_into_place(checkpoint, target, paths)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A checkpoint's folder in one commit of a repository."""
+
+    api: Any
+    repo_id: str
+    commit: str
+    folder: str
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Name of a file in the folder → the bytes that the Hub declares; those that it does not have are left out."""
+        found = {}
+        for start in range(0, len(names), _MAX_NAMES_PER_CALL):
+            asked = [f"{self.folder}/{name}" for name in names[start : start + _MAX_NAMES_PER_CALL]]
+            for entry in self.api.get_paths_info(self.repo_id, asked, revision=self.commit):
+                if hasattr(entry, "size"):
+                    found[str(entry.path).removeprefix(f"{self.folder}/")] = int(entry.size)
+        return found
+
+    def download(self, name: str, download_dir: Path) -> None:
+        self.api.hf_hub_download(self.repo_id, f"{self.folder}/{name}", revision=self.commit, local_dir=download_dir)
+
+
+def _download_dir(paths: RunPaths, name: str) -> Path:
+    """The folder of one download, in the only one that we ever delete; what an odd hand left there goes first."""
+    root = _fetch_root(paths)
+    holds_link = any((Path(f) / n).is_symlink() for f, folders, names in os.walk(root) for n in [*folders, *names])
+    if holds_link:
+        files.remove_tree(root)
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _fetch_root(paths: RunPaths) -> Path:
+    """
+    Raises:
+        UnsafeFileError: it is a link.
+    """
+    root = paths.hub_dir / "fetch"
+    for folder in (paths.hub_dir, root):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise UnsafeFileError(f"{folder} must be a folder and is a link or a file: remove it")
+    return root
+
+
+def _read_manifest(checkpoint: Path, folder: str, uri: str) -> manifest.Manifest:
+    """A downloaded manifest, which may be anybody's.
+
+    Raises:
+        DamagedCheckpointError: it is none, or names what no checkpoint holds.
+    """
+    try:
+        item = checkpoint_item(0, checkpoint)  # checks the names, lengths and hashes
+        wanted = manifest.read(checkpoint)
+    except (OSError, ValueError, OverflowError, RecursionError, UserError) as error:
+        raise DamagedCheckpointError(f"{folder}/{manifest.NAME} of {uri} cannot be read: {error}") from error
+    names = [file.path for file in item.files]
+    if len(set(names)) != len(names) or any(file.sha256 is None for file in item.files[:-1]):
+        raise DamagedCheckpointError(f"{folder}/{manifest.NAME} of {uri} names a file twice or without its hash")
+    if not 0 <= wanted.step < 2**63 or folder not in ("last-checkpoint", f"checkpoint-{wanted.step}"):
+        raise DamagedCheckpointError(f"{folder}/{manifest.NAME} of {uri} is of step {wanted.step}")
+    return wanted
+
+
+def _refuse_other_sizes(wanted: manifest.Manifest, there: dict[str, int], folder: str, uri: str) -> None:
+    """Before anything is downloaded: what the Hub declares must be what the manifest says."""
+    for entry in wanted.files:
+        if (size := there.get(entry.path)) != entry.bytes:
+            found = "is not there" if size is None else f"has {size} bytes"
+            raise DamagedCheckpointError(
+                f"{folder}/{entry.path} of {uri} is not what its manifest says: it {found}, not {entry.bytes} bytes"
+            )
+
+
+def _refuse_without_room(wanted: manifest.Manifest, paths: RunPaths, uri: str) -> None:
+    free = files.free_bytes(_fetch_root(paths))
+    if wanted.total_bytes > free:
+        raise UserError(f"{uri} has {wanted.total_bytes:,} bytes, and {paths.root} has room for {free:,}")
 
 
 def _fetch_from_bucket(uri: str, paths: RunPaths) -> Path:
     """From a bucket only folders that hold their marker: the others are being written, or were left by a kill."""
     from launcher.hub.layout import BUCKET_MARKER
-    from launcher.hub.remote import connect, readable_errors
+    from launcher.hub.remote import connect, readable_errors, require_xet
 
     match = _BUCKET_URI.match(uri)
     if not match:
@@ -143,23 +233,28 @@ def _fetch_from_bucket(uri: str, paths: RunPaths) -> Path:
     bucket, wanted_folder = match[1], match[2]
     api = connect(timeout_s=60.0)
     with readable_errors(uri):
-        listed = {e.path for e in api.list_bucket_tree(bucket, recursive=True) if e.type == "file"}
+        require_xet(bucket)
+        listed = {e.path: e.size for e in api.list_bucket_tree(bucket, recursive=True) if e.type == "file"}
         complete = [p for p in listed if f"{p.split('/')[0]}/{BUCKET_MARKER}" in listed]
         folder = choose_folder(complete, wanted_folder)
         if folder is None:
             raise NothingThereError(f"checkpoint.resume_from_checkpoint={uri}: there is no complete checkpoint of ours")
-        download_dir = paths.hub_dir / "fetch" / f"bucket-{bucket.replace('/', '--')}"
-        checkpoint = download_dir / folder
-        checkpoint.mkdir(parents=True, exist_ok=True)
+        checkpoint = _download_dir(paths, f"bucket-{bucket.replace('/', '--')}") / folder
+        checkpoint.mkdir(exist_ok=True)
+        if (manifest_bytes := listed[f"{folder}/{manifest.NAME}"]) > files.MAX_JSON_BYTES:
+            raise DamagedCheckpointError(f"{folder}/{manifest.NAME} of {uri} is no manifest: {manifest_bytes} bytes")
         api.download_bucket_files(bucket, [(f"{folder}/{manifest.NAME}", checkpoint / manifest.NAME)])
-        wanted = manifest.read(checkpoint)
+        wanted = _read_manifest(checkpoint, folder, uri)
         _refuse_model_only(wanted, folder, uri, None)
+        there = {path.removeprefix(f"{folder}/"): size for path, size in listed.items()}
+        _refuse_other_sizes(wanted, there, folder, uri)
+        _refuse_without_room(wanted, paths, uri)
         missing = [e for e in wanted.files if not _is_right(checkpoint / e.path, e)]
         api.download_bucket_files(bucket, [(f"{folder}/{e.path}", checkpoint / e.path) for e in missing])
     for entry in missing:
         if not _is_right(checkpoint / entry.path, entry):
             raise DamagedCheckpointError(f"{folder}/{entry.path} of {uri} is not what its manifest says")
-    return _move_into_place(checkpoint, paths.checkpoint_dir(wanted.step), download_dir)
+    return _move_into_place(checkpoint, paths.checkpoint_dir(wanted.step), paths)
 
 
 def _refuse_model_only(wanted: manifest.Manifest, folder: str, uri: str, repo_id: str | None) -> None:
@@ -178,24 +273,18 @@ def _is_right(path: Path, entry: manifest.FileEntry) -> bool:
     return path.is_file() and path.stat().st_size == entry.bytes and _sha256(path) == entry.sha256
 
 
-def _download(api: Any, repo_id: str, commit: str, path: str, download_dir: Path) -> None:
-    api.hf_hub_download(repo_id, path, revision=commit, local_dir=download_dir)
-
-
-def _fetch_file(
-    api: Any, repo_id: str, commit: str, folder: str, entry: manifest.FileEntry, download_dir: Path
-) -> None:
+def _fetch_file(place: _Place, entry: manifest.FileEntry, download_dir: Path) -> None:
     """Downloads one file and compares it with the manifest; a file that is there and right is kept."""
-    local = download_dir / folder / entry.path
+    local = download_dir / place.folder / entry.path
     for attempt in range(2):
         if _is_right(local, entry):
             return
         if attempt == 0:
             local.unlink(missing_ok=True)
-            _download(api, repo_id, commit, f"{folder}/{entry.path}", download_dir)
+            place.download(entry.path, download_dir)
     raise DamagedCheckpointError(
-        f"{folder}/{entry.path} of hf://{repo_id}@{commit} is not what its manifest says. Choose another: "
-        f"checkpoint.resume_from_checkpoint=hf://{repo_id}@REVISION"
+        f"{place.folder}/{entry.path} of hf://{place.repo_id}@{place.commit} is not what its manifest says. Choose "
+        f"another: checkpoint.resume_from_checkpoint=hf://{place.repo_id}@REVISION"
     )
 
 
@@ -204,16 +293,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _move_into_place(checkpoint: Path, target: Path, download_dir: Path) -> Path:
+def _move_into_place(checkpoint: Path, target: Path, paths: RunPaths) -> Path:
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
                 files.fsync_file(file.fileno(), path)
-    if target.exists():  # it is not whole, or we would have used it
+    if target.exists() or target.is_symlink():  # it is not whole, or we would have used it
         damaged = target.with_name(f"{target.name}.damaged")
         target.rename(damaged if not damaged.exists() else damaged.with_name(f"{damaged.name}.{time.time_ns()}"))
     files.rename(checkpoint, target)
-    shutil.rmtree(download_dir.parent, ignore_errors=True)
+    files.remove_tree(_fetch_root(paths))
     return target
 
 
@@ -237,8 +326,15 @@ def download_model(name: str, revision: str | None, *, with_weights: bool, with_
 
     api = connect(timeout_s=60.0)
     with readable_errors(name):
-        listed = [s.rfilename for s in api.model_info(name, revision=revision).siblings or []]
-        wanted = model_files(listed, with_weights=with_weights, with_code=with_code)
+        info = api.model_info(name, revision=revision, files_metadata=True)
+        sizes = {s.rfilename: s.size for s in info.siblings or []}
+        wanted = model_files(sizes, with_weights=with_weights, with_code=with_code)
         if with_weights and not any(p.endswith((".safetensors", ".bin")) for p in wanted):
             raise UserError(f"model.model_name_or_path={name}: the repository has no weights at its top")
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(path) for path in wanted]))
+        declared = [sizes[path] for path in wanted]
+        bound = sum(s for s in declared if s is not None)
+        if None in declared:  # a gateway that tells no sizes
+            bound = files.free_bytes(Path.home())
+        with expecting(bound):
+            patterns = [glob.escape(path) for path in wanted]
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

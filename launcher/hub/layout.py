@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.base import manifest
+from launcher.base import files, manifest
 from launcher.base.errors import UnsafeFileError
-from launcher.base.inner_files import open_regular, read_json_object
+from launcher.base.inner_files import read_json_object
 from launcher.hub.items import Item
 
 BUCKET_MARKER = "complete.json"
@@ -141,7 +141,7 @@ class HashCache:
         return self._hash("blob", path)
 
     def _hash(self, kind: str, path: Path) -> str:
-        with open_regular(path) as file:
+        with files.open_read(path) as file:
             stat = os.fstat(file.fileno())
             key = (kind, stat.st_ino, stat.st_size, stat.st_mtime_ns)
             if key not in self._known:
@@ -153,12 +153,12 @@ class HashCache:
                 self._known[key] = digest.hexdigest()
         return self._known[key]
 
-    def check(self, files: Iterable[LocalFile]) -> None:
+    def check(self, wanted: Iterable[LocalFile]) -> None:
         """Reads files that are about to be sent (which leaves them in the page cache) and compares their hashes.
 
         Raises:
             DamagedFileError: one is not what the manifest of its checkpoint says.
         """
-        for file in files:
+        for file in wanted:
             if file.sha256 is not None and self.sha256(file.source) != file.sha256:
                 raise DamagedFileError(file)

@@ -16,9 +16,8 @@ from typing import Any
 
 import yaml
 
-from launcher.base import manifest
+from launcher.base import files, manifest
 from launcher.base.errors import DamagedCheckpointError, HubError, UnsafeFileError, UserError
-from launcher.base.inner_files import read_regular
 from launcher.base.paths import RunPaths
 from launcher.hub.environment import client_environment
 from launcher.hub.items import Item, UploadSettings, checkpoint_item, default_repo_name, model_item
@@ -151,7 +150,7 @@ def _is_here(run_dir: Path, made_at: str | None) -> bool:
 def _config(paths: RunPaths) -> tuple[dict[str, Any], str, str | None]:
     """The hub group, run_name and output_dir of a config.yaml; whatever is missing or odd is left out."""
     try:
-        config = yaml.safe_load(read_regular(paths.config, MAX_CONFIG_BYTES))
+        config = yaml.safe_load(files.read_bytes(paths.config, MAX_CONFIG_BYTES))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         config = None
     if not isinstance(config, dict):

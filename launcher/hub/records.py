@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.base.inner_files import open_regular, read_json_object
+from launcher.base import files
+from launcher.base.inner_files import read_json_object
 
 MAX_NEWS_BYTES = 2**20
 
@@ -107,15 +108,8 @@ def write_quietly(path: Path, value: Any) -> None:
 
 def write_new(path: Path, data: bytes) -> None:
     """Writes a file that must not be there yet; readable by its owner only."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "wb") as file:
+    with os.fdopen(files.create_exclusive(path, mode=0o600), "wb") as file:
         file.write(data)
-
-
-def open_append(path: Path) -> int:
-    """A descriptor that adds to a log file; not through a link, and not into a pipe that nobody reads."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    return os.open(path, flags, 0o600)
 
 
 def lines_from(path: Path, offset: int) -> tuple[list[str], int]:
@@ -125,7 +119,7 @@ def lines_from(path: Path, offset: int) -> tuple[list[str], int]:
         OSError: it is there and cannot be read.
     """
     try:
-        with open_regular(path) as file:
+        with files.open_read(path) as file:
             file.seek(offset)
             data = file.read(MAX_NEWS_BYTES)
     except FileNotFoundError:

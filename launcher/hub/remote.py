@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
 
 from launcher import __version__
 from launcher.base.errors import HubError, LauncherError, ResumeError
+from launcher.hub.answers import EndpointError, check_answer
+from launcher.hub.environment import is_xet_trusted
 from launcher.hub.faults import classify, redact, retry_after_s
 
 CONNECT_TIMEOUT_S = 15.0
@@ -77,7 +80,8 @@ def connect(timeout_s: float, throttle: Throttle | None = None) -> HfApi:
         if throttle is not None and request.method in ("PUT", "POST"):
             request.stream = _throttled(request.stream, throttle)
 
-    def refuse_long_waits(response: Any) -> None:
+    def check(response: Any) -> None:
+        check_answer(response)
         # The client would sleep for as long as the server asks, an hour maybe, and nobody would know.
         if response.status_code == 429:
             wait_s = retry_after_s(response.headers)
@@ -86,16 +90,31 @@ def connect(timeout_s: float, throttle: Throttle | None = None) -> HfApi:
 
     def factory() -> Any:
         client = default_client_factory()
+        client.headers["Accept-Encoding"] = "gzip"  # what check_answer can unpack
         client.timeout = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s, timeout_s, timeout_s)
         hooks = client.event_hooks
         client.event_hooks = {
             "request": [*hooks.get("request", []), limit],
-            "response": [*hooks.get("response", []), refuse_long_waits],
+            "response": [*hooks.get("response", []), check],
         }
         return client
 
+    if not is_xet_trusted(constants.ENDPOINT, os.environ):
+        constants.HF_HUB_DISABLE_XET = True
     set_client_factory(factory)
     return _Api(library_name="launcher", library_version=__version__)
+
+
+def require_xet(name: str) -> None:
+    """
+    Raises:
+        EndpointError: a bucket's only transport is not used with this endpoint.
+    """
+    if not is_xet_trusted(constants.ENDPOINT, os.environ):
+        raise EndpointError(
+            f"bucket {name} needs Xet, which stores wherever the endpoint says and is not used with an endpoint like "
+            f"{constants.ENDPOINT} by itself: set HF_HUB_DISABLE_XET=0 if you trust it"
+        )
 
 
 def _throttled(stream: Any, throttle: Throttle) -> Any:

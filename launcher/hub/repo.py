@@ -29,6 +29,8 @@ from launcher.hub.layout import (
 )
 from launcher.hub.spool import reached
 
+MAX_README_BYTES = 2**20
+"""A README on the Hub beyond it is no card that we could have written, and is left as it is."""
 SINGLE_UPLOAD_BYTES = 8 * 2**20
 _COMMIT_ID = re.compile(r"^[0-9a-f]{40}$")
 
@@ -196,7 +198,8 @@ class RepoTarget:
         head: str,
         outdated: list[str],
     ) -> list[CommitOperationAdd]:
-        if self.card_level >= 2:
+        there = remote.get("README.md")
+        if self.card_level >= 2 or (there is not None and there.bytes > MAX_README_BYTES):
             return []
         steps = self._steps_there(items, [*remote, *wanted], outdated)
         existing = self._readme(remote, head)

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 
 from launcher.base import files
 from launcher.base.errors import UnsafeFileError
-from launcher.base.inner_files import open_regular, read_json_object
+from launcher.base.inner_files import read_json_object
 from launcher.hub import records
 from launcher.hub.items import Item, UploadSettings
 
@@ -169,7 +169,7 @@ class Spool:
         try:
             return self._fill(item, home, target)
         except (OSError, UnsafeFileError):
-            _remove(home)
+            files.remove_tree(home)
             raise
 
     def _fill(self, item: Item, home: Path, target: Path) -> Path:
@@ -180,7 +180,7 @@ class Spool:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 source = item.source(entry.path)
                 if not _try_link(source, path):
-                    copies.append((opened.enter_context(open_regular(source)), path))
+                    copies.append((opened.enter_context(files.open_read(source)), path))
                 reached("linked")
             records.write_new(home / "item.json", json.dumps(item.to_dict()).encode())
             reached("described")
@@ -220,7 +220,7 @@ class Spool:
     def clean_up(self) -> None:
         """Removes what a killed trainer left half linked; only the owner may."""
         for path in self.root.glob("tmp-*"):
-            _remove(path)
+            files.remove_tree(path)
 
     def pass_over(self, keep: str, prefix: str = "checkpoint-") -> list[str]:
         """Gives up queued items of this prefix older than item `keep`: the newest wins. Returns their plain names."""
@@ -280,7 +280,7 @@ class Spool:
 
     def empty_trash(self) -> None:
         for path in self.trash_dir.glob("*"):
-            _remove(path)
+            files.remove_tree(path)
 
     def read_journal(self) -> dict[str, Any]:
         return records.read_journal(self.journal_path)
@@ -297,7 +297,7 @@ class Spool:
     def tell(self, text: str) -> None:
         """Adds a line for the run's progress display."""
         line = json.dumps({"time": time.time(), "text": text}) + "\n"
-        with contextlib.suppress(OSError), os.fdopen(records.open_append(self.events_path), "ab") as file:
+        with contextlib.suppress(OSError), files.open_append(self.events_path, mode=0o600) as file:
             file.write(line.encode())
 
     @contextlib.contextmanager
@@ -335,7 +335,7 @@ def _locked(path: Path) -> int | None:
     On a file system without locks everybody gets it: a second uploader would only compare with the Hub once more, and
     the lock of output_dir keeps a second run away.
     """
-    fd = records.open_append(path)
+    fd = files.open_fd(path, os.O_RDWR | os.O_CREAT, mode=0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -344,10 +344,3 @@ def _locked(path: Path) -> int | None:
     except OSError:
         pass
     return fd
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    else:
-        files.remove_tree(path)

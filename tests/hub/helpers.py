@@ -81,7 +81,7 @@ def prepare_spool(run: Path, config: RunConfig, **settings: Any) -> Spool:
 
 def hub_environment(url: str, home: Path, *, xet: bool, token: str | None = WRITE_TOKEN) -> dict[str, str]:
     """What a user would set; nothing of the user who runs the tests."""
-    env = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "" if xet else "1", "OMP_NUM_THREADS": "1"}
+    env = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "0" if xet else "1", "OMP_NUM_THREADS": "1"}
     if token:
         env["HF_TOKEN"] = token
     return env

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import json
 import re
@@ -74,7 +73,8 @@ class Routes:
         if self.command == "DELETE":
             self.hub.heal()
             return {}
-        return dataclasses.asdict(self.hub.fail(**json.loads(body)))
+        self.hub.fail(**json.loads(body))
+        return {}
 
     def state(self, query: dict[str, str], body: bytes) -> Any:
         return self.hub.state()
@@ -108,7 +108,9 @@ class Routes:
     def info(self, name: str, revision: str | None = None, *, query: dict[str, str], body: bytes) -> Any:
         repo = self._repo(name)
         commit = repo.resolve(revision or "main")
-        siblings = [{"rfilename": path} for path in sorted(commit.files)]
+        siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(commit.files)]
+        if query.get("blobs"):
+            siblings = [{**s, "size": commit.files[s["rfilename"]].size} for s in siblings]
         return {
             "id": name.removeprefix("datasets/"),
             "modelId": name,

@@ -15,7 +15,8 @@ import struct
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Fault:
 
     status: answer with it. reset: cut the connection in the middle of the body. hang: stay silent for so many
     seconds. lose_reply: do what is asked, then cut the connection without an answer.
+    content, headers: with status, what it answers. endless: answer with `prefix` and then `content` without an end.
+    change: edits the true JSON answer.
     """
 
     match: str
@@ -44,6 +47,12 @@ class Fault:
     reset: bool = False
     hang: float | None = None
     lose_reply: bool = False
+    content: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    endless: bool = False
+    prefix: bytes = b""
+    change: Callable[[Any], Any] | None = None
+    sent_bytes: int = 0
     times: int | None = 1
     skip: int = 0
     hits: int = 0
@@ -154,6 +163,8 @@ class _Handler(Routes, BaseHTTPRequestHandler):
         except ApiError as error:
             status, headers = error.status, error.headers
             content = json.dumps({"error": error.message}).encode()
+        if fault is not None and fault.change is not None:
+            content = json.dumps(fault.change(json.loads(content))).encode()
         if fault is not None and fault.lose_reply:
             self._cut()
             return
@@ -184,6 +195,10 @@ class _Handler(Routes, BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             self._cut()
             return True
+        if fault.endless:
+            self._body()
+            self._pour(fault)
+            return True
         if fault.status is not None:
             self._body()
             headers = {"X-Error-Message": fault.message}
@@ -191,9 +206,27 @@ class _Handler(Routes, BaseHTTPRequestHandler):
                 headers["X-Error-Code"] = fault.code
             if fault.retry_after is not None:
                 headers["Retry-After"] = str(fault.retry_after)
-            self._reply(fault.status, headers, json.dumps({"error": fault.message}).encode())
+            content = json.dumps({"error": fault.message}).encode() if fault.content is None else fault.content
+            self._reply(fault.status, {**headers, **fault.headers}, content)
             return True
         return False
+
+    def _pour(self, fault: Fault) -> None:
+        """A body without end; ends with the connection, or after a gigabyte."""
+        self.send_response(200)
+        for name, value in fault.headers.items():
+            self.send_header(name, value)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        piece = fault.content or b"0" * 65536
+        try:
+            if fault.prefix:
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(fault.prefix), fault.prefix))
+            while fault.sent_bytes < 2**30:
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                fault.sent_bytes += len(piece)
+        finally:
+            self.close_connection = True
 
     def _cut(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -62,7 +62,7 @@ def test_token_is_nowhere_after_every_fault(
     stop = threading.Event()
     scanner = threading.Thread(target=command_lines, args=(token, found, stop))
     scanner.start()
-    env = {**os.environ, "HF_TOKEN": token, "HF_DEBUG": "1", "HF_HUB_DISABLE_XET": "" if xet else "1"}
+    env = {**os.environ, "HF_TOKEN": token, "HF_DEBUG": "1", "HF_HUB_DISABLE_XET": "0" if xet else "1"}
     try:
         done = subprocess.run(
             [sys.executable, "-c", _RUN, str(tmp_path / "run")], capture_output=True, text=True, env=env, timeout=120

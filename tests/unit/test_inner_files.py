@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.base import files
 from launcher.base.errors import UnsafeFileError
-from launcher.base.inner_files import inner_file, is_inner_path, read_json_object, read_regular
+from launcher.base.inner_files import inner_file, is_inner_path, read_json_object
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_pipes_do_not_hang(folder: Path) -> None:
     with pytest.raises(UnsafeFileError, match="no regular file"):
         inner_file(folder, "pipe")
     with pytest.raises(OSError, match="is a pipe"):
-        read_regular(folder / "pipe", 10)
+        files.read_bytes(folder / "pipe", 10)
 
 
 def test_large_or_odd_json_is_refused(folder: Path) -> None:
@@ -64,7 +65,7 @@ def test_large_or_odd_json_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="no JSON object"):
         read_json_object(path)
     with pytest.raises(OSError, match="longer than 2 bytes"):
-        read_regular(path, 2)
+        files.read_bytes(path, 2)
 
 
 def test_snapshot_of_the_hub_cache_is_read_when_its_links_stay_inside(tmp_path: Path) -> None:
