@@ -23,6 +23,7 @@ VERBS = {
     "checkpoints": "what a run has saved",
     "verify": "re-read every byte of a checkpoint against its manifest",
     "export": "a checkpoint for serving, or for transformers' Trainer",
+    "preview": "rows as they are trained on, and what bears loss",
     "prefetch": "download model and data before a run without internet",
     "push": "send checkpoints to the Hugging Face Hub",
     "status": "what runs, where it is, how fast",

@@ -66,7 +66,7 @@ def build_data(config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Cal
         wait()  # afterwards the hashes of large files are known, too
     try:
         plan = _plan(config.data)
-        cache_dir = Path(config.data.cache_dir or default_cache_dir()).expanduser()
+        cache_dir = _cache_dir(config.data)
         formatter = build_formatter(config.data, tokenizer)
         sources = [*plan.train, *([plan.eval] if plan.eval else [])]
         folders = _folders(config.data, sources, tokenizer, cache_dir)
@@ -85,6 +85,27 @@ def build_data(config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Cal
 def build_formatter(data: DataConfig, tokenizer: Any) -> Formatter:
     """What makes tokens of rows, by the settings."""
     return Formatter(tokenizer, data.max_length, data.completion_only_loss, data.loss_on, data.columns)
+
+
+def sources_of(config: RunConfig, tokenizer: Any, split: str) -> list[tuple[Source, np.ndarray]]:
+    """The sources of a split (`train` or `eval`), each with the numbers of its rows that are used, in file order.
+
+    Everything must be tokenised already (`build_data`).
+    """
+    plan = _plan(config.data)
+    sources = [*plan.train, *([plan.eval] if plan.eval else [])]
+    folders = _folders(config.data, sources, tokenizer, _cache_dir(config.data))
+    stores = [_open(folder, source) for folder, source in zip(folders, sources, strict=True)]
+    if split == "eval" and plan.eval is not None:
+        return [(plan.eval, stores[-1].numbers)]
+    stores = stores[: len(plan.train)]
+    chosen, held_out = _split(stores, plan.eval_fraction, config.seed)
+    ids = chosen if split == "train" else held_out
+    return [(source, store.numbers[own]) for source, store, own in zip(plan.train, stores, ids, strict=True)]
+
+
+def _cache_dir(data: DataConfig) -> Path:
+    return Path(data.cache_dir or default_cache_dir()).expanduser()
 
 
 def _build_all(folders: list[Path], sources: list[Source], formatter: Formatter, on_bad_row: str) -> None:

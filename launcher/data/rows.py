@@ -50,6 +50,15 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self._labelled)
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._order)
+
+    def sample_lengths(self) -> np.ndarray:
+        """Tokens of every sample."""
+        lengths = row_lengths(self._stores)[self._order]
+        return lengths if self._pack_bounds is None else np.add.reduceat(lengths, self._pack_bounds[:-1])
+
     def num_labelled_tokens(self, ids: np.ndarray) -> int:
         """Tokens of these samples that bear loss."""
         return int(self._labelled[ids].sum())

@@ -1,0 +1,60 @@
+"""`launcher preview` shows what is trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import preview
+
+from .conftest import chat
+
+
+def arguments(tmp_path: Path, path: str, *more: str) -> list[str]:
+    return [f"data.train_files=[{path}]", f"data.cache_dir={tmp_path / 'cache'}", "data.max_length=24", *more]
+
+
+def test_json_rows_are_the_tokens_and_labels_of_training(
+    write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_rows([chat("hi", "yo"), {"text": "plain"}, chat("q", "a" * 50)])
+    assert preview.main([*arguments(tmp_path, path), "--json", "--rows", "3"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["source"], r["line"]) for r in rows] == [(path, 1), (path, 2), (path, 3)]
+    assert [r["is_truncated"] for r in rows] == [False, False, True]
+    first = rows[0]
+    assert first["text"] == "<|user|>hi<|end|><|assistant|>yo<|end|>"
+    assert first["num_tokens"] == len(first["input_ids"]) == len(first["labels"]) == 8
+    assert first["labels"][:5] == [-100] * 5 and first["labels"][5:] == first["input_ids"][5:]
+    assert first["num_labelled"] == 3 and rows[2]["num_tokens"] == 24
+
+
+def test_loss_is_marked_and_the_set_is_described(
+    write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_rows([chat("hi", "yo"), chat("q", "a" * 50)])
+    assert preview.main([*arguments(tmp_path, path), "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"{path}:1  8 tokens, 3 with loss" in out and "<|assistant|>⟦yo<|end|>⟧" in out
+    assert "2 rows, 32 tokens" in out and "padding 33.3%" in out and "were cut to data.max_length=24" in out
+    assert "█" in out
+
+
+def test_held_out_rows_are_shown_when_the_split_is_eval(
+    write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_rows([chat("hi", f"a{i}") for i in range(10)])
+    shown = {}
+    for split in ("train", "eval"):
+        assert (
+            preview.main(
+                [*arguments(tmp_path, path, "data.eval_split=0.2"), "--json", "--rows", "99", "--split", split]
+            )
+            == 0
+        )
+        shown[split] = {row["line"] for row in json.loads(capsys.readouterr().out)}
+    assert len(shown["eval"]) == 2 and shown["train"] | shown["eval"] == set(range(1, 11))
+    assert not shown["train"] & shown["eval"]
