@@ -18,5 +18,15 @@ def parse_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tupl
     parser.add_argument("--config-file", metavar="FILE", help="a run's config.yaml instead of overrides")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=argparse.SUPPRESS)
     options, unknown = parser.parse_known_intermixed_args(list(argv))
-    split_arguments(unknown)  # refuses options that are none
+    split_arguments(_with_values(unknown, argv))  # refuses options that are none
     return options, Arguments(tuple(options.overrides), options.config_dir, options.config_file)
+
+
+def _with_values(unknown: Sequence[str], argv: Sequence[str]) -> list[str]:
+    """`--max_steps 10` as one word, so that a message can say what was meant."""
+    words = []
+    for word in unknown:
+        after = list(argv)[list(argv).index(word) + 1 :][:1] if word in argv else []
+        has_value = bool(after) and "=" not in word and "=" not in after[0] and not after[0].startswith("-")
+        words.append(f"{word}={after[0]}" if word.startswith("--") and has_value else word)
+    return words

@@ -23,7 +23,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.paths import conf_dir
-from launcher.config.overrides import Checked, Groups, check, choice_name
+from launcher.config.overrides import Checked, Groups, check, choice_name, meant_by_option
 from launcher.config.parse import parse_config
 from launcher.config.settings import RunConfig
 
@@ -65,7 +65,10 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
         if name in ("-m", "--multirun"):
             raise UserError(f"{name} starts an accelerate launch of its own for every job: launcher train {name} …")
         if name not in ("--config-dir", "--config-file", "-cd"):
-            raise UserError(f"{name} is not an option here. Valid: --config-dir DIR, --config-file FILE, KEY=VALUE …")
+            meant = meant_by_option(name, value or "VALUE")
+            raise UserError(
+                f"{name} is not an option here.{meant} Valid: --config-dir DIR, --config-file FILE, KEY=VALUE …"
+            )
         if not equals and not rest:
             raise UserError(f"{name} needs a value")
         options["--config-dir" if name == "-cd" else name] = value if equals else rest.pop(0)

@@ -20,29 +20,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from launcher.base.secrets import is_secret, refusal
+from launcher.config.hints import choice_hint, theirs_to_ours, typed
 from launcher.config.sbatch import is_option
 from launcher.config.schema import did_you_mean, is_open, near_miss, valid_keys
 from launcher.config.settings import RunConfig
-
-_ELSEWHERE = {
-    "gradient_accumulation_steps": "It follows from train.train_batch_size, train.per_device_train_batch_size and the "
-    "number of processes",
-    "bf16": "Set model.dtype=bfloat16",
-    "fp16": "Set model.dtype=float16",
-    "deepspeed": "Set strategy=zero2, and DeepSpeed's own settings in strategy.deepspeed",
-    "warmup_ratio": "Set scheduler.warmup_steps to a fraction below 1",
-    "eval_split_ratio": "Set data.eval_split to a fraction",
-    "nodes": "Set launch.num_machines",
-    "num_nodes": "Set launch.num_machines",
-    "nnodes": "Set launch.num_machines",
-    "ntasks": "Set launch.num_processes, over all nodes",
-    "ntasks_per_node": "Set launch.num_processes, over all nodes",
-    "nproc_per_node": "Set launch.num_processes, over all nodes",
-    "gpus": "Set launch.gpus_per_node",
-    "token": "There is no key for a token: set HF_TOKEN or run `hf auth login`",
-    "hub_token": "There is no key for a token: set HF_TOKEN or run `hf auth login`",
-}
-"""Names that users bring along from elsewhere."""
 
 _KEY = re.compile(r"[+~]{0,2}[\w@/:]+(-+\w+)*(\.\w+(-+\w+)*)*", re.ASCII)
 """What can stand before the = of an override."""
@@ -112,12 +93,20 @@ def parse_override(text: str) -> Override:
             raise ValueError(
                 f"{key} in {text!r} is not a key: letters, digits, _, - inside a word, joined by dots"
             ) from error
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        quoted = _quoted_value(value)
         reason = str(error).partition("\nSee https")[0].partition("\n")[0].strip()
         raise ValueError(
             f"{text!r} cannot be read: {reason}. Quote the value twice, for the shell and for Hydra: "
-            + shlex.quote(f'{key}="{escaped}"')
+            + shlex.quote(f"{key}={quoted}")
         ) from error
+
+
+def _quoted_value(value: str) -> str:
+    """In quotes of Hydra's; a list item by item, so that it stays one."""
+    if re.fullmatch(r"\[[^\[\]{}\"']*\]", value):
+        return "[" + ",".join(_quoted_value(item.strip()) for item in value[1:-1].split(",")) + "]"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def check(texts: Sequence[str], groups: Groups, *, is_sweep: bool = False) -> Checked:
@@ -187,14 +176,16 @@ def _unknown(override: Override, keys: dict[str, Any]) -> tuple[str, str | None]
     key, value = override.key_or_group, (override.input_line or "").partition("=")[2]
     leaf = key.rpartition(".")[2]
     what = f"{key} is not a setting (got {value})"
-    if leaf in _ELSEWHERE:
-        return f"{what}. {_ELSEWHERE[leaf]}", None
+    open_keys = [name for name, hint in keys.items() if is_open(hint)]
+    hint = theirs_to_ours(leaf, value, keys, open_keys)
+    if hint is not None:
+        return f"{what}. {hint}", hint.overrides[0].partition("=")[0] if hint.overrides else None
     if key in (leaf, f"launch.{leaf}") and is_option(leaf) and leaf != "output":
-        return f"{what}. Did you mean launch.sbatch.{leaf}={value}?", f"launch.sbatch.{leaf}"
+        return f"{what}. Did you mean {typed(f'launch.sbatch.{leaf}={value}')}?", f"launch.sbatch.{leaf}"
     same_leaf = [name for name in keys if name.rpartition(".")[2] == leaf and name != key]
     meant = near_miss(key, keys)
     if same_leaf and (meant is None or "." not in key or meant not in same_leaf):
-        return f"{what}. Did you mean {' or '.join(f'{name}={value}' for name in same_leaf)}?", same_leaf[0]
+        return f"{what}. Did you mean {' or '.join(typed(f'{name}={value}') for name in same_leaf)}?", same_leaf[0]
     if meant is None:
         by_leaf = {name.rpartition(".")[2]: name for name in keys}
         meant_leaf = near_miss(leaf, by_leaf)
@@ -203,7 +194,23 @@ def _unknown(override: Override, keys: dict[str, Any]) -> tuple[str, str | None]
         parent = key.rpartition(".")[0]
         valid = sorted(k for k in keys if k.rpartition(".")[0] == parent) or sorted(k for k in keys if "." not in k)
         return f"{what}. Valid: {', '.join(valid)}", None
-    return f"{what}. Did you mean {meant}={value}?", meant
+    return f"{what}. Did you mean {typed(f'{meant}={value}')}?", meant
+
+
+def meant_by_option(name: str, value: str) -> str:
+    """' Did you mean KEY=VALUE?' for `--max_steps`, a setting written as other tools take them; else ''."""
+    keys: dict[str, Any] = valid_keys(RunConfig)
+    key = name.lstrip("-").replace("-", "_")
+    open_keys = [open_key for open_key, hint in keys.items() if is_open(hint)]
+    hint = theirs_to_ours(key.rpartition(".")[2], value, keys, open_keys)
+    if key in keys or (hint is None and any(key.startswith(f"{open_key}.") for open_key in open_keys)):
+        return f" Did you mean {typed(f'{key}={value}')}?"
+    if hint is not None:
+        return f" {hint}"
+    same_leaf = [full for full in keys if full.rpartition(".")[2] == key]
+    by_leaf = {full.rpartition(".")[2]: full for full in keys}
+    meant = same_leaf[0] if same_leaf else by_leaf.get(near_miss(key, by_leaf) or "")
+    return f" Did you mean {typed(f'{meant}={value}')}?" if meant else ""
 
 
 def is_choice(override: Override, groups: Groups) -> bool:
@@ -223,8 +230,9 @@ def _choice_problem(override: Override, groups: Groups) -> str:
         names = [str(v) for v in value] if isinstance(value, list) else [choice_name(value, choices)]
     for name in names:
         if name not in choices:
-            meant = near_miss(name, choices)
-            hint = f" Did you mean {group}={meant}?" if meant else ""
+            meant = near_miss(name.lower(), choices)
+            setting = choice_hint(group, name) or (f"{group}={meant}" if meant else None)
+            hint = f" Did you mean {typed(setting)}?" if setting else ""
             return f"{group}={name} is not a choice.{hint} Valid: {', '.join(choices)}"
     return ""
 

@@ -262,7 +262,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         ("stratgy=zero2", "strategy=zero2"),
         ("checkpoint.save_stps=5", "checkpoint.save_steps=5"),
         ("modle.dtype=bfloat16", "model.dtype=bfloat16"),
-        ("save_total_limit=2", "checkpoint.save_total_limit=2 or hub.save_total_limit=2"),
+        ("save_total_limit=2", "checkpoint.save_total_limit=2?"),
         ("gradient_accumulation_steps=4", "train.train_batch_size"),
     ],
 )
