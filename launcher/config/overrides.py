@@ -28,6 +28,7 @@ from launcher.config.settings import RunConfig
 _KEY = re.compile(r"[+~]{0,2}[\w@/:]+(-+\w+)*(\.\w+(-+\w+)*)*", re.ASCII)
 """What can stand before the = of an override."""
 
+_SLURM_TIMES = ("launch.sbatch.time", "launch.sbatch.time-min", "launch.sbatch.time_min")
 _OFF_CHOICES = ("off", "no", "none")
 """What a group's choice is called where YAML made False of it."""
 
@@ -250,6 +251,8 @@ def _as_hydra_takes_it(override: Override, groups: Groups) -> str:
     if override.is_delete() or override.is_hydra_override() or override.package is not None:
         return text
     if not is_choice(override, groups):
+        if override.key_or_group in _SLURM_TIMES and type(override.value()) is int:
+            return f"++{override.key_or_group}='{override.value()}'"  # minutes, as for sbatch: no YAML has read it
         return "++" + text.lstrip("+")
     if override.value() is False:
         return f"{override.key_or_group}={choice_name(False, groups.choices(override.key_or_group))}"

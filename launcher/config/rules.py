@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -70,8 +71,9 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
         )
     elif model.model_name_or_path and model.config:
         yield (
-            f"model.model_name_or_path ({model.model_name_or_path!r}) and model.config are both set. "
-            "To start from the pretrained model: model=pretrained; from scratch: model.model_name_or_path=null"
+            f"model.model_name_or_path ({model.model_name_or_path!r}) and model.config ({', '.join(model.config)}) are "
+            "both set. A pretrained model brings its config with it: to start from it leave model.config out "
+            "(model.config=null); from scratch: model.model_name_or_path=null"
         )
     elif model.config and "model_type" not in model.config:
         yield "model.config needs a model_type. Set model.config.model_type=llama, or another of transformers'"
@@ -106,6 +108,15 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     for key, value in (("data.generator", data.generator), ("eval.metric", config.eval.metric)):
         if value and not isinstance(value.get("_target_"), str):
             yield f"{key} needs a `_target_`: the import path of a class. Set {key}._target_=PACKAGE.MODULE.CLASS"
+
+
+def _cache_problems(config: RunConfig) -> Iterator[str]:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else base / "launcher"
+    above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = f"{above} is {'not writable' if above.is_dir() else 'no folder'}"
+        yield f"tokenised data cannot be kept in {folder}: {why}. Set data.cache_dir=FOLDER"
 
 
 def _missing_files(key: str, names: Any) -> Iterator[str]:
@@ -286,8 +297,8 @@ def _time_problem(key: str, value: Any) -> str:
     example = f"launch.sbatch.{key}=\"'12:00:00'\""
     if type(value) is int:
         return (
-            f"launch.sbatch.{key}={value} is a number: YAML reads 12:00:00 as 43200. Quote it: {example}, or for "
-            f"{value} minutes launch.sbatch.{key}=\"'{value}'\""
+            f"launch.sbatch.{key}={value} is a number: YAML reads 12:00:00 as 43200. Quote it in the file: "
+            f"{key}: '12:00:00'; or {example} on the command line; for {value} minutes: launch.sbatch.{key}={value}"
         )
     return (
         f"launch.sbatch.{key} must be a time as Slurm writes it (got {value!r}): MINUTES, MINUTES:SECONDS, "
@@ -304,6 +315,6 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
-    _model_problems, _data_problems, _eval_problems, _precision_problems, _checkpoint_problems, _hub_problems,
-    _secret_problems, tracker_problems, _launch_problems, _folder_problems,
+    _model_problems, _data_problems, _cache_problems, _eval_problems, _precision_problems, _checkpoint_problems,
+    _hub_problems, _secret_problems, tracker_problems, _launch_problems, _folder_problems,
 )  # fmt: skip

@@ -59,11 +59,11 @@ def build_model(config: RunConfig, tokenizer: Any, *, resumed_from: Path | None 
     model = _load(config, tokenizer, resumed_from if not settings.peft else None)
     vocab_size = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocab_size:
+        mend = "Leave model.tokenizer_name_or_path out: the model's own tokenizer is used then"
+        if settings.config:
+            mend = f"Set model.config.vocab_size={len(tokenizer)}, or leave it out"
         raise ConfigError(
-            [
-                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {vocab_size}. "
-                "Set model.tokenizer_name_or_path or model.config.vocab_size"
-            ]
+            [f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {vocab_size}. {mend}"]
         )
     _refuse_layerdrop(config, model.config)
     blueprint = Blueprint.of(model, dtype)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launcher.sweep.runs import FAILED, FINISHED, INTERRUPTED, PENDING, PRUNED, RUNNING, Metric, RunStatus
@@ -48,9 +49,9 @@ def jobs_table(statuses: Mapping[str, RunStatus], metric: Metric) -> Table:
     for rank, (name, status) in enumerate(ranked(statuses, metric), start=1):
         has_metric = status.best_metric is not None
         table.add_row(
-            str(rank) if has_metric else "", name, f"[{_STYLES.get(status.state, 'default')}]{status.state}",
+            str(rank) if has_metric else "", escape(name), f"[{_STYLES.get(status.state, 'default')}]{status.state}",
             steps(status), short(status.best_metric), str(status.best_step or "") if has_metric else "",
-            (status.host or "") + (f" job {status.job_id}" if status.job_id else ""),
+            escape((status.host or "") + (f" job {status.job_id}" if status.job_id else "")),
         )  # fmt: skip
     return table
 

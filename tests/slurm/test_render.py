@@ -287,7 +287,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
         ("launch.sbatch.time=12h", ["'12h'", "launch.sbatch.time=\"'12:00:00'\""]),
         ("launch.sbatch.time=", ["''", "launch.sbatch.time=\"'12:00:00'\""]),
         ("launch.sbatch.time-min=soon", ["launch.sbatch.time-min", "'soon'"]),
-        ("launch.sbatch.time=90", ["launch.sbatch.time=\"'90'\"", "90 minutes", "launch.sbatch.time=\"'12:00:00'\""]),
         ("launch.sbatch.foo.bar=1", ["launch.sbatch.foo", "{'bar': 1}", "one value"]),
         ("launch.gpus_per_node=a100:4", ["'a100:4'", "launch.gpus_per_node=null"]),
         ("launch.num_machines=0", ["at least 1", "launch.num_machines=1"]),

@@ -14,6 +14,7 @@ import pytest
 from launcher.base.process import host, start_ticks
 from launcher.cli import status
 from launcher.sweep.runs import Metric, MetricsTail, read_run
+from launcher.sweep.table import show_table
 from tests.sweep.runner import ROOT, SweepRunner
 
 LOSS = Metric("eval_loss", is_greater_better=False)
@@ -34,6 +35,12 @@ def make_run(root: Path, state: str = "running", **fields: Any) -> Path:
     )
     (root / "checkpoint-10").mkdir()
     return root
+
+
+def test_list_in_the_name_of_a_job_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "model.peft.target_modules=[q_proj],run=[bold]x[/y]"
+    show_table(tmp_path, {name: read_run(make_run(tmp_path / "run"), LOSS)}, LOSS)
+    assert name in capsys.readouterr().out
 
 
 def hold_lock(root: Path, pid: int, ticks: int | None) -> None:

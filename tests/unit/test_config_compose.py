@@ -302,7 +302,8 @@ def test_grammar_error_shows_the_quoting_that_works(override: str, quoted: str) 
         (["checkpoint=off", "checkpoint.load_best_model_at_end=true"], "but checkpoint.save_strategy=no"),
         (["checkpoint.metric_for_best_model=bleu", "eval.metric=null"], "measured by nothing"),
         (["launch.num_processes=3", "launch.num_machines=2"], "must be a multiple"),
-        (["launch.sbatch.time=43200"], "launch.sbatch.time=\"'12:00:00'\""),
+        (["launch.sbatch={time: 43200}"], "launch.sbatch.time=\"'12:00:00'\""),
+        (["data.cache_dir=/etc/passwd/cache"], "data.cache_dir=FOLDER"),
         (["hub.push_to_hub=true", "checkpoint=off"], "hub.hub_strategy=every_save sends checkpoints"),
         (["hub.hub_model_id=a/b/c"], "must be ORG/NAME"),
         (["model.model_name_or_path=./absent"], "does not exist"),
@@ -369,6 +370,24 @@ def test_token_of_the_environment_is_refused_when_interpolated(monkeypatch: pyte
 
 def test_pad_token_is_no_secret() -> None:
     compose(["model.config.pad_token_id=0", "eval.metric.end_token=x"])
+
+
+def test_time_of_the_command_line_is_minutes_and_one_of_a_file_is_refused(tmp_path: Path) -> None:
+    for key, value in (("time", 20), ("time-min", 5), ("time", 0)):
+        assert compose([f"launch.sbatch.{key}={value}"]).launch.sbatch[key] == str(value)
+    write(tmp_path / "conf/launch/mine.yaml", "name: slurm\nsbatch:\n  time: 12:00:00\n")
+    text = problem("launch=mine")
+    assert "launch.sbatch.time=43200 is a number" in text
+    for hint in ("launch.sbatch.time=43200", "launch.sbatch.time='12:00:00'"):
+        compose(["launch=mine", hint])
+
+
+def test_hint_works_when_fields_of_a_pretrained_models_config_are_set() -> None:
+    given = ["model.model_name_or_path=org/name", "model.config.vocab_size=100"]
+    text = problem(*given)
+    assert "vocab_size" in text and "model.config=null" in text and "model.model_name_or_path=null" in text
+    compose([given[0], "model.config=null"])
+    compose(["model.model_name_or_path=null", given[1]])
 
 
 # --------------------------------------------------------------------------- what a sweep uses
