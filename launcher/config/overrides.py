@@ -78,6 +78,10 @@ class Checked:
         return [override.key_or_group for override in self.parsed]
 
 
+_SPECIAL_TOKEN = re.compile(r"([^=]+)=(<[^\"\\\\]+>)")
+"""A special token of a tokenizer as a value: model.eos_token=<|im_end|>."""
+
+
 def parse_override(text: str) -> Override:
     """One override by Hydra's grammar.
 
@@ -86,6 +90,8 @@ def parse_override(text: str) -> Override:
     """
     if "=" not in text and not text.startswith("~"):
         raise ValueError(f"{text!r} is no override: KEY=VALUE is expected")
+    if (token := _SPECIAL_TOKEN.fullmatch(text)) is not None:  # nothing else begins like that in Hydra's grammar
+        text = f'{token[1]}="{token[2]}"'
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:

@@ -44,6 +44,7 @@ class ModelConfig:
     tokenizer_name_or_path: str | None = opt(
         None, "default: the model's own; from scratch: the built-in byte tokenizer"
     )
+    eos_token: str | None = opt(None, "a token that ends text and completions; default: the tokenizer's")
     dtype: str = opt("float32", "of forward and of saved weights; masters are always fp32", choices=DTYPES)
     attn_implementation: str = opt("sdpa", "eager, sdpa, flash_attention_2, …")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")

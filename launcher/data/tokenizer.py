@@ -40,6 +40,8 @@ def build_tokenizer(config: RunConfig) -> Any:
     """
     name = config.model.tokenizer_name_or_path or config.model.model_name_or_path
     tokenizer = _load(config, name) if name else byte_tokenizer()
+    if config.model.eos_token is not None:
+        _set_eos(tokenizer, config.model.eos_token)
     if config.data.chat_template is not None:
         tokenizer.chat_template = _read_template(config.data.chat_template)
     if tokenizer.pad_token_id is None:
@@ -49,6 +51,15 @@ def build_tokenizer(config: RunConfig) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token  # harmless: what bears loss is decided by masks, not by token ids
     return tokenizer
+
+
+def _set_eos(tokenizer: Any, token: str) -> None:
+    if token not in tokenizer.get_vocab():
+        special = ", ".join(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special) or "none"
+        raise ConfigError(
+            [f"model.eos_token={token} is not in the tokenizer's vocabulary. Its special tokens: {special}"]
+        )
+    tokenizer.eos_token = token
 
 
 def byte_tokenizer() -> Any:

@@ -27,6 +27,7 @@ from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpo
 from launcher.model.build import build_model, static_files
 from launcher.model.identity import agreed_identity
 from launcher.model.optim import Schedule, build_optimizer
+from launcher.model.stop_tokens import end_generation_with
 from launcher.saving.interop.importing import import_checkpoint, import_notices
 from launcher.saving.save_schedule import SaveSchedule
 from launcher.saving.saver import Saver
@@ -137,6 +138,7 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
     built = build_model(config, tokenizer, resumed_from=point.folder if point is not None else None)
+    end_generation_with(built.module, data.end_token_ids)
     if settings["model.base"] is None and config.model.model_name_or_path:  # downloaded only now, or not needed
         saved = point.state["settings"].get("model.base") if point is not None else None
         settings["model.base"] = agreed_identity(config, processes) or saved
