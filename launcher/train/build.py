@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpo
 from launcher.model.build import build_model, static_files
 from launcher.model.identity import agreed_identity
 from launcher.model.optim import Schedule, build_optimizer
+from launcher.model.packing_check import check_packing
 from launcher.model.stop_tokens import end_generation_with
 from launcher.saving.interop.importing import import_checkpoint, import_notices
 from launcher.saving.save_schedule import SaveSchedule
@@ -165,6 +167,10 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
             epoch=sampler.epoch_after(point.step), accept=config.checkpoint.accept_changes,
         )  # fmt: skip
         notices = [f"continuing from {point.folder} at step {point.step} of {total_steps}", *notices]
+    if config.data.packing:
+        is_flash = "flash" in config.model.attn_implementation  # it takes no fp32
+        with accelerator.autocast() if is_flash else contextlib.nullcontext():
+            check_packing(model, len(tokenizer), accelerator.device, built.config.model_type)
     recorder = build_recorder(config, accelerator, processes, paths, state, total_steps)
     hub = build_hub(config, paths) if processes.is_main else NoHub()
     watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
