@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+import yaml
+
 from launcher.base import files, lock
 from launcher.base.devices import num_cores, visible_gpus
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankFailedError, RunLockedError, UserError
@@ -23,6 +25,7 @@ from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED, die_with_parent, host, is_alive
 from launcher.base.rank_reports import earliest_error
 from launcher.base.secrets import redacted
+from launcher.config.changes import changed_settings
 from launcher.config.settings import RunConfig, run_length
 from launcher.hub import send_left_over
 
@@ -96,6 +99,7 @@ def run(config: RunConfig, arguments: Sequence[str], env: Mapping[str, str] | No
     paths = RunPaths(Path(config.output_dir).expanduser().resolve())
     _check_free(paths)
     if is_finished(config, paths):
+        check_unchanged(config, paths)
         print(f"{paths.root} is finished: nothing to do. Its model is in that folder")
         for line in send_left_over(config, paths):
             print(line)
@@ -143,6 +147,32 @@ def is_finished(config: RunConfig, paths: RunPaths) -> bool:
     if config.train.max_steps >= 0:
         return bool(state.get("step", 0) >= config.train.max_steps)
     return bool(state.get("length") == run_length(config))
+
+
+def check_unchanged(config: RunConfig, paths: RunPaths) -> None:
+    """A finished run whose settings were changed since is not simply done.
+
+    Raises:
+        UserError: with the differences, and what to type for each wish.
+    """
+    if config.checkpoint.accept_changes:
+        return
+    try:
+        before = yaml.safe_load(files.read_text(paths.config))
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    changed = changed_settings(before, config) if isinstance(before, dict) else []
+    if not changed:
+        return
+    step = files.read_json_or(paths.run_state, {}).get("step", 0)
+    lines = "\n".join(f"  {line}" for line in changed)
+    raise UserError(
+        f"{paths.root} is finished, with other settings than these:\n{lines}\n"
+        "To train a run of its own with them: output_dir=ANOTHER_FOLDER. "
+        f"To go on from this one with them: checkpoint.accept_changes=true train.max_steps=N (N above {step}). "
+        "To train again from the start in this folder: checkpoint.resume_from_checkpoint=never. "
+        "To leave it as it is: checkpoint.accept_changes=true"
+    )
 
 
 class _Attempt:

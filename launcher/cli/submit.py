@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.agent.supervise import is_finished
+from launcher.agent.supervise import check_unchanged, is_finished
 from launcher.base.errors import EXIT_DONE, UserError
 from launcher.base.paths import RunPaths
 from launcher.cli.arguments import parse_settings
 from launcher.config.compose import Arguments, compose, compose_arguments
-from launcher.config.rules import notices
+from launcher.config.rules import notices, resource_notices
 from launcher.config.settings import RunConfig
 from launcher.slurm import render_run, submit_run
 
@@ -35,13 +35,14 @@ def main(argv: Sequence[str]) -> int:
     if options.multirun:
         return _sweep(arguments, is_dry_run=options.dry_run)
     config = _compose_for_slurm(arguments)
-    for notice in notices(config):
+    for notice in [*notices(config), *resource_notices(config)]:
         print(f"launcher: {notice}", file=sys.stderr)
     if options.dry_run:
         print(render_run(config), end="")
         return EXIT_DONE
     paths = RunPaths(Path(config.output_dir).expanduser().resolve())
     if is_finished(config, paths):
+        check_unchanged(config, paths)
         print(f"{paths.root} is finished: nothing to do. Its model is in that folder")
         return EXIT_DONE
     submission = submit_run(config)

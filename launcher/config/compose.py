@@ -23,6 +23,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.paths import conf_dir
+from launcher.config.optimizers import left_over_arguments
 from launcher.config.overrides import Checked, Groups, check, choice_name, meant_by_option
 from launcher.config.parse import parse_config
 from launcher.config.settings import RunConfig
@@ -235,6 +236,8 @@ def _check_and_compose(
             composed = _call_hydra(texts)
             if replaced := _replaced_choices(checked, composed):
                 composed = _call_hydra([*texts, *replaced])
+            if left_over := _left_over_arguments(checked, composed, groups):
+                composed = _call_hydra([*texts, *replaced, *left_over])
             return checked, composed
         except (HydraException, OmegaConfBaseException) as error:
             checked.problems.append(_first_line(error))
@@ -278,6 +281,22 @@ def _replaced_choices(checked: Checked, composed: DictConfig) -> list[str]:
     if any(key in _SOURCES for key in keys):  # a source of an experiment gives way to the one that is typed
         replaced += [f"++{key}=null" for key in sources if key not in keys and not _is_own_generator(key, keys)]
     return replaced
+
+
+def _left_over_arguments(checked: Checked, composed: DictConfig, groups: Groups) -> list[str]:
+    """Takes out what a preset of conf/optim brought along for an optimizer that is another one now."""
+    choice = composed.hydra.runtime.choices.get("optim")
+    preset = groups.loader.repository.load_config(f"optim/{choice}") if choice else None
+    if preset is None or not isinstance(preset.config, DictConfig):
+        return []
+    theirs, ours = (OmegaConf.to_container(node, resolve=False) for node in (preset.config, composed.optim))
+    assert isinstance(theirs, dict) and isinstance(ours, dict)
+    named = {key.removeprefix("optim.kwargs.") for key in checked.keys}
+    for override in checked.parsed:
+        if override.key_or_group == "optim.kwargs" and isinstance(value := override.value(), dict):
+            named |= {str(name) for name in value}
+    preset_fields, fields = ({str(key): value for key, value in node.items()} for node in (theirs, ours))
+    return [f"~optim.kwargs.{name}" for name in left_over_arguments(preset_fields, fields, named)]
 
 
 def _is_own_generator(key: str, keys: Sequence[str]) -> bool:

@@ -259,6 +259,8 @@ def _as_hydra_takes_it(override: Override, groups: Groups) -> str:
     if not is_choice(override, groups):
         if override.key_or_group in _SLURM_TIMES and type(override.value()) is int:
             return f"++{override.key_or_group}='{override.value()}'"  # minutes, as for sbatch: no YAML has read it
+        if override.value() == {} and override.key_or_group in valid_keys(RunConfig):
+            return f"++{override.key_or_group}=null"  # Hydra merges groups: {} would clear nothing
         return "++" + text.lstrip("+")
     if override.value() is False:
         return f"{override.key_or_group}={choice_name(False, groups.choices(override.key_or_group))}"

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from launcher.base.errors import ConfigError
+from launcher.config.optimizers import full_name
 from launcher.config.rules import contradictions
 from launcher.config.schema import Parser
 from launcher.config.settings import RunConfig
@@ -22,6 +23,7 @@ def parse_config(data: dict[str, Any], explicit: Collection[str] = (), bad_keys:
     Raises:
         ConfigError: with every problem found.
     """
+    data = _with_full_names(data)
     parser = Parser()
     config = parser.parse(RunConfig, data)
     unclear = {*parser.bad_keys, *bad_keys}
@@ -29,6 +31,13 @@ def parse_config(data: dict[str, Any], explicit: Collection[str] = (), bad_keys:
     if problems := [*parser.problems, *broken]:
         raise ConfigError(problems)
     return config
+
+
+def _with_full_names(data: dict[str, Any]) -> dict[str, Any]:
+    optim = data.get("optim")
+    if not isinstance(optim, dict) or not isinstance(optim.get("name"), str):
+        return data
+    return {**data, "optim": {**optim, "name": full_name(optim["name"])}}
 
 
 def _names(problem: str, key: str) -> bool:

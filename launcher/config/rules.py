@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.base.secrets import is_secret, refusal
 from launcher.config import sbatch
+from launcher.config.optimizers import optimizer_problems
 from launcher.config.settings import (
     DATA_SUFFIX,
     MIXED_PRECISION,
@@ -60,6 +61,24 @@ def _slurm_notices(config: RunConfig) -> Iterator[str]:
             f"launch.num_processes={launch.num_processes} leaves {num_gpus - launch.num_processes} of {num_gpus} GPUs "
             f"without a process. To use all: launch.num_processes={num_gpus}"
         )
+
+
+def resource_notices(config: RunConfig) -> Iterator[str]:
+    """What a job does not ask Slurm for, so that the cluster's defaults count: often an hour and one core."""
+    options = {key.replace("_", "-") for key, value in config.launch.sbatch.items() if value not in (None, False)}
+    if not options & {"time"}:
+        yield "no time limit is asked for: the partition's default counts. To ask: launch.sbatch.time=\"'12:00:00'\""
+    if "exclusive" in options:
+        return
+    per_node = max(1, (config.launch.num_processes or config.launch.gpus_per_node or 1) // config.launch.num_machines)
+    per_node = max(per_node, config.launch.gpus_per_node or 1)
+    if not options & {"cpus-per-task", "cpus-per-gpu", "cores-per-socket", "mincpus"}:
+        yield (
+            f"no cores are asked for: Slurm's default is one for all {per_node} processes of a node. To ask: "
+            f"launch.sbatch.cpus-per-task={8 * per_node}, or launch.sbatch.exclusive=true"
+        )
+    if not options & {"mem", "mem-per-cpu", "mem-per-gpu"}:
+        yield "no memory is asked for: the cluster's default counts. To ask: launch.sbatch.mem=64G (a node; 0: all)"
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
@@ -316,5 +335,5 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model_problems, _data_problems, _cache_problems, _eval_problems, _precision_problems, _checkpoint_problems,
-    _hub_problems, _secret_problems, tracker_problems, _launch_problems, _folder_problems,
+    _hub_problems, _secret_problems, tracker_problems, _launch_problems, _folder_problems, optimizer_problems,
 )  # fmt: skip

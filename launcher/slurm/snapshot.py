@@ -84,9 +84,10 @@ def take_snapshot(targets: Iterable[str] = (), named: Iterable[str] = ()) -> Sna
     own = _Collected(cwd, "")
     tracked = _tracked_files(cwd, python_only=True)
     own.add(wanted | set(_python_files(cwd) if tracked is None else tracked))
-    untracked = [] if tracked is None else [name for name in _untracked_python_files(cwd) if name not in wanted]
+    others = [] if tracked is None else _untracked_python_files(cwd)
+    untracked = [n for n in others if n not in wanted and not (cwd / n).is_relative_to(_PACKAGE)]
     package = _Collected(_PACKAGE, f"{_PACKAGE.name}/")
-    package.add(_tracked_files(_PACKAGE, python_only=False) or set(_files_below(_PACKAGE, _PACKAGE)))
+    package.add(_package_files())
     sources = {name: s for name, s in own.sources.items() if not name.startswith(f"{_PACKAGE.name}/")}
     sources |= package.sources
     digest = hashlib.sha256()
@@ -195,6 +196,14 @@ def _python_files(cwd: Path) -> Iterator[str]:
             yield package.parent.name
         else:
             yield from (name for name in _files_below(package.parent, cwd) if name.endswith(".py"))
+
+
+def _package_files() -> set[str]:
+    """Of this package, so that a job can import all that runs here: a new module of its own too, tracked or not."""
+    tracked = _tracked_files(_PACKAGE, python_only=False)
+    if tracked is None:  # installed
+        return set(_files_below(_PACKAGE, _PACKAGE))
+    return tracked | set(_untracked_python_files(_PACKAGE))
 
 
 def _files_below(folder: Path, root: Path) -> Iterator[str]:

@@ -286,7 +286,9 @@ def test_dry_run_prints_only_the_script_and_needs_no_torch(tmp_path: Path) -> No
         [sys.executable, "-c", script, "submit", "--dry-run", "output_dir=run", "launch.gpus_per_node=2"],
         cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]"
+    for asked in ("launch.sbatch.time=", "launch.sbatch.cpus-per-task=16", "launch.sbatch.mem="):
+        assert asked in done.stderr
     assert done.stdout.startswith("#!/bin/bash\n") and "#SBATCH --gpus-per-node=2" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

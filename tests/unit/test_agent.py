@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from launcher.agent.supervise import accelerate_command, is_finished
+from launcher.agent.supervise import accelerate_command, check_unchanged, is_finished, run
+from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
-from launcher.config.settings import RunConfig
+from launcher.config.changes import changed_settings
+from launcher.config.settings import DataConfig, RunConfig, TrainConfig, to_dict
 
 
 def test_command_gives_every_flag_when_two_nodes_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +61,73 @@ def test_run_is_not_finished_when_run_json_is_broken(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     paths.run_state.write_text("{")
     assert not is_finished(RunConfig(), paths)
+
+
+def finished_run(root: Path, config: RunConfig) -> RunPaths:
+    paths = RunPaths(root)
+    root.mkdir()
+    paths.config.write_text(yaml.safe_dump(to_dict(config)))
+    paths.run_state.write_text(json.dumps({"state": "finished", "step": 20, "length": [20, 1.0, 32]}))
+    return paths
+
+
+def changed(config: RunConfig, **groups: dict[str, Any]) -> RunConfig:
+    groups_now = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in groups.items()}
+    return dataclasses.replace(config, **groups_now)
+
+
+def test_finished_run_names_what_was_changed_and_the_command_for_each_wish(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path / "run"), train=TrainConfig(max_steps=20))
+    paths = finished_run(tmp_path / "run", config)
+    now = changed(config, optim={"learning_rate": 0.5}, model={"config": {"hidden_size": 8}})
+    with pytest.raises(UserError) as caught:
+        check_unchanged(now, paths)
+    text = str(caught.value)
+    assert "optim.learning_rate: 5e-05 in the run, 0.5 now" in text and "model.config: {} in the run" in text
+    for wish in (
+        "output_dir=",
+        "checkpoint.accept_changes=true train.max_steps=N (N above 20)",
+        "from_checkpoint=never",
+    ):
+        assert wish in text
+    assert caught.value.exit_code == 2
+    with pytest.raises(UserError):
+        run(now, [])
+    check_unchanged(changed(now, checkpoint={"accept_changes": True}), paths)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"launch": {"num_processes": 4}, "strategy": {"name": "zero2"}, "tracker": {"name": None}},
+        {
+            "train": {"max_steps": 10, "logging_steps": 1, "per_device_train_batch_size": 1},
+            "hub": {"push_to_hub": True},
+        },
+        {"data": {"train_files": ["/moved/rows.jsonl"], "cache_dir": "/x"}, "checkpoint": {"save_steps": 3}},
+        {},
+    ],
+)
+def test_finished_run_is_done_when_only_what_decides_nothing_was_changed(
+    tmp_path: Path, groups: dict[str, dict[str, Any]]
+) -> None:
+    config = RunConfig(train=TrainConfig(max_steps=20), data=DataConfig(train_files=["rows.jsonl"]))
+    paths = finished_run(tmp_path / "run", config)
+    check_unchanged(changed(config, **groups), paths)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "optim: 3\n", "\0"])
+def test_finished_run_is_done_when_its_old_settings_cannot_be_read(tmp_path: Path, text: str) -> None:
+    config = RunConfig(train=TrainConfig(max_steps=20))
+    paths = finished_run(tmp_path / "run", config)
+    paths.config.write_text(text)
+    check_unchanged(config, paths)
+
+
+def test_setting_that_the_old_version_did_not_know_had_its_default() -> None:
+    before = to_dict(RunConfig())
+    del before["train"]["on_nonfinite"]
+    assert changed_settings(before, RunConfig()) == []
+    assert changed_settings(before, RunConfig(train=TrainConfig(on_nonfinite="skip"))) == [
+        "train.on_nonfinite: 'stop' in the run, 'skip' now"
+    ]

@@ -13,6 +13,7 @@ from docs import generate
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.paths import conf_dir
 from launcher.config.compose import compose, compose_arguments, compose_hydra, parse_overrides, to_plain
+from launcher.config.optimizers import SHORT_NAMES
 from launcher.config.rules import notices
 from launcher.config.schema import valid_keys
 from launcher.config.settings import RunConfig, to_dict
@@ -388,6 +389,37 @@ def test_hint_works_when_fields_of_a_pretrained_models_config_are_set() -> None:
     assert "vocab_size" in text and "model.config=null" in text and "model.model_name_or_path=null" in text
     compose([given[0], "model.config=null"])
     compose(["model.model_name_or_path=null", given[1]])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "kwargs"),
+    [
+        (["optim.name=my.Optimizer"], "my.Optimizer", {}),
+        (["optim.name=my.Optimizer", "optim.kwargs.betas=[0.9,0.999]"], "my.Optimizer", {"betas": [0.9, 0.999]}),
+        (["optim.name=SGD", "optim.kwargs={momentum: 0.8}"], "torch.optim.SGD", {"momentum": 0.8}),
+        (["optim=sgd", "optim.name=AdamW"], "torch.optim.AdamW", {}),
+        (["optim.name=adamw"], "torch.optim.AdamW", {"betas": [0.9, 0.999], "eps": 1e-8}),
+        (["optim.kwargs={}"], "torch.optim.AdamW", {}),
+        (["optim=sgd"], "torch.optim.SGD", {"momentum": 0.9}),
+    ],
+)
+def test_arguments_of_a_preset_go_with_its_optimizer(overrides: list[str], name: str, kwargs: dict[str, Any]) -> None:
+    optim = compose(overrides).optim
+    assert (optim.name, optim.kwargs) == (name, kwargs)
+
+
+def test_arguments_of_a_preset_go_when_an_experiment_names_another_optimizer(tmp_path: Path) -> None:
+    body = "# @package _global_\noptim:\n  name: my.Optimizer\n  kwargs: {betas: [0.9, 0.95]}\n"
+    write(tmp_path / "conf/experiment/mine.yaml", body)
+    assert compose(["experiment=mine", "data=arithmetic"]).optim.kwargs == {"betas": [0.9, 0.95]}
+
+
+def test_every_optimizer_of_torch_has_its_short_name() -> None:
+    import torch
+
+    known = {n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    assert set(SHORT_NAMES) >= known - {"Optimizer"}
+    assert "Did you mean optim.name=torch.optim.AdamW?" in problem("optim.name=AdmW")
 
 
 # --------------------------------------------------------------------------- what a sweep uses
