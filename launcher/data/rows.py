@@ -39,6 +39,7 @@ class TokenRows:
         self._order = order
         self._pack_bounds = pack_bounds
         self.is_flat = is_flat
+        self._lengths: np.ndarray | None = None
         self._labelled = np.concatenate([store.labelled for store in stores])[order]
         if pack_bounds is not None:
             self._labelled = np.add.reduceat(self._labelled, pack_bounds[:-1])
@@ -56,8 +57,10 @@ class TokenRows:
 
     def sample_lengths(self) -> np.ndarray:
         """Tokens of every sample."""
-        lengths = row_lengths(self._stores)[self._order]
-        return lengths if self._pack_bounds is None else np.add.reduceat(lengths, self._pack_bounds[:-1])
+        if self._lengths is None:
+            lengths = row_lengths(self._stores)[self._order]
+            self._lengths = lengths if self._pack_bounds is None else np.add.reduceat(lengths, self._pack_bounds[:-1])
+        return self._lengths
 
     def num_labelled_tokens(self, ids: np.ndarray) -> int:
         """Tokens of these samples that bear loss."""

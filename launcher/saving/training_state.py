@@ -33,6 +33,8 @@ class ProgressState:
     num_tokens: int = 0
     loss_sum: float = 0.0
     labelled_tokens: int = 0
+    router_loss_sum: float = 0.0
+    counted_steps: int = 0
     best_metric: float | None = None
     best_step: int | None = None
     log_history: list[dict[str, Any]] = field(default_factory=list)

@@ -64,7 +64,7 @@ class Evaluator:
                 batch = collate(rows, ids, self._tokenizer.pad_token_id)
                 batch = {k: v.to(self._accelerator.device) for k, v in batch.items()}
                 with self._accelerator.autocast():
-                    loss, count = summed_loss(self._model, batch)
+                    loss, count, _ = summed_loss(self._model, batch)
                 loss_sum, labelled = loss_sum + float(loss), labelled + float(count)
                 self._watchdog.alive()
             loss_total, count_total = self._processes.sum([loss_sum, labelled])

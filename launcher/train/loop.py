@@ -65,6 +65,7 @@ class Agreement:
     """What the processes found after a step, summed over all of them."""
 
     loss_sum: float
+    router_loss: float
     num_tokens: float
     stop_code: int
     is_save_due: bool
@@ -119,6 +120,8 @@ def train(run: Run) -> Agreement:
     is_counted = check_finite(run, agreed, sums)
     progress.loss_sum += agreed.loss_sum if is_counted else 0.0
     progress.labelled_tokens += sums.num_labelled if is_counted else 0
+    progress.router_loss_sum += agreed.router_loss if is_counted else 0.0
+    progress.counted_steps += is_counted
     progress.num_tokens += int(agreed.num_tokens)
     run.window.num_tokens += agreed.num_tokens
     return agreed
@@ -131,10 +134,10 @@ def agree(run: Run, sums: StepSums) -> Agreement:
     save_s = run.saver.expected_s() if run.stop.knows_end else 0.0
     code, is_asked = run.stop.votes(save_s, run.last_step_s + eval_s)
     due = run.saver.is_due(run.step)
-    mine = [sums.loss_sum, sums.num_tokens, code, is_asked, due, undone, failed]
-    loss, tokens, main_code, num_asked, is_due, undone_sum, failed_sum = run.processes.sum(mine)
+    mine = [sums.loss_sum, sums.router_loss, sums.num_tokens, code, is_asked, due, undone, failed]
+    loss, router, tokens, main_code, num_asked, is_due, undone_sum, failed_sum = run.processes.sum(mine)
     stop_code = int(main_code) or (1 if num_asked else 0)
-    return Agreement(loss, tokens, stop_code, bool(is_due), undone_sum, failed_sum)
+    return Agreement(loss, router, tokens, stop_code, bool(is_due), undone_sum, failed_sum)
 
 
 def check_finite(run: Run, agreed: Agreement, sums: StepSums) -> bool:
@@ -171,9 +174,11 @@ def log(run: Run, agreed: Agreement) -> None:
         "tokens_per_second": round(window.num_tokens / max(1e-9, time.monotonic() - window.started), 1),
         "num_tokens": p.num_tokens,
     }  # fmt: skip
+    if p.router_loss_sum and p.counted_steps:
+        line["router_loss"] = p.router_loss_sum / p.counted_steps
     if window.num_skipped:
         line["skipped_steps"] = window.num_skipped
-    p.loss_sum, p.labelled_tokens, run.window = 0.0, 0, Window()
+    p.loss_sum, p.labelled_tokens, p.router_loss_sum, p.counted_steps, run.window = 0.0, 0, 0.0, 0, Window()
     record(run, line)
 
 

@@ -14,7 +14,7 @@ from launcher.base.processes import Processes
 from launcher.checkpoint import rng
 from launcher.config.settings import RunConfig
 from launcher.data import StepSampler, TokenRows, collate, split_step
-from launcher.model.build import summed_loss
+from launcher.model.build import router_coefficient, summed_loss
 from launcher.model.optim import Schedule
 
 
@@ -23,6 +23,8 @@ class StepSums:
     """What this process found in a step. `num_labelled` is of all processes, the sums are its own."""
 
     loss_sum: float
+    router_loss: float
+    """This process's part of the mean over all tokens of the step; 0 without a router loss."""
     num_labelled: int
     num_tokens: int
     grad_norm: float
@@ -45,6 +47,7 @@ class TrainStep:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self._rows, self._sampler, self._pad_token_id = rows, sampler, pad_token_id
         self._before_update = before_update
+        self._router_coefficient = router_coefficient(model)
 
     def epoch_after(self, step: int) -> float:
         return self._sampler.epoch_after(step)
@@ -54,10 +57,11 @@ class TrainStep:
         config, world_size, device = self._config, self._processes.world_size, self.accelerator.device
         rng.seed_step(config.seed, self._processes.rank, step)
         rows = self._sampler.rows_of_step(step)
-        num_labelled = max(1, self._rows.num_labelled_tokens(rows))
+        num_labelled, lengths = max(1, self._rows.num_labelled_tokens(rows)), self._rows.sample_lengths()
         micro_batches = split_step(rows, self._processes.rank, world_size, config.train.per_device_train_batch_size)
         self.model.train()
         loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+        router_loss = torch.zeros((), dtype=torch.float64, device=device)
         for i, ids in enumerate(micro_batches):
             batch = collate(self._rows, ids, self._pad_token_id)
             mask = batch.get("attention_mask")
@@ -66,13 +70,18 @@ class TrainStep:
             is_last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._no_sync():
                 with self.accelerator.autocast():
-                    loss, _ = summed_loss(self.model, batch)
+                    loss, _, router = summed_loss(self.model, batch)
                 # Gradients are averaged over the processes; the mean is over the labelled tokens of the whole step.
-                self._backward(loss * (world_size / num_labelled), is_last=is_last)
+                total = loss * (world_size / num_labelled)
+                if router is not None:  # a mean over the micro-batch: by its share of the step's tokens
+                    share = int(lengths[ids].sum()) / max(1, int(lengths[rows].sum()))
+                    total = total + router * (world_size * share * self._router_coefficient)
+                    router_loss += router.detach() * share
+                self._backward(total, is_last=is_last)
             loss_sum += loss.detach()
         self._before_update()
         grad_norm, is_applied = self._update()
-        return StepSums(float(loss_sum), num_labelled, num_tokens, grad_norm, is_applied)
+        return StepSums(float(loss_sum), float(router_loss), num_labelled, num_tokens, grad_norm, is_applied)
 
     def _no_sync(self) -> Any:
         """DeepSpeed learns the boundary in `_backward`; DDP must not reduce before the last micro-batch."""

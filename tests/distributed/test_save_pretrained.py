@@ -77,7 +77,7 @@ def eval_loss(model: Any, overrides: list[str]) -> float:
     for i in range(len(data.eval)):
         batch = collate(data.eval, torch.tensor([i]).numpy(), tokenizer.pad_token_id)
         with torch.no_grad():
-            loss, labelled = summed_loss(model, batch)
+            loss, labelled, _ = summed_loss(model, batch)
         total, count = total + float(loss), count + int(labelled)
     return total / count
 

@@ -25,7 +25,7 @@ def batch(lengths: list[int], width: int) -> dict[str, torch.Tensor]:
 
 def test_loss_is_the_naive_sum_when_rows_are_padded() -> None:
     model, rows = tiny(), batch([7, 4, 9], 9)
-    loss, count = summed_loss(model, rows)
+    loss, count, _ = summed_loss(model, rows)
     logits_BTV = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits.detach()
     naive = sum(
         functional.cross_entropy(logits_BTV[b, t - 1].double(), rows["labels"][b, t]).item()
@@ -49,7 +49,7 @@ def test_gradient_is_zero_and_present_when_nothing_is_labelled() -> None:
     """A process without samples in a micro-step still takes part in DDP's and ZeRO's collectives."""
     model, rows = tiny(), batch([5], 5)
     rows["labels"][:] = -100
-    loss, count = summed_loss(model, rows)
+    loss, count, _ = summed_loss(model, rows)
     loss.backward()
     assert loss.item() == 0 and int(count) == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
