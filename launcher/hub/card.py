@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 import re
@@ -13,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from launcher.base import files
+from launcher.base.errors import UnsafeFileError
+from launcher.base.inner_files import read_json_object
 from launcher.base.paths import RunPaths
 from launcher.config.settings import is_local_path
 from launcher.hub import metadata
@@ -27,8 +29,9 @@ BEGIN = "<!-- launcher:begin (written at every push; put your own text above or 
 END = "<!-- launcher:end -->"
 CURVE = "loss_curve.png"
 MAX_CURVE_POINTS = 1000
+_MAX_TEXT_BYTES = 2**20
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _OURS = re.compile(r"<!-- launcher:begin.*?<!-- launcher:end -->", re.DOTALL)
-_HEADER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "huggingface_hub")
 _SETTINGS = (
     "optim.name",
@@ -62,6 +65,7 @@ class Card:
 class RunFacts:
     """What the run's folder tells: the composed config (open dict), eval lines by step, (step, loss) points."""
 
+    run_dir: Path
     config: dict[str, Any]
     evals: dict[int, dict[str, Any]]
     train_points: list[tuple[float, float]]
@@ -73,13 +77,22 @@ class RunFacts:
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
+    def hub_id(self, name: Any) -> str | None:
+        """A name that is a repository's; None for a local path, which the Hub would refuse and nobody could follow.
+
+        A relative path was relative to the folder that the run was started in: some folder above its own.
+        """
+        if not metadata.is_hub_id(name) or is_local_path(name):
+            return None
+        return None if any((parent / name).exists() for parent in self.run_dir.absolute().parents) else str(name)
+
 
 def read_facts(run_dir: Path) -> RunFacts:
     """Reads config.yaml and metrics.jsonl; whatever is missing or broken is left out."""
     paths = RunPaths(run_dir)
     try:
-        config = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        config = yaml.safe_load(files.read_text(paths.config, _MAX_TEXT_BYTES))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         config = {}
     evals: dict[int, dict[str, Any]] = {}
     train: list[tuple[float, float]] = []
@@ -91,7 +104,7 @@ def read_facts(run_dir: Path) -> RunFacts:
             train.append((step, line["loss"]))
         if any(key.startswith("eval_") for key in line):
             evals.setdefault(step, {}).update({k: v for k, v in line.items() if k.startswith("eval_") or k == "epoch"})
-    return RunFacts(config if isinstance(config, dict) else {}, evals, train)
+    return RunFacts(run_dir, config if isinstance(config, dict) else {}, evals, train)
 
 
 def _is_finite(value: Any) -> bool:
@@ -116,39 +129,44 @@ def build_card(
     """
     run_dir = Path(settings.run_dir)
     facts = read_facts(run_dir)
-    ours, notices = _header(facts, repo_id, items, level)
-    if existing is None:
-        existing = _own_readme(run_dir)
-    theirs, body = split(existing or "")
-    last = sent_last.get("metadata") or {}
-    header = metadata.merge(theirs, ours, last)
+    data, notices = _card_data(facts, repo_id, items, level)
+    ours = data.to_dict()
+    theirs, body = split(_own_readme(run_dir) if existing is None else existing)
+    header = metadata.merge(theirs, ours, sent_last.get("metadata") or {})
     points = [(s, e["eval_loss"]) for s, e in sorted(facts.evals.items()) if _is_finite(e.get("eval_loss"))]
     pictures = {}
     if facts.train_points or points:
         thin = facts.train_points[:: 1 + len(facts.train_points) // MAX_CURVE_POINTS]
         pictures[CURVE] = draw_curve(thin, points)
-    section = redact(_section(settings, facts, repo_id, items, steps, is_alone=not _OURS.sub("", body).strip()))
-    text = f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n{place(body, section)}"
+    is_alone = not _OURS.sub("", body).strip()
+    step, metrics = _results(facts, items)
+    section = ModelCard.from_template(
+        data, template_path=str(_TEMPLATE), repo_id=repo_id, is_alone=is_alone, curve=CURVE, has_curve=bool(pictures),
+        base=data.base_model, is_fine_tuned=bool(facts.get("model.model_name_or_path")), data_sets=_datasets(facts),
+        is_adapter=_is_adapter(items), is_chat=_has_chat_template(items), measured_step=step, metrics=metrics,
+        checkpoints=_checkpoints(settings, facts, items, steps), versions=_versions(),
+        run_settings={key: value for key in _SETTINGS if (value := facts.get(key)) is not None},
+    ).text  # fmt: skip
+    text = f"---\n{CardData(**header).to_yaml()}\n---\n{place(body, redact(section.strip()))}"
     return Card(text, ours, pictures, notices)
 
 
-def _own_readme(run_dir: Path) -> str | None:
+def _own_readme(run_dir: Path) -> str:
     try:
-        return (run_dir / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
+        return files.read_text(run_dir / "README.md", _MAX_TEXT_BYTES)
+    except (OSError, ValueError):
+        return ""
 
 
 def split(text: str) -> tuple[dict[str, Any], str]:
-    """The header's entries and the body of a README; a header that is no YAML mapping stays part of the body."""
-    match = _HEADER.match(text)
-    if not match:
+    """The header's entries and the body of a README; a header that is no metadata stays part of the body."""
+    if not text.startswith("---"):
         return {}, text
     try:
-        header = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        header = None
-    return (header, text[match.end() :]) if isinstance(header, dict) else ({}, text)
+        card = RepoCard(text)  # which keeps every entry as it stands there
+        return card.data.to_dict(), card.text
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError):
+        return {}, text
 
 
 def place(body: str, section: str) -> str:
@@ -165,38 +183,48 @@ def _is_adapter(items: Sequence[Item]) -> bool:
     return any(f.path == "adapter_config.json" for item in items for f in item.files)
 
 
-def _header(facts: RunFacts, repo_id: str, items: Sequence[Item], level: int) -> tuple[dict[str, Any], list[str]]:
-    header: dict[str, Any] = {"library_name": "peft" if _is_adapter(items) else "transformers"}
-    header |= {"pipeline_tag": "text-generation", "tags": ["launcher"]}
+def _card_data(facts: RunFacts, repo_id: str, items: Sequence[Item], level: int) -> tuple[ModelCardData, list[str]]:
+    """Our part of the header, and what to tell the user about it."""
+    data = ModelCardData(
+        library_name="peft" if _is_adapter(items) else "transformers", pipeline_tag="text-generation", tags=["launcher"]
+    )
     if level > 0:
-        return header, ["the Hub refused the card's header; it was sent without"]
-    notices: list[str] = []
-    tags = facts.get("hub.tags")
-    header["tags"] = list(dict.fromkeys(["launcher", *(str(t) for t in tags or [])]))
+        return data, ["the Hub refused the card's header; it was sent without"]
+    notices: list[str | None] = []
+    data.tags = list(dict.fromkeys(["launcher", *_texts(facts.get("hub.tags"))]))
     if name := facts.get("hub.license"):
         entries, notice = metadata.checked_license(str(name))
-        header |= entries
-        notices += [notice] if notice else []
-    languages, notice = metadata.checked_languages([str(n) for n in facts.get("hub.language") or []])
-    notices += [notice] if notice else []
-    if languages:
-        header["language"] = languages
-    base = facts.get("model.model_name_or_path")
-    if metadata.is_hub_id(base) and not is_local_path(base):
-        header["base_model"] = base
-    datasets = _datasets(facts)
-    if datasets:
-        header["datasets"] = datasets
+        data.license, data.license_name = entries["license"], entries.get("license_name")
+        notices.append(notice)
+    languages, notice = metadata.checked_languages(_texts(facts.get("hub.language")))
+    notices.append(notice)
+    data.language = languages or None
+    data.base_model = facts.hub_id(facts.get("model.model_name_or_path"))
+    data.datasets = _datasets(facts) or None
     _, metrics = _results(facts, items)
-    if index := metadata.model_index(repo_id, datasets[0] if datasets else "evaluation set", metrics):
-        header["model-index"] = index
-    return header, notices
+    data.model_name = repo_id.rpartition("/")[2] if metrics else None
+    data.eval_results = [_eval_result(data.datasets, *m) for m in metrics.items()] or None
+    return data, [n for n in notices if n]
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list) else []
+
+
+def _eval_result(datasets: list[str] | None, name: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation", task_name="Text Generation",
+        dataset_type=datasets[0] if datasets else "custom", dataset_name=datasets[0] if datasets else "evaluation set",
+        metric_type=re.sub(r"[^a-z0-9_-]+", "_", name.removeprefix("eval_").lower()), metric_value=value,
+        metric_name=name,
+    )  # fmt: skip
 
 
 def _datasets(facts: RunFacts) -> list[str]:
     sources = facts.get("data.sources")
-    names = [facts.get("data.dataset_name"), *(s.get("dataset_name") for s in sources or [] if isinstance(s, dict))]
-    return list(dict.fromkeys(n for n in names if metadata.is_hub_id(n) and not is_local_path(n)))
+    listed = sources if isinstance(sources, list) else []
+    names = [facts.get("data.dataset_name"), *(s.get("dataset_name") for s in listed if isinstance(s, dict))]
+    return list(dict.fromkeys(found for name in names if (found := facts.hub_id(name))))
 
 
 def _results(facts: RunFacts, items: Sequence[Item]) -> tuple[int | None, dict[str, float]]:
@@ -222,86 +250,40 @@ def _best_by_metric(facts: RunFacts) -> int | None:
     return -max(scored)[1] if scored else None
 
 
-def _section(
-    settings: UploadSettings, facts: RunFacts, repo_id: str, items: Sequence[Item], steps: list[int], *, is_alone: bool
-) -> str:
-    title = f"# {repo_id.rpartition('/')[2]}" if is_alone else "## Training"
-    parts = [title, _origin(facts), "### Use", _usage(repo_id, items)]
-    step, metrics = _results(facts, items)
-    if metrics:
-        rows = "\n".join(f"| {k} | {v:.6g} |" for k, v in metrics.items())
-        parts += [f"### Evaluation\n\nMeasured at step {step}.\n\n| metric | value |\n|---|---|\n{rows}"]
-    if facts.train_points or facts.evals:
-        parts += [f"![Loss by step]({CURVE})"]
-    parts += _checkpoints(settings, facts, repo_id, items, steps)
-    rows = "\n".join(f"| `{key}` | {value} |" for key in _SETTINGS if (value := facts.get(key)) is not None)
-    if rows:
-        parts += [f"### Settings\n\n| key | value |\n|---|---|\n{rows}"]
-    parts += [f"### Versions\n\n{_versions()}"]
-    return "\n\n".join(parts)
-
-
-def _origin(facts: RunFacts) -> str:
-    base = facts.get("model.model_name_or_path")
-    if metadata.is_hub_id(base) and not is_local_path(base):
-        origin = f"Fine-tuned from [{base}](https://huggingface.co/{base})"
-    else:
-        origin = "Fine-tuned from a local model" if base else "Trained from scratch"
-    datasets = ", ".join(f"[{n}](https://huggingface.co/datasets/{n})" for n in _datasets(facts))
-    return origin + (f" on {datasets}." if datasets else ".")
-
-
-def _usage(repo_id: str, items: Sequence[Item]) -> str:
-    prompt = '[{"role": "user", "content": "Hello!"}]' if _has_chat_template(items) else '"Once upon a time"'
-    if _is_adapter(items):
-        load = (
-            "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, pipeline\n\n"
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{repo_id}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")\n'
-            'generate = pipeline("text-generation", model=model, tokenizer=tokenizer)'
-        )
-    else:
-        load = f'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="{repo_id}")'
-    return f'```python\n{load}\nprint(generate({prompt}, max_new_tokens=100)[0]["generated_text"])\n```'
-
-
 def _has_chat_template(items: Sequence[Item]) -> bool:
     for item in items:
         if any(f.path == "chat_template.jinja" for f in item.files):
             return True
         try:
-            if json.loads((item.root / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"):
+            if read_json_object(item.source("tokenizer_config.json")).get("chat_template"):
                 return True
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, UnsafeFileError):
             continue
     return False
 
 
 def _checkpoints(
-    settings: UploadSettings, facts: RunFacts, repo_id: str, items: Sequence[Item], steps: list[int]
-) -> list[str]:
-    """The table that says which step is what."""
-    rows, best = [], best_step(items) or _best_by_metric(facts)
-    if settings.strategy == "all_checkpoints":
-        rows = [(s, f"`checkpoint-{s}/`, tag `step-{s}`") for s in steps]
-    if settings.strategy == "checkpoint":
-        rows = [(s, "`last-checkpoint/`") for s in steps]
-    if not rows:
+    settings: UploadSettings, facts: RunFacts, items: Sequence[Item], steps: list[int]
+) -> list[dict[str, Any]]:
+    """The rows of the table that says which step is what."""
+    if settings.strategy not in ("checkpoint", "all_checkpoints"):
         return []
-    lines = ["### Checkpoints", "", "| step | epoch | eval_loss | where | |", "|---|---|---|---|---|"]
-    for step, where in rows:
+    best, rows = best_step(items) or _best_by_metric(facts), []
+    for step in steps:
         values = facts.evals.get(step, {})
         epoch, loss = (f"{v:.4g}" if _is_finite(v := values.get(k)) else "" for k in ("epoch", "eval_loss"))
-        lines.append(f"| {step} | {epoch} | {loss} | {where} | {'best' if step == best else ''} |")
-    lines += ["", f"To continue the training: `checkpoint.resume_from_checkpoint=hf://{repo_id}`"]
-    return ["\n".join(lines)]
+        where = (
+            "`last-checkpoint/`" if settings.strategy == "checkpoint" else f"`checkpoint-{step}/`, tag `step-{step}`"
+        )
+        rows.append({"step": step, "epoch": epoch, "eval_loss": loss, "where": where, "is_best": step == best})
+    return rows
 
 
-def _versions() -> str:
+def _versions() -> list[str]:
     found = [f"Python {platform.python_version()}"]
     for name in _PACKAGES:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return found

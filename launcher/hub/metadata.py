@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -37,21 +36,6 @@ def checked_languages(names: list[str]) -> tuple[list[str], str | None]:
     bad = [n for n in names if n not in good]
     notice = f"hub.language={bad} left out of the card: the Hub takes ISO 639 codes such as en" if bad else None
     return good, notice
-
-
-def model_index(name: str, dataset: str, metrics: dict[str, float]) -> list[dict[str, Any]]:
-    """The measured results in the Hub's model-index schema; NaN and infinities are left out, it would refuse them."""
-    entries = [
-        {"type": re.sub(r"[^a-z0-9_-]+", "_", key.removeprefix("eval_").lower()), "value": value, "name": key}
-        for key, value in metrics.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    ]
-    if not entries:
-        return []
-    task = {"type": "text-generation", "name": "Text Generation"}
-    kind = dataset if is_hub_id(dataset) else "custom"
-    result = {"task": task, "dataset": {"name": dataset, "type": kind}, "metrics": entries}
-    return [{"name": name.rpartition("/")[2], "results": [result]}]
 
 
 def merge(theirs: dict[str, Any], ours: dict[str, Any], sent_last: dict[str, Any]) -> dict[str, Any]:

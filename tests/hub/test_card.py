@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from launcher.config.settings import to_dict
 from launcher.hub import card, metadata
 from launcher.hub.items import Item, UploadSettings, checkpoint_item, model_item
 from tests.hub.helpers import REPO, make_checkpoint, make_config, prepare_spool, upload_all, write_model
@@ -39,7 +41,6 @@ def test_header_is_accepted_when_settings_are_odd(
     config = make_config(tmp_path, license=license, language=language, tags=["math"])
     config.model.model_name_or_path = base
     config.data.dataset_name = "/data/rows"
-    from launcher.config.settings import to_dict
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -86,7 +87,6 @@ def test_our_header_entries_follow_the_settings_and_theirs_stay(tmp_path: Path) 
 
 def test_results_are_the_best_ones_when_the_best_model_is_sent(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    from launcher.config.settings import to_dict
 
     config.checkpoint.load_best_model_at_end = True
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
@@ -123,3 +123,61 @@ def test_readme_on_the_hub_is_kept(hub: HubServer, env: dict[str, str], tmp_path
     upload_all(spool, env)
     assert "Written on the website." in hub.read(REPO, "README.md").decode()
     assert hub.count("validate-yaml") == 2
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "model-index: 7", "model-index: [{name: x}]", "eval_results: [7]", "ignore_metadata_errors: true", "7: 8",
+        "[1]", "tags: {a: b}", "language: 7", "a: &a [*a]", "a: !!python/object/apply:os.system [touch escaped]", "{", "- x",
+    ],
+)  # fmt: skip
+def test_odd_headers_lose_nothing_and_break_nothing(tmp_path: Path, header: str) -> None:
+    make_config(tmp_path)
+    items = [checkpoint_item(10, make_checkpoint(tmp_path, 10))]
+    made = build(tmp_path, items, existing=f"---\n{header}\n---\n# Mine\n\nMy words.\n")
+    assert "# Mine\n\nMy words.\n" in made.text and header_of(made.text)["library_name"] == "transformers"
+    assert not Path("escaped").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "huge"])
+def test_nothing_outside_is_read_for_the_card(tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
+    make_config(run)
+    items = [checkpoint_item(10, make_checkpoint(run, 10))]
+    (tmp_path / "secret").write_text("model: {model_name_or_path: secret/words}\n")
+    for name in ("README.md", "config.yaml", "metrics.jsonl"):
+        path = run / name
+        path.unlink(missing_ok=True)
+        if kind == "link":
+            path.symlink_to(tmp_path / "secret")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            with path.open("wb") as file:
+                file.truncate(2**24 if name == "metrics.jsonl" else 2**40)
+    made = build(run, items)
+    assert "secret" not in made.text and len(made.text) < 10_000
+
+
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_local_folder_is_no_base_model_when_pushed_from_another_place(tmp_path: Path, is_absolute: bool) -> None:
+    """`models/llama` looks like a repository; the run was started in the folder that holds it."""
+    run = tmp_path / "outputs" / "run"
+    config = make_config(run)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    config.model.model_name_or_path = str(tmp_path / "models/llama") if is_absolute else "models/llama"
+    config.data.dataset_name = "models/llama"
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    header = header_of(build(run, [checkpoint_item(10, make_checkpoint(run, 10))]).text)
+    assert "base_model" not in header and "datasets" not in header
+
+
+@pytest.mark.parametrize("value", [7, "x", [7], {"a": 7}, [[[]]]])
+def test_odd_settings_break_nothing(tmp_path: Path, value: Any) -> None:
+    make_config(tmp_path)
+    for key in ("hub", "data", "model", "train", "checkpoint"):
+        names = ("tags", "license", "language", "sources", "dataset_name", "model_name_or_path", "max_steps")
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({key: dict.fromkeys(names, value)}))
+        made = build(tmp_path, [checkpoint_item(10, make_checkpoint(tmp_path / key, 10))])
+        assert card_problems(made.text, set(metadata.LICENSES)) == []
