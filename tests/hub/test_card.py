@@ -129,7 +129,8 @@ def test_readme_on_the_hub_is_kept(hub: HubServer, env: dict[str, str], tmp_path
     "header",
     [
         "model-index: 7", "model-index: [{name: x}]", "eval_results: [7]", "ignore_metadata_errors: true", "7: 8",
-        "[1]", "tags: {a: b}", "language: 7", "a: &a [*a]", "a: !!python/object/apply:os.system [touch escaped]", "{", "- x",
+        "[1]", "tags: {a: b}", "language: 7", "{", "- x", "a: &a [*a]",
+        "a: !!python/object/apply:os.system [touch escaped]",
     ],
 )  # fmt: skip
 def test_odd_headers_lose_nothing_and_break_nothing(tmp_path: Path, header: str) -> None:
