@@ -59,3 +59,19 @@ def test_parameters_that_cannot_be_cut_are_stored_whole_under_their_names_in_mem
     renamed = [n for n, parts in stored.items() if [p.name for p in parts] != [n]]
     whole = {n for n in stored if n not in renamed}
     assert any("gate" in n for n in whole), "these are the ones that transformers would weave together"
+
+
+def test_what_save_pretrained_leaves_out_is_not_stored(tmp_path: Path) -> None:
+    """`_keys_to_ignore_on_save`, and buffers that are not persistent."""
+    config = AutoConfig.for_model(**model_config("deepseek_v3"))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    left_out = "model.layers.1.mlp.gate.e_score_correction_bias"
+    model._keys_to_ignore_on_save = {left_out}
+    expected = saved_by_transformers(model, tmp_path / "saved")
+    empty = _transformers.build_without_memory(type(model), model.config, torch.float32)
+    assert left_out in _transformers.stored_tensors(empty)
+    empty._keys_to_ignore_on_save = {left_out}
+    stored = _transformers.stored_tensors(empty)
+    assert left_out not in stored
+    assert {part.name for parts in stored.values() for part in parts} == set(expected)
+    assert any("inv_freq" in name for name, _ in model.named_buffers())
