@@ -11,6 +11,7 @@ from launcher.base.paths import RunPaths
 from launcher.config.compose import compose_arguments
 from launcher.config.settings import RunConfig, is_local_path
 from launcher.hub import fetch_checkpoint, fetch_model
+from launcher.hub.environment import distrust_xet
 
 _EXAMPLE = """example:
   launcher prefetch model.model_name_or_path=ORG/MODEL data.dataset_name=ORG/DATA
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="KEY=VALUE, as for launcher train")
     options, rest = parser.parse_known_args(argv)
     config = compose_arguments([*options.overrides, *rest])
+    distrust_xet()
     found = False
     with_code = config.model.trust_remote_code
     for what, name, revision in _models(config):

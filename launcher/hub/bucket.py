@@ -66,8 +66,10 @@ class BucketTarget:
             Exception: anything the client raises; calling again sends only what is missing.
         """
         require_xet(self.name)
-        if self._journal["repo_id"] is None:
-            name = self.name if "/" in self.name else f"{self._api.whoami()['name']}/{self.name}"
+        name = str(self._settings.bucket)  # a journal may come from elsewhere
+        if "/" not in name:
+            name = f"{self._api.whoami()['name']}/{name}"
+        if self._journal["repo_id"] != name:
             self._api.create_bucket(name, private=self._settings.private, exist_ok=True)
             self._journal["repo_id"] = name
             save_journal()

@@ -15,6 +15,7 @@ from launcher.base.errors import DamagedCheckpointError, UnsafeFileError
 from launcher.base.paths import RunPaths
 from launcher.config.settings import RunConfig
 from launcher.hub.environment import uploader_environment
+from launcher.hub.faults import redact
 from launcher.hub.items import Item, UploadSettings, checkpoint_item, default_repo_name, model_item
 from launcher.hub.progress import ProgressLine
 from launcher.hub.records import lines_from
@@ -230,7 +231,7 @@ class SpoolHub:
             text = (
                 f"Hub: {what} failed: {str(error) or repr(error)}. The training goes on. To send later: {self._command}"
             )
-            self._tell_once(text)
+            self._tell_once(redact(text))
 
 
 class UploaderProcess:

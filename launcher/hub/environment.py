@@ -25,6 +25,12 @@ def is_xet_trusted(endpoint: str, environment: Mapping[str, str]) -> bool:
     return is_hub or environment.get("HF_HUB_DISABLE_XET", "").strip().lower() in ("0", "false", "no", "off")
 
 
+def distrust_xet() -> None:
+    """For a process in which other libraries download from the Hub; before they are imported."""
+    if not is_xet_trusted(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", os.environ):
+        os.environ["HF_HUB_DISABLE_XET"] = "1"
+
+
 def client_environment(settings: UploadSettings) -> dict[str, str]:
     """Variables for a process that uploads.
 

@@ -33,12 +33,21 @@ class Fault:
     retry_after_s: float | None = None
 
 
+_token: str | None = None
+
+
+def remember_token(token: str | None) -> None:
+    """The token in use, also where it came from the token file: `redact` removes it."""
+    global _token
+    _token = token
+
+
 def redact(text: str) -> str:
-    """Removes whatever is or looks like a secret, and the signatures in the URLs of storage services."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # however short
-        if token := os.environ.get(name):
+    """Removes whatever is or looks like a secret, users and passwords in URLs, and signatures of storage services."""
+    for token in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"), _token):  # however short
+        if token:
             text = text.replace(token, "***")
-    return _BEARER.sub("***", redacted(_SIGNED_URL.sub(r"\1", text)))
+    return _BEARER.sub("***", redacted(_SIGNED_URL.sub(r"\1", _URL_PASSWORD.sub("", text))))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub import HfApi, constants, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
 
@@ -17,7 +17,7 @@ from launcher import __version__
 from launcher.base.errors import HubError, LauncherError, ResumeError
 from launcher.hub.answers import EndpointError, check_answer
 from launcher.hub.environment import is_xet_trusted
-from launcher.hub.faults import classify, redact, retry_after_s
+from launcher.hub.faults import classify, redact, remember_token, retry_after_s
 
 CONNECT_TIMEOUT_S = 15.0
 MAX_SILENT_WAIT_S = 10.0
@@ -101,6 +101,7 @@ def connect(timeout_s: float, throttle: Throttle | None = None) -> HfApi:
 
     if not is_xet_trusted(constants.ENDPOINT, os.environ):
         constants.HF_HUB_DISABLE_XET = True
+    remember_token(get_token())
     set_client_factory(factory)
     return _Api(library_name="launcher", library_version=__version__)
 

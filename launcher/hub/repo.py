@@ -74,10 +74,10 @@ class RepoTarget:
         """
         if self._is_ready:
             return
-        if self._journal["repo_id"] is None:
-            repo_id = self.name
-            if "/" not in repo_id:
-                repo_id = f"{self._api.whoami()['name']}/{repo_id}"
+        repo_id = self._settings.repo_id or self._settings.run_name  # a journal may come from elsewhere
+        if "/" not in repo_id:
+            repo_id = f"{self._api.whoami()['name']}/{repo_id}"
+        if self._journal["repo_id"] != repo_id:
             self._api.create_repo(repo_id, private=self._settings.private, exist_ok=True)
             self._journal["repo_id"] = repo_id
             reached("created")

@@ -103,7 +103,7 @@ class Spool:
         return UploadSettings.from_dict(read_json_object(self.settings_path))
 
     def write_settings(self, settings: UploadSettings) -> None:
-        files.write_json(self.settings_path, asdict(settings))
+        files.write_json(self.settings_path, asdict(settings), mode=0o600)
 
     def names(self, folder: Path) -> list[str]:
         """Entries of queue or active, oldest first."""
@@ -286,7 +286,7 @@ class Spool:
         return records.read_journal(self.journal_path)
 
     def write_journal(self, journal: dict[str, Any]) -> None:
-        files.write_json(self.journal_path, journal)
+        files.write_json(self.journal_path, journal, mode=0o600)
 
     def write_status(self, status: dict[str, Any]) -> None:
         records.write_quietly(self.status_path, status)

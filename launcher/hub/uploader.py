@@ -203,11 +203,11 @@ class Uploader:
         return whole
 
     def _give_up(self, item: Item, problem: str) -> None:
-        self._spool.discard(item.home)
         self.given_up.append(f"{item.name} is not pushed: {problem}")
         self._journal["failed"][item.name] = problem
         self._save()
         self._spool.tell(f"Hub: ERROR: {self.given_up[-1]}")
+        self._spool.discard(item.home)  # last: whoever sees that it is gone finds it told
 
     def _wait_for_budget(self, items: list[Item]) -> list[Item]:
         """Keeps below the Hub's commits per hour; what is queued meanwhile shares the next commit."""

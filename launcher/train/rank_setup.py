@@ -17,6 +17,7 @@ from launcher.base import files
 from launcher.base.errors import EXIT_FAILED, ConfigError, LauncherError
 from launcher.base.process import die_with_parent, host
 from launcher.base.secrets import redacted
+from launcher.hub.environment import distrust_xet
 
 if TYPE_CHECKING:
     from launcher.base.lock import RunLock
@@ -45,6 +46,7 @@ def before_imports() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    distrust_xet()
     if not os.environ.get("LAUNCHER_DEBUG"):
         warnings.simplefilter("ignore")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -83,6 +83,17 @@ def test_everything_goes_to_the_repository_that_was_given(hub: HubServer, env: d
     assert list(hub.repos) == ["me/mine"] and not hub.repos["me/mine"].pull_requests
 
 
+def test_repository_is_not_the_one_of_the_journal_when_training_goes_on(
+    hub: HubServer, env: dict[str, str], run: Path
+) -> None:
+    spool = Spool(run / ".hub")
+    spool.write_settings(plan_push(run, {}).settings)
+    for target in (REPO, "evil/loot"):
+        spool.write_journal({**spool.read_journal(), "target": target, "repo_id": "evil/loot"})
+    upload_all(spool, env)
+    assert list(hub.repos) == [REPO] and spool.read_journal()["repo_id"] == REPO
+
+
 @pytest.mark.parametrize("place", ["item", "files", "home", "file", "folder", "dotdot", "absolute"])
 def test_files_outside_are_refused_when_an_item_leads_there(run: Path, private: Path, place: str) -> None:
     path = item_path(run)
@@ -130,7 +141,7 @@ def test_checkpoint_is_refused_when_its_manifest_lists_a_link(run: Path, private
     folder = run / "checkpoint-10"
     (folder / name).rename(private / "moved")
     (folder / name).symlink_to(private / "moved")
-    with pytest.raises(UnsafeFileError, match=f"{Path(name).name} is a link"):
+    with pytest.raises(LauncherError, match=f"{Path(name).name}.* is a link"):
         plan_push(folder, {})
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.base.errors import ResumeError
 from launcher.hub.curve import draw_curve
-from launcher.hub.faults import Backoff, classify, next_commit_delay_s, redact
+from launcher.hub.faults import Backoff, classify, next_commit_delay_s, redact, remember_token
 from launcher.hub.fetch import choose_folder, model_files, parse_uri
 from launcher.hub.items import checkpoint_item, model_item
 from launcher.hub.layout import outdated_folders, stale_paths, wanted_files
@@ -51,6 +51,10 @@ def test_tokens_are_removed_from_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret-without-a-shape")
     text = redact("Bearer abc hf_abcdefghijklmnop secret-without-a-shape https://s3/x?X-Amz-Signature=1")
     assert text == "*** *** *** https://s3/x"
+    assert redact("GET https://me:word@hub.intern/api failed") == "GET https://hub.intern/api failed"
+    remember_token("from-the-token-file")
+    assert redact("Invalid: from-the-token-file.") == "Invalid: ***."
+    remember_token(None)
 
 
 def test_top_is_of_one_model_when_uploads_share_a_commit(tmp_path: Path) -> None:
