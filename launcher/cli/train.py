@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.cli.arguments import parse_settings
 from launcher.config.compose import Arguments, compose_arguments
-from launcher.config.rules import notices
+from launcher.config.rules import cache_problems, notices
 from launcher.config.settings import RunConfig, to_dict
 
 _EPILOG = """examples:
@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
         print_config(config)
         return EXIT_DONE
     _check_machines(config)
+    if problems := list(cache_problems(config)):
+        raise ConfigError(problems)
     for notice in notices(config):
         print(f"launcher: {notice}", file=sys.stderr)
     from launcher.agent import supervise as agent

@@ -129,10 +129,12 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
             yield f"{key} needs a `_target_`: the import path of a class. Set {key}._target_=PACKAGE.MODULE.CLASS"
 
 
-def _cache_problems(config: RunConfig) -> Iterator[str]:
+def cache_problems(config: RunConfig) -> Iterator[str]:
+    """Asked where a run starts, not wherever settings are read: a cache need not be writable to show them."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else base / "launcher"
-    above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    tokens = folder.absolute() / "tokens"
+    above = next(p for p in (tokens, *tokens.parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = f"{above} is {'not writable' if above.is_dir() else 'no folder'}"
         yield f"tokenised data cannot be kept in {folder}: {why}. Set data.cache_dir=FOLDER"
@@ -301,6 +303,11 @@ def _launch_problems(config: RunConfig) -> Iterator[str]:
     for name, text in launch.env.items():
         if not isinstance(text, str):
             yield f"launch.env.{name} must be text (got {text!r}). For an empty one: launch.env.{name}=\"''\""
+        elif re.fullmatch(r"\$(\w+|\{\w+\})", text) and is_secret(f"launch.env.{name}", "x" * 20):
+            yield (
+                f"launch.env.{name}={text} is not expanded: the run would get these very characters. Variables of your "
+                f"shell reach it by themselves: leave launch.env.{name} out"
+            )
     yield from _sbatch_problems(launch.sbatch)
 
 
@@ -334,6 +341,6 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
-    _model_problems, _data_problems, _cache_problems, _eval_problems, _precision_problems, _checkpoint_problems,
+    _model_problems, _data_problems, _eval_problems, _precision_problems, _checkpoint_problems,
     _hub_problems, _secret_problems, tracker_problems, _launch_problems, _folder_problems, optimizer_problems,
 )  # fmt: skip

@@ -180,7 +180,7 @@ class LocalController:
 def start(job: Job, slot: Slot) -> subprocess.Popen[bytes]:
     """Starts a job in a session of its own; what it prints goes to the job's logs/."""
     log, record = jobs.job_log(job.output_dir), jobs.job_record(job.output_dir)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = {"path": str(record), "devices": slot.devices, "overrides": list(job.overrides), "started_at": time.time()}
     own = [sys.executable, "-m", "launcher.sweep.child", str(os.getpid()), json.dumps(info)]
     with log.open("ab") as output:

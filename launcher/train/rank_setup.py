@@ -17,6 +17,7 @@ from launcher.base import files
 from launcher.base.errors import EXIT_FAILED, ConfigError, LauncherError
 from launcher.base.process import die_with_parent, host
 from launcher.base.secrets import redacted
+from launcher.config.rules import cache_problems
 from launcher.hub.environment import distrust_xet
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def check_agent(config: RunConfig, argv: Sequence[str]) -> None:
     """Under one's own `accelerate launch` the flags must not contradict the settings; the process number is its own.
 
     Raises:
-        ConfigError: a process number, strategy or precision set there differs.
+        ConfigError: a process number, strategy or precision set there differs; the cache cannot be written.
     """
-    problems = []
+    problems = list(cache_problems(config))
     world = int(os.environ.get("WORLD_SIZE", 1))
     wanted = config.launch.num_processes
     is_given = any(argument.lstrip("+").startswith("launch.num_processes=") for argument in argv)

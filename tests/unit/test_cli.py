@@ -173,3 +173,33 @@ def test_module_is_the_command_too() -> None:
         env={**os.environ},
     )  # fmt: skip
     assert done.stdout.startswith("launcher ")
+
+
+def test_unwritable_cache_is_named_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    assert cli.main(["train", "data.cache_dir=file/cache"]) == 2
+    shown = capsys.readouterr().err
+    assert "file is no folder" in shown and "data.cache_dir=FOLDER" in shown
+    assert cli.main(["train", "--cfg", "job", "data.cache_dir=file/cache"]) == 0
+    assert [path.name for path in Path.cwd().iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["launch.env.PGPASSWORD=hunter2hunter2"], ["launch.setup=['export GITHUB_TOKEN=hunter2hunter2']"],
+        ["launch.sbatch.export='ALL,PGPASSWORD=hunter2hunter2'"], ["tracker.init_kwargs.wandb.api_key=hunter2hunter2"],
+        ["data.dataset_name='https://me:hunter2hunter2@host/rows'"], ["launch.env={DB_PASSWORD: hunter2hunter2}"],
+        ["-m", "tracker.init_kwargs.token=hunter2hunter2,b", "output_dir=sweep"],
+        ["-m", "seed=1,2", "hydra/sweeper=optuna", "output_dir=sweep",
+         "hydra.sweeper.storage='postgresql://me:hunter2hunter2@db/runs'"],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", [["train"], ["submit", "--dry-run"]])
+def test_secret_is_refused_written_nowhere_and_not_repeated(
+    verb: list[str], arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*verb, *arguments]) == 2
+    shown = capsys.readouterr()
+    assert "looks like a secret" in shown.err and "hunter2" not in shown.out + shown.err
+    assert list(Path.cwd().iterdir()) == []
