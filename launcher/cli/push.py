@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launcher.base.errors import EXIT_DONE
+from launcher.base.errors import EXIT_DONE, UserError
 from launcher.hub.push import describe, plan_push, push
 
 _EXAMPLE = """examples:
@@ -37,10 +37,11 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     given = {key: getattr(options, key) for key in ("repo_id", "private", "revision", "create_pr")}
     overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    plan = plan_push(options.path.expanduser(), overrides)
-    if options.dry_run:
-        print(describe(plan))
-        return EXIT_DONE
-    for line in push(plan, follow=options.follow):
+    try:
+        plan = plan_push(options.path.expanduser(), overrides)
+        lines = [describe(plan)] if options.dry_run else push(plan, follow=options.follow)
+    except OSError as error:
+        raise UserError(f"{options.path} cannot be pushed: {error}") from error
+    for line in lines:
         print(line)
     return EXIT_DONE

@@ -11,13 +11,15 @@ import json
 import re
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 MAX_ANSWER_BYTES = 64 * 2**20
 """Of one answer where nothing was declared: lists and descriptions."""
+MAX_ENTRIES = 1_000_000
 SLACK_BYTES = 16 * 2**20
+T = TypeVar("T")
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _ETAG = re.compile(r'(W/)?"?[A-Za-z0-9_+=.-]{1,256}"?')
 _INFO_PATH = re.compile(r"/api/(models|datasets)/[^/]+(/[^/]+)?(/revision/.+)?$")
@@ -56,6 +58,18 @@ def expecting(num_bytes: int) -> Iterator[None]:
         _downloads = None
 
 
+def counted(entries: Iterable[T]) -> Iterator[T]:
+    """A list that comes in pages, each of which may name a next one.
+
+    Raises:
+        EndpointError: it has no end.
+    """
+    for number, entry in enumerate(entries):
+        if number >= MAX_ENTRIES:
+            raise EndpointError(f"the endpoint lists more than {MAX_ENTRIES} files")
+        yield entry
+
+
 def is_commit_id(value: Any) -> bool:
     return isinstance(value, str) and bool(_COMMIT.fullmatch(value))
 
@@ -70,10 +84,10 @@ def check_answer(response: Any) -> None:
     commit = headers.get("X-Repo-Commit")
     if commit is not None and not is_commit_id(commit):
         raise EndpointError(f"the endpoint names {commit!r} as a commit")
-    for name in ("ETag", "X-Linked-Etag"):
-        if (etag := headers.get(name)) is not None and not _ETAG.fullmatch(etag):
-            raise EndpointError(f"the endpoint names {etag!r} as the hash of a file")
     if response.request.method == "HEAD":
+        etag = headers.get("X-Linked-Etag") or headers.get("ETag")  # which of the two the client takes
+        if "/resolve/" in response.request.url.path and etag is not None and not _ETAG.fullmatch(etag):
+            raise EndpointError(f"the endpoint names {etag!r} as the hash of a file")
         return
     _bound(response)
     if response.request.method == "GET" and response.status_code == 200:

@@ -23,6 +23,7 @@ from huggingface_hub import HfApi
 
 from launcher.base import manifest
 from launcher.base.inner_files import read_json_object
+from launcher.hub.answers import counted
 from launcher.hub.items import Item, UploadSettings
 from launcher.hub.layout import BUCKET_MARKER as MARKER
 from launcher.hub.layout import HashCache, LocalFile, best_step, outdated_folders
@@ -120,7 +121,7 @@ class BucketTarget:
     def _tree(self, folder: str) -> dict[str, str]:
         """Path below the folder → Xet hash."""
         found = {}
-        for entry in self._api.list_bucket_tree(self.name, prefix=f"{folder}/", recursive=True):
+        for entry in counted(self._api.list_bucket_tree(self.name, prefix=f"{folder}/", recursive=True)):
             if entry.type == "file" and entry.path.startswith(f"{folder}/"):
                 found[entry.path.removeprefix(f"{folder}/")] = entry.xet_hash
         return found
@@ -186,7 +187,8 @@ class BucketTarget:
         coming = [f"{i.name}/{manifest.NAME}" for i in items if i.kind == "checkpoint"]
         if not coming:
             return
-        paths = [e.path for e in self._api.list_bucket_tree(self.name, recursive=True) if e.type == "file"]
+        listed = counted(self._api.list_bucket_tree(self.name, recursive=True))
+        paths = [e.path for e in listed if e.type == "file"]
         marked = {p.removesuffix(f"/{MARKER}") for p in paths if p.endswith(f"/{MARKER}")}
         limit = 1 if self._settings.is_newest_enough else self._settings.save_total_limit
         best = None if self._settings.is_newest_enough else best_step(items)

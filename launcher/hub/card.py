@@ -145,7 +145,7 @@ def build_card(
         base=data.base_model, is_fine_tuned=bool(facts.get("model.model_name_or_path")), data_sets=_datasets(facts),
         is_adapter=_is_adapter(items), is_chat=_has_chat_template(items), measured_step=step, metrics=metrics,
         checkpoints=_checkpoints(settings, facts, items, steps), versions=_versions(),
-        run_settings={key: value for key in _SETTINGS if (value := facts.get(key)) is not None},
+        run_settings={key: value for key in _SETTINGS if isinstance(value := facts.get(key), (str, int, float))},
     ).text  # fmt: skip
     text = f"---\n{CardData(**header).to_yaml()}\n---\n{place(body, redact(section.strip()))}"
     return Card(text, ours, pictures, notices)
@@ -192,8 +192,8 @@ def _card_data(facts: RunFacts, repo_id: str, items: Sequence[Item], level: int)
         return data, ["the Hub refused the card's header; it was sent without"]
     notices: list[str | None] = []
     data.tags = list(dict.fromkeys(["launcher", *_texts(facts.get("hub.tags"))]))
-    if name := facts.get("hub.license"):
-        entries, notice = metadata.checked_license(str(name))
+    if isinstance(name := facts.get("hub.license"), str) and name:
+        entries, notice = metadata.checked_license(name)
         data.license, data.license_name = entries["license"], entries.get("license_name")
         notices.append(notice)
     languages, notice = metadata.checked_languages(_texts(facts.get("hub.language")))
@@ -208,7 +208,8 @@ def _card_data(facts: RunFacts, repo_id: str, items: Sequence[Item], level: int)
 
 
 def _texts(value: Any) -> list[str]:
-    return [str(v) for v in value] if isinstance(value, list) else []
+    # Texts only: of lists that hold each other (YAML's aliases) the text could fill the memory.
+    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
 
 
 def _eval_result(datasets: list[str] | None, name: str, value: float) -> EvalResult:

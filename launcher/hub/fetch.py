@@ -20,7 +20,7 @@ from typing import Any
 from launcher.base import files, manifest
 from launcher.base.errors import DamagedCheckpointError, HubError, ResumeError, UnsafeFileError, UserError
 from launcher.base.paths import CheckpointPaths, RunPaths
-from launcher.hub.answers import expecting, is_commit_id
+from launcher.hub.answers import counted, expecting, is_commit_id
 from launcher.hub.items import checkpoint_item
 
 _URI = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>.+))?$")
@@ -89,13 +89,12 @@ def fetch(uri: str, paths: RunPaths) -> Path:
     """See `launcher.hub.fetch_checkpoint`. After a crash only `.hub/fetch` can remain, which the next call uses."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    from launcher.hub.remote import connect, readable_errors
+    from launcher.hub.remote import connected, readable_errors
 
     if uri.startswith(_BUCKET_PREFIX):
         return _fetch_from_bucket(uri, paths)
     source = parse_uri(uri)
-    api = connect(timeout_s=60.0)
-    with readable_errors(uri):
+    with readable_errors(uri), connected() as api:
         try:
             info = api.model_info(source.repo_id, revision=source.revision)
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -225,16 +224,15 @@ def _refuse_without_room(wanted: manifest.Manifest, paths: RunPaths, uri: str) -
 def _fetch_from_bucket(uri: str, paths: RunPaths) -> Path:
     """From a bucket only folders that hold their marker: the others are being written, or were left by a kill."""
     from launcher.hub.layout import BUCKET_MARKER
-    from launcher.hub.remote import connect, readable_errors, require_xet
+    from launcher.hub.remote import connected, readable_errors, require_xet
 
     match = _BUCKET_URI.match(uri)
     if not match:
         raise ResumeError(f"checkpoint.resume_from_checkpoint={uri} must be hf://buckets/ORG/NAME[/checkpoint-N]")
     bucket, wanted_folder = match[1], match[2]
-    api = connect(timeout_s=60.0)
-    with readable_errors(uri):
+    with readable_errors(uri), connected() as api:
         require_xet(bucket)
-        listed = {e.path: e.size for e in api.list_bucket_tree(bucket, recursive=True) if e.type == "file"}
+        listed = {e.path: e.size for e in counted(api.list_bucket_tree(bucket, recursive=True)) if e.type == "file"}
         complete = [p for p in listed if f"{p.split('/')[0]}/{BUCKET_MARKER}" in listed]
         folder = choose_folder(complete, wanted_folder)
         if folder is None:
@@ -322,10 +320,9 @@ def download_model(name: str, revision: str | None, *, with_weights: bool, with_
     """See `launcher.hub.fetch_model`."""
     from huggingface_hub import snapshot_download
 
-    from launcher.hub.remote import connect, readable_errors
+    from launcher.hub.remote import connected, readable_errors
 
-    api = connect(timeout_s=60.0)
-    with readable_errors(name):
+    with readable_errors(name), connected() as api:
         info = api.model_info(name, revision=revision, files_metadata=True)
         sizes = {s.rfilename: s.size for s in info.siblings or []}
         wanted = model_files(sizes, with_weights=with_weights, with_code=with_code)

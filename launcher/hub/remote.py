@@ -106,6 +106,15 @@ def connect(timeout_s: float, throttle: Throttle | None = None) -> HfApi:
     return _Api(library_name="launcher", library_version=__version__)
 
 
+@contextlib.contextmanager
+def connected() -> Iterator[HfApi]:
+    """As `connect`, in a process whose other libraries use the client too: they get it back as it was."""
+    try:
+        yield connect(timeout_s=60.0)
+    finally:
+        set_client_factory(default_client_factory)
+
+
 def require_xet(name: str) -> None:
     """
     Raises:

@@ -15,6 +15,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status
 
 from launcher.hub import card
+from launcher.hub.answers import counted, expecting
 from launcher.hub.items import Item, UploadSettings
 from launcher.hub.layout import (
     HashCache,
@@ -130,7 +131,7 @@ class RepoTarget:
             return {}
         found: dict[str, RemoteFile] = {}
         try:
-            for entry in self._api.list_repo_tree(self.name, recursive=True, revision=head):
+            for entry in counted(self._api.list_repo_tree(self.name, recursive=True, revision=head)):
                 if isinstance(entry, RepoFile):
                     lfs = entry.lfs
                     found[entry.path] = RemoteFile(entry.size, lfs.sha256 if lfs else None, entry.blob_id)
@@ -231,7 +232,8 @@ class RepoTarget:
         if last is not None and git_blob_id(last.encode()) == there.blob_id:
             return str(last)
         url = hf_hub_url(self.name, "README.md", revision=head, endpoint=self._api.endpoint)
-        response = get_session().get(url, headers=build_hf_headers())
+        with expecting(there.bytes):
+            response = get_session().get(url, headers=build_hf_headers())
         hf_raise_for_status(response)
         return str(response.content.decode("utf-8", "replace"))
 

@@ -174,6 +174,14 @@ def test_local_folder_is_no_base_model_when_pushed_from_another_place(tmp_path: 
     assert "base_model" not in header and "datasets" not in header
 
 
+def test_memory_is_not_filled_when_a_config_names_itself_many_times(tmp_path: Path) -> None:
+    make_config(tmp_path)
+    lists = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40))
+    aliases = "hub: {license: *a39, tags: *a39, language: *a39}\nseed: *a39\ndata: {max_length: *a39, sources: *a39}\n"
+    (tmp_path / "config.yaml").write_text(f"a0: &a0 x\n{lists}{aliases}")
+    assert len(build(tmp_path, [checkpoint_item(10, make_checkpoint(tmp_path, 10))]).text) < 10_000
+
+
 @pytest.mark.parametrize("value", [7, "x", [7], {"a": 7}, [[[]]]])
 def test_odd_settings_break_nothing(tmp_path: Path, value: Any) -> None:
     make_config(tmp_path)

@@ -32,22 +32,31 @@ from pathlib import Path
 from launcher.base.errors import LauncherError
 from launcher.hub import fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.base.paths import RunPaths
-call = maybe_fetch_checkpoint if sys.argv[3:] else fetch_checkpoint
-try:
-    print(json.dumps({"path": str(call(sys.argv[1], RunPaths(Path(sys.argv[2]))))}))
-except LauncherError as error:
-    print(json.dumps({"error": type(error).__name__, "text": str(error), "exit_code": error.exit_code}))
+call = {"must": fetch_checkpoint, "may": maybe_fetch_checkpoint}[sys.argv[1]]
+for uri, target in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+    try:
+        print(json.dumps({"path": str(call(uri, RunPaths(Path(target))))}))
+    except LauncherError as error:
+        print(json.dumps({"error": type(error).__name__, "text": str(error), "exit_code": error.exit_code}))
 assert "torch" not in sys.modules
 """
 
 
 def fetch(uri: str, target: Path, env: dict[str, str], *, maybe: bool = False) -> dict[str, str]:
+    return _fetch([uri, str(target)], env, "may" if maybe else "must")[0]
+
+
+def fetch_all(uris: list[str], target: Path, env: dict[str, str]) -> list[dict[str, str]]:
+    """Each to a folder of its own (`target`-NUMBER), in one process."""
+    return _fetch([word for i, uri in enumerate(uris) for word in (uri, f"{target}-{i}")], env, "must")
+
+
+def _fetch(pairs: list[str], env: dict[str, str], how: str) -> list[dict[str, str]]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    command = [sys.executable, "-c", _FETCH, uri, str(target), *(["maybe"] if maybe else [])]
+    command = [sys.executable, "-c", _FETCH, how, *pairs]
     done = subprocess.run(command, capture_output=True, text=True, env={**inherited, **env}, timeout=60)
     assert done.returncode == 0, done.stderr
-    answer: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def assert_same(folder: Path, original: Path) -> None:
@@ -216,7 +225,7 @@ def test_download_goes_on_when_it_was_killed(hub: HubServer, env_of: dict[str, s
     hub.requests.clear()
     hub.fail("(GET|HEAD) .*/checkpoint-10/state/optimizer.safetensors", hang=20.0, times=None)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    command = [sys.executable, "-c", _FETCH, f"hf://{REPO}", str(fresh)]
+    command = [sys.executable, "-c", _FETCH, "must", f"hf://{REPO}", str(fresh)]
     with subprocess.Popen(command, env={**inherited, **env_of}) as fetching:
         missing = {*_files(run / "checkpoint-10", "checkpoint-10")} - {"checkpoint-10/state/optimizer.safetensors"}
 

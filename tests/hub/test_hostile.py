@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from launcher.base import manifest
+from launcher.hub.answers import EndpointError, check_answer, counted
 from launcher.hub.environment import is_xet_trusted
 from launcher.hub.items import checkpoint_item
-from launcher.hub.spool import Spool
 from tests.hub.helpers import (
     REPO,
     UploaderUnderTest,
@@ -29,40 +32,48 @@ from tests.hub.helpers import (
 )
 from tests.hub.server import HubServer
 from tests.hub.state import Blob, git_id
-from tests.hub.test_fetch import fetch
+from tests.hub.test_fetch import fetch, fetch_all
 
 INFO = rf"GET /api/models/{REPO}(/revision/[^/]+)?$"
 MODEL = "last-checkpoint/model.safetensors"
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """A repository with this checkpoint."""
+    inner = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {f"last-checkpoint/{name}": data for name, data in inner.items()}
+
+
 @pytest.fixture
-def pushed(hub: HubServer, env: dict[str, str], tmp_path: Path) -> Path:
+def pushed(hub: HubServer, tmp_path: Path) -> Path:
     """The run whose checkpoint is in REPO."""
-    run = tmp_path / "run"
-    spool = prepare_spool(run, make_config(run, hub_strategy="checkpoint"))
-    spool.add(checkpoint_item(10, make_checkpoint(run, 10)))
-    upload_all(spool, env)
-    return run
+    hub.add_repo(REPO, files_of(make_checkpoint(tmp_path / "run", 10)))
+    return tmp_path / "run"
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-@pytest.mark.parametrize(
-    "sha", ["../../../precious/x", "/tmp/x", "..", "", "a" * 39, "A" * 40, "g" * 40, "a" * 40 + "\n", 7, None, ["a"]]
-)
+SHAS: list[Any] = [
+    "../../../precious/x", "/tmp/x", "..", "", "a" * 39, "A" * 40, "g" * 40, "a" * 40 + "\n", 7, None, ["a"]
+]  # fmt: skip
+
+
 def test_nothing_is_deleted_when_the_commit_is_a_path(
-    hub: HubServer, env: dict[str, str], pushed: Path, tmp_path: Path, sha: Any
+    hub: HubServer, env: dict[str, str], pushed: Path, tmp_path: Path
 ) -> None:
     precious = tmp_path / "precious"
     make_checkpoint(precious, 1)
     before = tree(precious)
-    hub.fail(INFO, change=lambda answer: {**answer, "sha": sha}, times=None)
-    answer = fetch(f"hf://{REPO}", tmp_path / "fresh", env)
-    assert answer["error"] in ("HubError", "ResumeError") and "commit" in answer["text"]
+    for i, sha in enumerate(SHAS):
+        hub.add_repo(f"org/evil-{i}", files_of(pushed / "checkpoint-10"))
+        hub.fail(rf"GET /api/models/org/evil-{i}$", change=lambda answer, sha=sha: {**answer, "sha": sha}, times=None)
+    answers = fetch_all([f"hf://org/evil-{i}" for i in range(len(SHAS))], tmp_path / "fresh", env)
+    for answer in answers:
+        assert answer["error"] in ("HubError", "ResumeError") and "commit" in answer["text"]
     assert tree(precious) == before
-    assert not list(tmp_path.glob("fresh/**/*.safetensors"))
+    assert not list(tmp_path.glob("fresh*/**/*.safetensors"))
 
 
 @pytest.mark.parametrize("place", [".hub", ".hub/fetch"])
@@ -107,39 +118,37 @@ def test_hashes_in_headers_are_no_paths(
     assert not list(tmp_path.rglob("*escaped*"))
 
 
-def replace_manifest(hub: HubServer, change: Callable[[dict[str, Any]], Any]) -> None:
+def replace_manifest(hub: HubServer, branch: str, change: Callable[[dict[str, Any]], Any]) -> None:
     repo, name = hub.repos[REPO], f"last-checkpoint/{manifest.NAME}"
     raw = json.loads(hub.read(REPO, name))
     raw.pop("manifest_sha256")
     made = change(raw)
-    data = made if isinstance(made, bytes) else json.dumps(made if made is not None else raw).encode()
+    data = made if isinstance(made, bytes) else json.dumps(raw).encode()
     blob = Blob(hub.store.put(data), len(data), git_id(data), False)
-    repo.add_commit(repo.branches, "main", "evil", {**repo.files, name: blob}, repo.branches["main"])
+    repo.add_commit(repo.branches, branch, "evil", {**repo.files, name: blob}, repo.branches["main"])
 
 
 def first(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda raw: raw["files"][0].update(values)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        first(path="../../../../escaped"), first(path="/tmp/escaped"), first(path="a/../../escaped"), first(path=""),
-        first(path="."), first(path="a\nb"), first(path="\ud800"), first(path=manifest.NAME), first(bytes=-1),
-        first(bytes=2**62), first(bytes=1e300), first(sha256="../x"), first(sha256=None), first(chunk_sha256=7),
-        lambda raw: raw.update(step=-1), lambda raw: raw.update(step=10**30), lambda raw: raw.update(step="x"),
-        lambda raw: raw["files"].append(raw["files"][0]), lambda raw: raw.update(files=7), lambda _: b"[" * 100_000,
-        lambda _: b"\xff", lambda raw: json.dumps(raw).replace('"step": 10', '"step": Infinity').encode(),
-    ],
-    ids=range(22),
-)  # fmt: skip
-def test_odd_manifests_are_named(
-    hub: HubServer, env: dict[str, str], pushed: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
-) -> None:
-    replace_manifest(hub, change)
-    answer = fetch(f"hf://{REPO}", tmp_path / "fresh", env)
-    assert answer["error"] == "DamagedCheckpointError" and "last-checkpoint/" in answer["text"], answer
-    assert not list(tmp_path.rglob("*escaped*")) and not list((tmp_path / "fresh").glob("checkpoint-*"))
+CHANGES: list[Callable[[dict[str, Any]], Any]] = [
+    first(path="../../../../escaped"), first(path="/tmp/escaped"), first(path="a/../../escaped"), first(path=""),
+    first(path="."), first(path="a\nb"), first(path="\ud800"), first(path=manifest.NAME), first(bytes=-1),
+    first(bytes=2**62), first(bytes=1e300), first(sha256="../x"), first(sha256=None), first(chunk_sha256=7),
+    lambda raw: raw.update(step=-1), lambda raw: raw.update(step=10**30), lambda raw: raw.update(step="x"),
+    lambda raw: raw["files"].append(raw["files"][0]), lambda raw: raw.update(files=7), lambda _: b"[" * 100_000,
+    lambda _: b"\xff", lambda raw: json.dumps(raw).replace('"step": 10', '"step": Infinity').encode(),
+]  # fmt: skip
+
+
+def test_odd_manifests_are_named(hub: HubServer, env: dict[str, str], pushed: Path, tmp_path: Path) -> None:
+    for i, change in enumerate(CHANGES):
+        replace_manifest(hub, f"evil-{i}", change)
+    answers = fetch_all([f"hf://{REPO}@evil-{i}" for i in range(len(CHANGES))], tmp_path / "fresh", env)
+    for i, answer in enumerate(answers):
+        assert answer["error"] == "DamagedCheckpointError" and "last-checkpoint/" in answer["text"], (i, answer)
+    assert not list(tmp_path.rglob("*escaped*")) and not list(tmp_path.glob("fresh*/checkpoint-*"))
 
 
 def test_nothing_is_downloaded_when_the_sizes_do_not_hold(
@@ -231,6 +240,31 @@ except LauncherError as error:
 """
 
 
+def test_other_libraries_get_their_client_back(hub: HubServer, env: dict[str, str]) -> None:
+    """They may download what we know no size of."""
+    hub.add_repo("org/base", {"config.json": b"{}", "model.safetensors": b"abc"})
+    code = f"{_DOWNLOAD}\nfrom huggingface_hub import get_session\nassert not get_session().event_hooks['response']"
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    done = subprocess.run([sys.executable, "-c", code, "org/base"], capture_output=True, text=True, timeout=60,
+                          env={**inherited, **env})  # fmt: skip
+    assert done.returncode == 0 and "snapshots" in done.stdout, done.stderr
+
+
+def test_list_without_end_is_cut() -> None:
+    with pytest.raises(EndpointError, match="lists more than"):
+        deque(counted(itertools.count()), maxlen=0)
+
+
+def test_hash_of_an_answer_that_is_no_file_may_be_anything() -> None:
+    """The Hub's own lists carry ETags with slashes."""
+    request = SimpleNamespace(method="HEAD", url=SimpleNamespace(path="/api/models/org/name"))
+    check_answer(SimpleNamespace(headers={"ETag": 'W/"1a-b/c+d="'}, request=request))
+    request.url.path = "/org/name/resolve/main/x"
+    with pytest.raises(EndpointError):
+        check_answer(SimpleNamespace(headers={"ETag": 'W/"1a-b/c+d="'}, request=request))
+    check_answer(SimpleNamespace(headers={"ETag": 'W/"1a-b/c"', "X-Linked-Etag": '"abc"'}, request=request))
+
+
 @pytest.mark.parametrize("kind", ["sha", "etag", "endless"])
 def test_models_are_not_stored_where_the_endpoint_says(
     hub: HubServer, env: dict[str, str], tmp_path: Path, kind: str
@@ -256,7 +290,7 @@ def test_readme_without_bound_is_not_read(hub: HubServer, env: dict[str, str], p
     data = b"x" * (2**21)
     blob = Blob(hub.store.put(data), len(data), git_id(data), False)
     repo.add_commit(repo.branches, "main", "edit", {**repo.files, "README.md": blob}, repo.branches["main"])
-    spool = Spool(pushed / ".hub")
+    spool = prepare_spool(pushed, make_config(pushed, hub_strategy="checkpoint"))
     spool.add(checkpoint_item(20, make_checkpoint(pushed, 20)))
     upload_all(spool, env)
     assert repo.history()[0].title == "Push checkpoint-20" and repo.files["README.md"].size == len(data)

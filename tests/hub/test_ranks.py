@@ -36,7 +36,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     ("num_processes", "strategy"),
     [
         pytest.param(1, "single", marks=pytest.mark.slow),
-        (2, "zero2"),
+        pytest.param(2, "zero2", marks=pytest.mark.slow),
         pytest.param(3, "ddp", marks=pytest.mark.slow),
         (4, "ddp"),
     ],

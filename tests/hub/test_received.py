@@ -17,6 +17,7 @@ import yaml
 from launcher.base import manifest
 from launcher.base.errors import LauncherError, UnsafeFileError, UserError
 from launcher.base.paths import RunPaths
+from launcher.cli import push
 from launcher.hub import pending_uploads, pushed_checkpoints
 from launcher.hub.items import Item, checkpoint_item
 from launcher.hub.push import plan_push
@@ -264,6 +265,16 @@ def test_nothing_hangs_or_breaks_when_a_file_of_the_spool_is_odd(run: Path, name
     assert spool.read_ledger() == {"passed_over": [], "dropped": []}
     assert spool.read_status()["state"] == "" and spool.held_bytes() >= 0
     assert name == "settings.json" or spool.read_settings().strategy == "checkpoint"
+
+
+@pytest.mark.parametrize("name", ["uploader.lock", "events.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_odd_files_of_the_spool_are_named_when_pushing(run: Path, env: dict[str, str], name: str, kind: str) -> None:
+    path = run / ".hub" / name
+    path.unlink(missing_ok=True)
+    {"pipe": os.mkfifo, "link": lambda p: p.symlink_to("/etc/hostname"), "folder": Path.mkdir}[kind](path)  # type: ignore[operator]
+    with pytest.raises(UserError, match=name):
+        push.main([str(run)])
 
 
 def test_names_that_are_no_items_are_left_alone(run: Path) -> None:
