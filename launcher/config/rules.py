@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.base.paths import checkpoint_step
 from launcher.base.secrets import is_secret, refusal
 from launcher.config import sbatch
 from launcher.config.optimizers import optimizer_problems
@@ -338,6 +339,25 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
             "output_dir is empty (an unset variable of the shell?): the run would be strewn over this folder. "
             f"Set output_dir=outputs/{config.run_name or 'run'}"
         )
+        return
+    own = Path(config.output_dir).expanduser().resolve()
+    cure = f"Set another output_dir=outputs/{config.run_name or 'run'}"
+    for key in ("model_name_or_path", "adapter_name_or_path"):
+        name = getattr(config.model, key, None)
+        if not name or not is_local_path(name):
+            continue
+        folder = Path(name).expanduser().resolve()
+        if folder == own or (own.exists() and folder.exists() and own.samefile(folder)):
+            yield f"output_dir={config.output_dir} is the folder of model.{key}, which the run would overwrite. {cure}"
+        elif folder.parent == own and checkpoint_step(folder) is not None:
+            yield (
+                f"model.{key}={name} is a checkpoint of output_dir={config.output_dir}: this run would go on from it "
+                f"or delete it. To go on from it: checkpoint.resume_from_checkpoint={name}. To start from its weights: "
+                f"another output_dir=outputs/{config.run_name or 'run'}"
+            )
+    for folder in (own, *own.parents):
+        if checkpoint_step(folder) is not None and (folder / "config.json").is_file():
+            yield f"output_dir={config.output_dir} lies in the checkpoint {folder}, which may be deleted. {cure}"
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (

@@ -455,3 +455,27 @@ def test_every_setting_is_explained() -> None:
                 assert f.metadata["doc"]
 
     walk(RunConfig)
+
+
+@pytest.mark.parametrize("how", ["same", "relative", "link", "linked model", "trailing"])
+def test_output_dir_is_refused_when_it_is_the_models_own_folder(tmp_path: Path, rows: str, how: str) -> None:
+    write(tmp_path / "base/config.json", "{}")
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    model, output_dir = {
+        "same": (tmp_path / "base", tmp_path / "base"), "relative": (tmp_path / "base", "base"),
+        "link": (tmp_path / "base", "link"), "linked model": (tmp_path / "link", "base"),
+        "trailing": ("./base", f"{tmp_path}/other/../base/"),
+    }[how]  # fmt: skip
+    found = problem(f"data.train_files=[{rows}]", "model=pretrained", f"model.model_name_or_path={model}",
+                    f"output_dir={output_dir}")  # fmt: skip
+    assert "which the run would overwrite" in found and "output_dir=outputs/" in found
+
+
+def test_output_dir_is_refused_when_it_and_a_checkpoint_hold_each_other(tmp_path: Path, rows: str) -> None:
+    write(tmp_path / "run/checkpoint-10/config.json", "{}")
+    common = (f"data.train_files=[{rows}]", "model=pretrained")
+    own = f"model.model_name_or_path={tmp_path}/run/checkpoint-10"
+    assert "is a checkpoint of output_dir" in problem(*common, own, "output_dir=run")
+    assert "lies in the checkpoint" in problem(*common, own, "output_dir=run/checkpoint-10/more")
+    compose((*common, own, "output_dir=run/finetuned"))
+    compose((*common, own, "output_dir=other", "checkpoint.resume_from_checkpoint=run/checkpoint-10"))
