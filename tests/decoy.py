@@ -18,17 +18,29 @@ class Decoy:
         for name in self.NAMES:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text("precious")
-        self._reset()
+        self._expected = self._reset()
 
-    def _reset(self) -> None:
+    def _reset(self) -> dict[str, tuple[int, ...]]:
         for path in self.root.rglob("*"):
             os.utime(path, ns=_LONG_AGO)
+        return self._seen()
+
+    def _seen(self) -> dict[str, tuple[int, ...]]:
+        """Times of access, of change and of the names of each file; folders that were listed do not count."""
+        found, pending = {}, [str(self.root)]
+        while pending:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        stat = entry.stat(follow_symlinks=False)
+                        found[entry.path] = (stat.st_atime_ns, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_nlink)
+        return found
 
     def disturbed(self) -> list[str]:
-        """Files that were read, changed, made or deleted; folders that were listed do not count."""
-        found = sorted(p for p in self.root.rglob("*") if not p.is_dir())
-        read = [str(p) for p in found if p.lstat().st_atime_ns != _LONG_AGO[0]]
-        names = sorted(str(p.relative_to(self.root)) for p in found)
-        changed = [n for n in self.NAMES if not (self.root / n).is_file() or (self.root / n).read_text() != "precious"]
-        self._reset()
-        return read + changed + sorted(set(names) ^ set(self.NAMES))
+        seen = self._seen()
+        changed = sorted(p for p in {*seen, *self._expected} if seen.get(p) != self._expected.get(p))
+        if changed:
+            self._expected = self._reset()
+        return changed

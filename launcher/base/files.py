@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 on_operation: Callable[[str, Path], None] | None = None
 
 MAX_JSON_BYTES = 64 * 2**20
+MAX_HISTORY_BYTES = 512 * 2**20
+"""Of a trainer_state.json: the history of a long run is a few hundred bytes for every logged step."""
 MAX_JSON_DEPTH = 100
 _MAX_LINE_BYTES = 16 * 2**20
 _MAX_TREE_DEPTH = 64
@@ -232,10 +234,10 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, *, within: Path | Non
     return parse_json(read_bytes(path, max_bytes, within=within))
 
 
-def read_json_or(path: Path, default: Any, *, within: Path | None = None) -> Any:
+def read_json_or(path: Path, default: Any, max_bytes: int = MAX_JSON_BYTES, *, within: Path | None = None) -> Any:
     """The content of a JSON file, or `default` where it is missing, broken, or of another type than `default`."""
     try:
-        value = read_json(path, within=within)
+        value = read_json(path, max_bytes, within=within)
     except (OSError, ValueError):
         return default
     return value if default is None or isinstance(value, type(default)) else default

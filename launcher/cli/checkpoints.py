@@ -28,7 +28,7 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
         except DamagedCheckpointError as error:
             rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {error}"})
             continue
-        trainer = files.read_json_or(CheckpointPaths(folder).trainer_state, {})
+        trainer = files.read_json_or(CheckpointPaths(folder).trainer_state, {}, files.MAX_HISTORY_BYTES)
         history = trainer.get("log_history")
         metrics = {
             k: v for line in (history if isinstance(history, list) else [])

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from launcher.base.errors import DamagedCheckpointError, ResumeError
+from launcher.base.errors import DamagedCheckpointError, LauncherError, ResumeError
 from launcher.checkpoint.layout import iter_safetensors
 from launcher.checkpoint.load import TensorFiles
 from launcher.saving.interop.pickles import load_pickle
 from launcher.saving.interop.skeleton import trained
 from launcher.saving.interop.streams import Source, from_file, from_memory
+
+
+@contextlib.contextmanager
+def named_errors(folder: Path) -> Iterator[None]:
+    """Whatever content of a received folder makes this code, torch or transformers stumble, it is that folder's fault.
+
+    Raises:
+        DamagedCheckpointError: instead of what nobody could name beforehand. Errors of ours and of the disk pass.
+    """
+    try:
+        yield
+    except (LauncherError, OSError):
+        raise
+    except Exception as error:
+        raise DamagedCheckpointError(f"{folder} holds values that do not fit together: {error!r:.500}") from error
 
 
 @dataclass

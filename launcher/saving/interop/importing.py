@@ -30,7 +30,7 @@ from launcher.checkpoint.snapshot import OPTIMIZER_STEM
 from launcher.checkpoint.writer import Writer
 from launcher.config.settings import RunConfig
 from launcher.model.build import stored_name, weights_stem
-from launcher.saving.interop.foreign import Foreign, read_replicated
+from launcher.saving.interop.foreign import Foreign, named_errors, read_replicated
 from launcher.saving.interop.pickles import load_pickle
 from launcher.saving.interop.skeleton import build_skeleton, is_adapter, our_groups, trained, trainer_groups
 from launcher.saving.interop.streams import write_sources
@@ -70,13 +70,17 @@ def import_checkpoint(source: Path, config: RunConfig, paths: RunPaths) -> Path:
         target = paths.imported_dir / target.name
         if _is_import_of(target, source):
             return target
-    foreign, model = _read(source, config)
     temporary = paths.temporary_dir(step)
+    with named_errors(source):
+        foreign, model = _read(source, config)
+        run_state = _run_state(source, state, foreign, config, model)
+        text = to_text(run_state)
     try:
         files.remove_tree(temporary)
         paths.root.mkdir(parents=True, exist_ok=True)
         files.make_dirs(temporary / "state", within=paths.root)
-        _write(temporary, source, foreign, _run_state(source, state, foreign, config, model), config)
+        with named_errors(source):
+            _write(temporary, source, foreign, text, config)
         files.make_dirs(target.parent, within=paths.root)
         files.remove_tree(target, within=paths.root)  # an earlier import that was damaged
         Writer(memoryview(b"")).commit(
@@ -112,9 +116,10 @@ def _is_import_of(folder: Path, source: Path) -> bool:
 
 def _trainer_state(source: Path) -> dict[str, Any]:
     path = CheckpointPaths(source).trainer_state
-    state = files.read_json_or(path, None)
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        raise DamagedCheckpointError(f"{path} is not a Trainer's state: it has no global_step")
+    state: dict[str, Any] = files.read_json_or(path, {}, files.MAX_HISTORY_BYTES)
+    step = state.get("global_step")
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise DamagedCheckpointError(f"{path} is not a Trainer's state: its global_step is {step!r:.100}")
     step = checkpoint_step(source)
     if step is not None and step != state["global_step"]:
         raise DamagedCheckpointError(f"{path} is of step {state['global_step']}, its folder is {source.name}")
@@ -150,18 +155,18 @@ def _read(source: Path, config: RunConfig) -> tuple[Foreign, nn.Module]:
     return read_replicated(source, model, [trainer_groups(model), our_groups(config, model)[0]], named), model
 
 
-def _write(folder: Path, source: Path, foreign: Foreign, run_state: dict[str, Any], config: RunConfig) -> None:
+def _write(folder: Path, source: Path, foreign: Foreign, run_state: str, config: RunConfig) -> None:
     write_sources(folder, weights_stem(config), foreign.weights)
     write_sources(folder, OPTIMIZER_STEM, foreign.states)
     for path in sorted(source.iterdir()):
         is_ours = path.name in _OWN or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in _COPIED and not is_ours:
-            files.write_file(folder / path.name, path.read_bytes())
+            files.copy_file(path, folder / path.name)
     trainer_state = _trainer_state(source)
     best = trainer_state.get("best_model_checkpoint")
     trainer_state["best_model_checkpoint"] = Path(best).name if isinstance(best, str) else None  # no path of a machine
     files.write_file(folder / "trainer_state.json", to_text(trainer_state).encode())
-    files.write_file(CheckpointPaths(folder).run_state, to_text(run_state).encode())
+    files.write_file(CheckpointPaths(folder).run_state, run_state.encode())
 
 
 def _run_state(

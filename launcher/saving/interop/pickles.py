@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from launcher.base import files
 from launcher.base.errors import DamagedCheckpointError, ResumeError
 
 
@@ -31,27 +36,82 @@ _ALLOWED: list[Any] = [
 ]
 
 
+_MAX_SHARED = 4
+"""How often the bytes of a file may be tensors, on average: tied weights are several tensors in the same bytes."""
+
+
 def load_pickle(path: Path) -> Any:
     """The content of a torch.save file; its tensors stay on disk (memory-mapped) until they are read.
 
+    None of them is larger than what lies in the file for it: views with stride 0 and compressed entries, by which a few
+    bytes would become terabytes when they are written out, are refused.
+
     Raises:
-        ResumeError: it names something outside the allow list. DamagedCheckpointError: it cannot be read.
+        ResumeError: it names something outside the allow list. DamagedCheckpointError: it cannot be read, or its
+        tensors are larger than the file.
     """
-    with torch.serialization.safe_globals(_ALLOWED):
+    size = _check_archive(path)
+    with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings(action="ignore"):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise ResumeError(
                 f"{path} is refused, nothing in it was executed: it names {_refused(path)}. Only tensors, plain values "
                 "and DeepSpeed's records of its partitions are read. Save it again without objects of your own in it"
             ) from error
-        except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
-            raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+        except Exception as error:  # whatever bytes that nobody meant to write make of torch's reader
+            raise DamagedCheckpointError(f"{path} cannot be read: {error!r:.500}") from error
+    total = 0
+    for tensor in _tensors(value):
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise DamagedCheckpointError(f"{path} holds a tensor that is not dense, which no training state has")
+        num_bytes = tensor.numel() * tensor.element_size()
+        total += num_bytes
+        if num_bytes > tensor.untyped_storage().nbytes() or total > _MAX_SHARED * size:
+            raise DamagedCheckpointError(
+                f"{path} claims a tensor of shape {list(tensor.shape)} and {num_bytes:,} bytes that are not in the file"
+            )
+    return value
+
+
+def _check_archive(path: Path) -> int:
+    """The bytes of a torch.save file, whose entries are stored as they are, one behind the other."""
+    try:
+        with files.open_read(path) as file, zipfile.ZipFile(file) as archive:
+            size = os.fstat(file.fileno()).st_size
+            entries = archive.infolist()
+    except Exception as error:  # zipfile's own errors, and those of struct and of text in odd encodings
+        raise DamagedCheckpointError(
+            f"{path} cannot be read, it is no whole file of torch.save: {error!r:.500}"
+        ) from error
+    squeezed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size]
+    if squeezed or sum(entry.file_size for entry in entries) > size:
+        what = f"{squeezed[0]} is compressed" if squeezed else "its entries overlap"
+        raise DamagedCheckpointError(f"{path} was not written by torch.save: {what}")
+    return size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside plain containers, each once."""
+    pending, seen = [value], set[int]()
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            pending += item
+        elif isinstance(item, (Fragment, LossScaler)):
+            pending += vars(item).values()
 
 
 def _refused(path: Path) -> str:
     """What a pickle names outside the allow list; found by reading it as data."""
     names: list[str] = []
-    with contextlib.suppress(ValueError, RuntimeError, pickle.UnpicklingError):
+    with contextlib.suppress(Exception):  # it is damaged too: then there is no name to give
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return ", ".join(sorted(names)) or "something else than plain data"

@@ -11,6 +11,7 @@ from launcher.checkpoint.layout import iter_safetensors
 from launcher.checkpoint.load import MASTER, TORCH_DTYPES, TensorFiles
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM
 from launcher.model.build import adapter_key
+from launcher.saving.interop.foreign import named_errors
 from launcher.saving.interop.streams import Source, from_file, write_sources
 from launcher.saving.interop.target import Exported, choose, copy_files, new_folder
 
@@ -28,7 +29,7 @@ def export_safetensors(checkpoint: Path, target: Path, *, dtype: str | None, max
         UserError, DamagedCheckpointError: see `choose` and `new_folder`.
     """
     source = choose(checkpoint, newest=False)
-    with new_folder(target) as folder:
+    with new_folder(target) as folder, named_errors(source.folder):
         weights = model_sources(source, getattr(torch, dtype) if dtype else None)
         layouts = write_sources(folder, source.stem, weights, max_shard_bytes=max_shard_bytes)
         stored = {str(TORCH_DTYPES[s.spec.dtype]).removeprefix("torch.") for s in weights if _is_float(s)}

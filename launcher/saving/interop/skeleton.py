@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +10,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from launcher.base import files
 from launcher.base.errors import ResumeError
 from launcher.config.settings import RunConfig
 from launcher.model._transformers import no_zero_init
+
+_MIN_MODULE_BYTES = 64
 
 
 def is_adapter(folder: Path) -> bool:
@@ -39,6 +43,8 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False, base: str |
             adapter.inference_mode = False
             source = base or adapter.base_model_name_or_path or ""
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if source == str(folder):
+            _refuse_giant(config.to_dict(), folder)
         with no_zero_init(), torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             model.tie_weights()
@@ -46,9 +52,28 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False, base: str |
                 # peft reads an attribute that transformers 5 deprecates.
                 with warnings.catch_warnings(action="ignore", category=FutureWarning):
                     model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ResumeError(f"the model of {folder} cannot be built from the config.json of {source}: {error}") from error
+    except Exception as error:  # whatever values that nobody meant to write make of transformers
+        raise ResumeError(
+            f"the model of {folder} cannot be built from the config.json of {source}: {error!r:.1000}"
+        ) from error
     return cast(nn.Module, model)
+
+
+def _refuse_giant(config: dict[str, Any], folder: Path) -> None:
+    """A mistyped or hostile number of layers would keep us building modules for days.
+
+    Raises:
+        ValueError: more modules than the files beside it have bytes for.
+    """
+    counts = {"layer": 1, "expert": 1}
+    for values in (config, *(v for v in config.values() if isinstance(v, dict))):
+        for key, value in values.items():
+            for kind in counts:
+                if kind in str(key) and type(value) is int:
+                    counts[kind] = max(counts[kind], value)
+    stored = sum((folder / name).lstat().st_size for name in files.list_files(folder))
+    if math.prod(counts.values()) > max(1000, stored // _MIN_MODULE_BYTES):
+        raise ValueError(f"{counts['layer']} layers with {counts['expert']} experts do not fit into {stored:,} bytes")
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher.base import files, manifest
 from launcher.base.errors import CheckpointWriteError, DamagedCheckpointError, UserError
+from launcher.base.inner_files import inner_file
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.checkpoint.engine import to_text
 
@@ -39,20 +40,24 @@ def choose(path: Path, *, newest: bool) -> Exported:
             that saved none is its final model.
 
     Raises:
-        UserError: there is nothing of ours. DamagedCheckpointError: it is not whole.
+        UserError: there is nothing of ours, or a file of the model is a link. DamagedCheckpointError: it is not whole.
     """
     if not path.is_dir():
         raise UserError(f"{path} is no folder. Give a checkpoint-N folder, or the output_dir of a run")
     folder = path if (path / manifest.NAME).is_file() else _of_run(RunPaths(path), newest=newest)
     if folder is None:
         if (path / "run.json").is_file() and (path / "config.json").is_file():
-            return Exported(path, tuple(_model_files(path)), is_resumable=False)
+            names = tuple(_model_files(path))
+            for name in (*names, *(p.name for p in path.glob("*.safetensors"))):
+                inner_file(path, name)
+            return Exported(path, names, is_resumable=False)
         raise UserError(f"{path} holds no manifest.json and no checkpoint-N folder of ours. Give a checkpoint or a run")
     if problems := manifest.verify(folder):
         raise DamagedCheckpointError(f"{folder} is damaged: " + "; ".join(problems))
-    names = [f.path for f in manifest.read(folder).files]
-    copied = [n for n in names if not n.startswith("state/") and n not in _NOT_MODEL and ".safetensors" not in n]
-    return Exported(folder, tuple(copied), CheckpointPaths(folder).run_state.is_file())
+    entries = manifest.read(folder).files
+    copied = [entry.path for entry in entries if entry.role in ("model", "card")]
+    state_path = CheckpointPaths(Path()).run_state.as_posix()
+    return Exported(folder, tuple(copied), any(entry.path == state_path for entry in entries))
 
 
 def _of_run(paths: RunPaths, *, newest: bool) -> Path | None:
@@ -60,7 +65,7 @@ def _of_run(paths: RunPaths, *, newest: bool) -> Path | None:
     if not ours:
         return None
     last = ours[max(ours)]
-    best = files.read_json_or(CheckpointPaths(last).trainer_state, {}).get("best_global_step")
+    best = files.read_json_or(CheckpointPaths(last).trainer_state, {}, files.MAX_HISTORY_BYTES).get("best_global_step")
     return last if newest else ours.get(best, last)
 
 
@@ -81,7 +86,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         UserError: the target is in use or its place cannot be written. CheckpointWriteError: no room.
     """
     target = target.expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if files.is_taken(target) and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder. Give another DIR, or remove it first")
     temporary = target.with_name(f".tmp-export-{target.name}-{os.getpid()}")
     try:
@@ -103,11 +108,11 @@ def new_folder(target: Path) -> Iterator[Path]:
 def copy_files(source: Exported, folder: Path, *, dtype: str | None) -> None:
     """Copies config, tokenizer and so on; config.json says the dtype of the weights beside it."""
     for name in source.copied:
-        data = (source.folder / name).read_bytes()
+        files.make_dirs((folder / name).parent, within=folder)
         if name == "config.json" and dtype is not None:
-            config = files.read_json(source.folder / name)
+            config = files.read_json(source.folder / name, within=source.folder)
             config["dtype"] = dtype
             config.pop("torch_dtype", None)  # its name before transformers 5
-            data = to_text(config).encode()
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        files.write_file(folder / name, data)
+            files.write_file(folder / name, to_text(config).encode())
+        else:
+            files.copy_file(source.folder / name, folder / name)

@@ -23,11 +23,15 @@ from launcher.base.paths import CheckpointPaths
 from launcher.checkpoint.engine import to_text
 from launcher.checkpoint.layout import Place, iter_safetensors
 from launcher.checkpoint.load import MASTER, TORCH_DTYPES, TensorFiles
+from launcher.checkpoint.resume import read_state
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM
+from launcher.saving.interop.foreign import named_errors
 from launcher.saving.interop.serving import model_sources
 from launcher.saving.interop.skeleton import build_skeleton, trainer_groups
 from launcher.saving.interop.streams import write_sources
 from launcher.saving.interop.target import choose, copy_files, new_folder
+
+_KNOWN_OPTIMIZERS = ("torch.optim.", "transformers.", "deepspeed.", "bitsandbytes.")
 
 
 def export_trainer(
@@ -51,19 +55,22 @@ def export_trainer(
             f"launcher export {checkpoint} {target} --format safetensors"
         )
     paths = CheckpointPaths(source.folder)
-    state = files.read_json(paths.run_state)
-    groups = trainer_groups(build_skeleton(source.folder, trust_remote_code=trust_remote_code))
-    with new_folder(target) as folder:
-        weights = model_sources(source, getattr(torch, dtype or "float32"))
-        write_sources(folder, source.stem, weights, max_shard_bytes=max_shard_bytes)
-        copy_files(source, folder, dtype=dtype or "float32")
-        _save(_optimizer(source.folder, state["optimizer"], groups), folder / "optimizer.pt")
-        _save(_scheduler(state["scheduler"], len(groups)), folder / "scheduler.pt")
-        if state["scaler"] and "scale" in state["scaler"]:  # DeepSpeed's own scaler has other fields
-            _save(state["scaler"], folder / "scaler.pt")
-        _write_rng(paths, folder)
-        trainer_state = _trainer_state(files.read_json(paths.trainer_state), source.folder.parent)
-        files.write_file(folder / "trainer_state.json", to_text(trainer_state).encode())
+    with named_errors(source.folder):
+        state = read_state(source.folder)
+        groups = trainer_groups(build_skeleton(source.folder, trust_remote_code=trust_remote_code))
+        with new_folder(target) as folder:
+            weights = model_sources(source, getattr(torch, dtype or "float32"))
+            write_sources(folder, source.stem, weights, max_shard_bytes=max_shard_bytes)
+            copy_files(source, folder, dtype=dtype or "float32")
+            _save(_optimizer(source.folder, state["optimizer"], groups, trust_remote_code), folder / "optimizer.pt")
+            _save(_scheduler(state["scheduler"], len(groups)), folder / "scheduler.pt")
+            if state["scaler"] and "scale" in state["scaler"]:  # DeepSpeed's own scaler has other fields
+                _save(state["scaler"], folder / "scaler.pt")
+            _write_rng(paths, folder)
+            trainer_state = _trainer_state(
+                files.read_json(paths.trainer_state, files.MAX_HISTORY_BYTES), source.folder.parent
+            )
+            files.write_file(folder / "trainer_state.json", to_text(trainer_state).encode())
     return f"exported {source.folder} (step {state['step']}) to {target}: Trainer(...).train(resume_from_checkpoint=…)"
 
 
@@ -73,7 +80,7 @@ def _save(value: Any, path: Path) -> None:
         files.fsync_file(file.fileno(), path)
 
 
-def _optimizer(folder: Path, saved: dict[str, Any], groups: list[list[str]]) -> dict[str, Any]:
+def _optimizer(folder: Path, saved: dict[str, Any], groups: list[list[str]], trust_remote_code: bool) -> dict[str, Any]:
     """The state_dict of a torch optimizer over the Trainer's parameter groups; its tensors stay on disk until written.
 
     Raises:
@@ -95,7 +102,7 @@ def _optimizer(folder: Path, saved: dict[str, Any], groups: list[list[str]]) -> 
         slot, _, name = key.partition(".")
         if slot != MASTER:
             state[number[name]][slot] = _mapped(place)
-    defaults = _defaults(saved["name"])
+    defaults = _defaults(saved["name"], trust_remote_code)
     param_groups, start = [], 0
     for group in groups:
         like = entries[group[0]] if group else _without_decay(saved["groups"])
@@ -110,15 +117,23 @@ def _without_decay(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return min(entries, key=lambda entry: float(entry["settings"].get("weight_decay", 0.0)))
 
 
-def _defaults(name: str) -> dict[str, Any]:
+def _defaults(name: str, trust_remote_code: bool) -> dict[str, Any]:
     """All settings of a parameter group of an optimizer class, so that what JSON cannot hold (None) is there too.
 
     Raises:
-        ResumeError: the class cannot be imported.
+        ResumeError: the class cannot be imported, or is one of somebody's own: a checkpoint may come from elsewhere,
+            and importing what it names would run it.
     """
+    if not name.startswith(_KNOWN_OPTIMIZERS) and not trust_remote_code:
+        raise ResumeError(
+            f"the optimizer {name} of this checkpoint is of none of {', '.join(_KNOWN_OPTIMIZERS)}. If you trust the "
+            "checkpoint, add --trust-remote-code"
+        )
     module, _, attribute = name.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), attribute)
+        if not issubclass(cls, torch.optim.Optimizer):
+            raise TypeError("it is no torch.optim.Optimizer")
         return dict(cls([nn.Parameter(torch.zeros(1))], lr=0.0).defaults)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ResumeError(f"the optimizer {name} of this checkpoint cannot be made here: {error}") from error

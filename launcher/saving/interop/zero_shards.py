@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.base import files
 from launcher.base.errors import DamagedCheckpointError, ResumeError
 from launcher.checkpoint.layout import TensorSpec
 from launcher.checkpoint.snapshot import SAFETENSORS_NAMES
@@ -24,6 +25,7 @@ from launcher.saving.interop.streams import Source, from_memory
 
 _SHARD = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 _MASTER = "fp32"
+_PARTITIONS = "single_partition_of_fp32_groups"
 _CHECKED = 4096
 """Elements of each part of a parameter that are compared."""
 
@@ -56,7 +58,7 @@ def shards_dir(folder: Path) -> Path | None:
     """
     found = [p for p in folder.glob("global_step*") if p.is_dir() and re.fullmatch(r"global_step\d+", p.name)]
     latest = folder / "latest"
-    named = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+    named = files.read_text(latest).strip() if latest.is_file() else None
     chosen = [p for p in found if named is None or p.name == named]
     if found and len(chosen) != 1:
         raise DamagedCheckpointError(f"{folder}: its file latest names {named}, its folders are {sorted(found)}")
@@ -116,7 +118,7 @@ class _Shards:
         self.stage = int(self.optim[0].get("zero_stage", 1))
         counts = self.optim[0]["partition_count"]
         count = max(counts) if isinstance(counts, list) else int(counts)
-        if [rank for rank, _, _ in found] != list(range(count)):
+        if count != len(found) or [rank for rank, _, _ in found] != list(range(count)):
             raise DamagedCheckpointError(
                 f"{folder} was written by {count} processes, but the shards of {len(found)} are there"
             )
@@ -130,14 +132,26 @@ class _Shards:
     def params(self) -> list[_Param]:
         """Every trained parameter and where its elements are."""
         shapes = [{n: tuple(s) for n, s in group.items()} for group in self.model[0]["param_shapes"]]
+        if any(type(n) is not int or n < 0 for group in shapes for shape in group.values() for n in shape):
+            raise DamagedCheckpointError(f"{self.folder}: a parameter has no shape")
+        claimed = sum(math.prod(shape) for group in shapes for shape in group.values())
+        there = sum(flat.numel() for rank in range(self.world_size) for flat in self._masters(rank))
+        if claimed > there:
+            raise DamagedCheckpointError(f"{self.folder}: {claimed} elements are claimed, {there} are stored")
         return list(self._params3(shapes) if self.stage == 3 else self._params12(shapes))
+
+    def _masters(self, rank: int) -> list[Tensor]:
+        flats: list[Tensor] = self.optim[rank]["fp32_flat_groups" if self.stage == 3 else _PARTITIONS]
+        return flats
 
     def _params12(self, shapes: list[dict[str, tuple[int, ...]]]) -> Iterator[_Param]:
         # `param_slice_mappings` would say where each parameter is, but is wrong under round_robin_gradients (DeepSpeed
         # 0.19.8 fills it from the order before the shuffle). param_shapes has the order of the flat buffer.
         first = self.optim[0]
         for i, group in enumerate(shapes):
-            size = first["single_partition_of_fp32_groups"][i].numel() + first["group_paddings"][i]
+            size = first[_PARTITIONS][i].numel() + first["group_paddings"][i]
+            if size * self.world_size < sum(math.prod(shape) for shape in group.values()):
+                raise DamagedCheckpointError(f"{self.folder}: its group {i} has more elements than its processes hold")
             paddings = first["param_alignment_paddings"][i] if "param_alignment_paddings" in first else [0] * len(group)
             offset = 0
             for (name, shape), padding in zip(group.items(), paddings, strict=True):
@@ -193,8 +207,7 @@ class _Shards:
     def _flats(self, rank: int, slot: str, group: int) -> list[Tensor]:
         """The flat tensors of a process in which the offsets of a group's parameters count."""
         if slot == _MASTER:
-            key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-            flats: list[Tensor] = self.optim[rank][key]
+            flats = self._masters(rank)
             return flats if self.stage == 3 else [flats[group]]
         indices = self._indices(None if self.stage == 3 else group)
         return [self.base[rank]["state"][i][slot] for i in indices]
