@@ -11,6 +11,7 @@ from typing import Any
 from launcher.base import files, manifest
 from launcher.base.errors import DamagedCheckpointError, UserError
 from launcher.base.paths import CheckpointPaths, RunPaths
+from launcher.base.text import printable
 
 
 def list_checkpoints(root: Path) -> list[dict[str, Any]]:
@@ -26,12 +27,12 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
             rows.append({"checkpoint": folder.name, "step": step, "state": "foreign (no manifest.json)"})
             continue
         except DamagedCheckpointError as error:
-            rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {error}"})
+            rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {printable(error)}"})
             continue
         trainer = files.read_json_or(CheckpointPaths(folder).trainer_state, {}, files.MAX_HISTORY_BYTES)
         history = trainer.get("log_history")
         metrics = {
-            k: v for line in (history if isinstance(history, list) else [])
+            printable(k): v for line in (history if isinstance(history, list) else [])
             if isinstance(line, dict) and line.get("step") == step for k, v in line.items()
             if k == "loss" or (k.startswith("eval_") and k != "eval_runtime_s")
         }  # fmt: skip
@@ -39,7 +40,7 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
             {
                 "checkpoint": folder.name,
                 "step": step,
-                "epoch": trainer.get("epoch"),
+                "epoch": _number(trainer.get("epoch")),
                 "metrics": metrics,
                 "bytes": found.total_bytes,
                 "world_size": found.world_size,
@@ -60,6 +61,12 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
     for row in whole:
         del row["best_step"]
     return rows
+
+
+def _number(value: Any) -> float | None:
+    """A number that can be shown; files of another tool may hold anything."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 2**53
+    return value if is_number else None
 
 
 def main(argv: list[str]) -> int:
@@ -94,14 +101,14 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         if row["state"] != "whole":
             table.add_row(row["checkpoint"], "", row["state"])
             continue
-        metrics = "  ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items() if isinstance(v, (int, float)))
+        metrics = "  ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items() if _number(v) is not None)
         marks = " ".join(m for m, on in (("best", row["is_best"]), ("latest", row["is_latest"])) if on)
         table.add_row(
             row["checkpoint"], f"{row['epoch']:.3f}" if row["epoch"] is not None else "", metrics,
             human_bytes(row["bytes"]), str(row["world_size"]), str(row["zero_stage"] or "-"), marks,
             "yes" if row["on_hub"] else "",
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)
 
 
 def human_bytes(count: float) -> str:

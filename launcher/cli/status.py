@@ -12,8 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from launcher.base import files
 from launcher.base.errors import EXIT_DONE, EXIT_USER
 from launcher.base.paths import RunPaths, checkpoint_step
+from launcher.base.text import printable
 from launcher.config.settings import CheckpointConfig
 from launcher.sweep.jobs import SweepPaths, SweepTable, is_sweep
 from launcher.sweep.runs import RUNNING, Metric, RunStatus, is_run, read_run
@@ -58,14 +60,14 @@ def run_metric(root: Path) -> Metric:
     import yaml
 
     try:
-        config = yaml.safe_load(RunPaths(root).config.read_text(encoding="utf-8"))
+        config = yaml.safe_load(files.read_text(RunPaths(root).config))
         own, strategy = config["checkpoint"], config["eval"]["eval_strategy"]
         checkpoint = CheckpointConfig(
             metric_for_best_model=own["metric_for_best_model"], greater_is_better=own["greater_is_better"]
         )
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return Metric.of(checkpoint, "no" if strategy is False else strategy)
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError):
         return Metric.of(CheckpointConfig(), "steps")
-    return Metric.of(checkpoint, "no" if strategy is False else strategy)
 
 
 # --------------------------------------------------------------------------- a sweep
@@ -125,7 +127,9 @@ def run_lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     if status.hub:
         yield (
             "hub",
-            ", ".join(f"{key} {_brief(value)}" for key, value in status.hub.items() if value not in (None, [], "")),
+            ", ".join(
+                f"{printable(key)} {_brief(value)}" for key, value in status.hub.items() if value not in (None, [], "")
+            ),
         )
     if status.host:
         yield "where", status.host + (f", job {status.job_id}" if status.job_id else "")
@@ -134,7 +138,7 @@ def run_lines(status: RunStatus) -> Iterator[tuple[str, str]]:
 
 
 def _brief(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return printable(", ".join(map(str, value)) if isinstance(value, list) else value)
 
 
 # --------------------------------------------------------------------------- a folder of runs and sweeps

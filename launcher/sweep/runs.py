@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 from launcher.base import files, lock
 from launcher.base.paths import RunPaths
+from launcher.base.text import printable
 from launcher.config.settings import CheckpointConfig
 
 PENDING, RUNNING, INTERRUPTED = "pending", "running", "interrupted"
@@ -68,6 +68,7 @@ class RunStatus:
     updated_at: float | None = None
 
 
+_MAX_NUMBER = 2.0**53
 _FROM_RUN_JSON: dict[str, tuple[type, ...]] = {
     "state": (str,), "reason": (str,), "exit_code": (int,), "step": (int,), "total_steps": (int,),
     "epoch": (int, float), "hub": (dict,), "host": (str,), "job_id": (str,), "updated_at": (int, float),
@@ -87,8 +88,9 @@ def read_run(root: Path, metric: Metric | None) -> RunStatus:
     info = files.read_json_or(paths.run_state, {})
     status = RunStatus(dir=str(root), metric=metric.key if metric else None)
     for name, types in _FROM_RUN_JSON.items():
-        if isinstance(info.get(name), types):
-            setattr(status, name, info[name])
+        value = info.get(name)
+        if isinstance(value, types) and is_plain(value):
+            setattr(status, name, printable(value) if isinstance(value, str) else value)
     holder = lock.holder(paths.lock)
     if holder is not None:
         status.state, status.host = RUNNING, str(holder.get("host", status.host or "unknown"))
@@ -105,7 +107,7 @@ def _read_metrics(path: Path, metric: Metric | None, status: RunStatus) -> None:
         if "loss" in line:
             last_train = line
         value = line.get(metric.key) if metric else None
-        if metric is None or not isinstance(value, (int, float)) or math.isnan(value):
+        if metric is None or not isinstance(value, (int, float)) or not is_plain(value):
             continue
         if metric.key == "loss" or metric.is_better(value, status.best_metric):
             status.best_metric, status.best_step = float(value), _number(line, "step")
@@ -117,7 +119,12 @@ def _read_metrics(path: Path, metric: Metric | None, status: RunStatus) -> None:
 
 def _number(line: dict[str, Any], key: str) -> Any:
     value = line.get(key)
-    return value if isinstance(value, (int, float)) else None
+    return value if is_plain(value) and isinstance(value, (int, float)) else None
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value can be shown and compared: no number that JSON cannot hold exactly."""
+    return not isinstance(value, (int, float)) or (not isinstance(value, bool) and abs(value) <= _MAX_NUMBER)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -126,14 +133,15 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Only the last training line matters here, so that the others are skipped before they are parsed.
     """
     try:
-        raw = path.read_bytes().splitlines()
+        with files.open_read(path) as file:
+            raw = file.read().splitlines()
     except OSError:
         return
     last_train = max((i for i, text in enumerate(raw) if b'"loss"' in text and text.endswith(b"}")), default=-1)
     for i, text in enumerate(raw):
         if b'"eval_' in text or i == last_train:
             try:
-                line = json.loads(text)
+                line = files.parse_json(text)
             except ValueError:  # cut off by a crash
                 continue
             if isinstance(line, dict):
@@ -149,7 +157,7 @@ class MetricsTail:
     def new_lines(self) -> list[dict[str, Any]]:
         """The whole lines since the last call; all of them again where the file was replaced."""
         try:
-            with self._path.open("rb") as file:
+            with files.open_read(self._path) as file:
                 info = os.fstat(file.fileno())
                 if info.st_ino != self._inode or info.st_size < self._offset:
                     self._inode, self._offset = info.st_ino, 0
@@ -162,7 +170,7 @@ class MetricsTail:
         lines = []
         for raw in whole.splitlines():
             try:
-                line = json.loads(raw)
+                line = files.parse_json(raw)
             except ValueError:
                 continue
             if isinstance(line, dict):

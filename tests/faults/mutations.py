@@ -27,8 +27,8 @@ class Mutator:
         return self.random.choice(
             [None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**18, 10**400, 1.5, -0.0, float("inf"), float("nan"), "",
              "x", str(self._outside), f"../../{self._outside.parent.name}/{self._outside.name}", "..", "/", "a\0b",
-             "\ud800", "é" * 300, "[/x]", "\x1b[2J", "checkpoint-10", "manifest.json", [], {}, [[]], deep, {"a": 1}, [1, "2"],
-             {"": None}, "0" * 64]
+             "\ud800", "é" * 300, "[/x]", "\x1b[2J", "checkpoint-10", "manifest.json", [], {}, [[]], deep,
+             {"a": 1}, [1, "2"], {"": None}, "0" * 64]
         )  # fmt: skip
 
     def tree(self, value: Any) -> Any:
@@ -87,16 +87,16 @@ class Mutator:
 
     def bytes(self, data: bytes) -> bytes:
         position = self.random.randrange(len(data) + 1)
-        match self.random.randrange(6):
-            case 0:
+        match self.random.randrange(40):
+            case n if n < 10:
                 return data[:position]
-            case 1:
+            case n if n < 14:
                 return b""
-            case 2:
+            case n if n < 20:
                 return data[:position] + self.random.randbytes(8) + data[position:]
-            case 3:
+            case 20:
                 return b"[" * 100_000
-            case 4:
+            case 21:
                 return b'{"a":' * 300 + b"1" + b"}" * 300
             case _:
                 changed = bytearray(data)

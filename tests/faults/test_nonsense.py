@@ -186,6 +186,7 @@ class Lab:
         """A case; says what went wrong in it."""
         mutator = Mutator(seed, self.decoy.root / "a")
         _, name, reader = mutator.random.choices(self.readers, [share for share, *_ in self.readers])[0]
+        self.last = name
         sandbox, read = reader(mutator)
         started, problem = time.monotonic(), ""
         with sandbox.changed(mutator) as what:
