@@ -144,6 +144,8 @@ def is_finished(config: RunConfig, paths: RunPaths) -> bool:
     choice = config.checkpoint.resume_from_checkpoint
     if choice != "auto" and (choice == "never" or choice != state.get("resumed_from")):
         return False
+    if state.get("stopped_early") and config.train.early_stopping_patience is not None:
+        return True
     if config.train.max_steps >= 0:
         return bool(state.get("step", 0) >= config.train.max_steps)
     return bool(state.get("length") == run_length(config))

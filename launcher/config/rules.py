@@ -233,6 +233,14 @@ def _resume_problems(ck: CheckpointConfig) -> Iterator[str]:
         )
 
 
+def _early_stopping_problems(config: RunConfig) -> Iterator[str]:
+    if config.train.early_stopping_patience is not None and config.eval.eval_strategy == "no":
+        yield (
+            f"train.early_stopping_patience={config.train.early_stopping_patience} but eval.eval_strategy=no: nothing "
+            "is measured. Set eval.eval_strategy=steps, or train.early_stopping_patience=null"
+        )
+
+
 def _best_model_problems(config: RunConfig) -> Iterator[str]:
     if config.checkpoint.load_best_model_at_end and (why := _why_no_best(config)):
         mend = "checkpoint=recommended" if config.checkpoint.save_strategy == "no" else "eval.eval_strategy=steps"
@@ -361,6 +369,6 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
-    _model_problems, _data_problems, _eval_problems, _precision_problems, _checkpoint_problems,
+    _model_problems, _data_problems, _eval_problems, _early_stopping_problems, _precision_problems, _checkpoint_problems,
     _hub_problems, _secret_problems, tracker_problems, _launch_problems, _folder_problems, optimizer_problems,
 )  # fmt: skip

@@ -24,6 +24,7 @@ import numpy as np
 
 from launcher.base.errors import DataError
 from launcher.base.files import fsync_dir, open_append, read_json_or, remove_tree, rename, write_file
+from launcher.data.file_hashes import FileHashes
 from launcher.data.formats import Encoded, Formatter
 from launcher.data.normalise import BadRowError
 from launcher.data.sources import RawRow, Source
@@ -82,11 +83,12 @@ def open_store(folder: Path) -> TokenStore | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every byte is what meta.json says. Reads it all."""
+    """Whether every byte is what meta.json says. Reads what is new or has changed since it was read last."""
     if open_store(folder) is None:
         return False
     files = read_json_or(folder / "meta.json", {})["files"]
-    return all(_sha256(folder / name) == entry["sha256"] for name, entry in files.items())
+    hashes = FileHashes(folder.parent.parent)
+    return all(hashes.sha256(folder / name) == entry["sha256"] for name, entry in files.items())
 
 
 def build_store(folder: Path, source: Source, formatter: Formatter, *, on_bad_row: str) -> None:

@@ -33,6 +33,9 @@ class ProgressState:
     num_tokens: int = 0
     loss_sum: float = 0.0
     labelled_tokens: int = 0
+    stopping_best: float | None = None
+    """The metric that early stopping compares with; not the best checkpoint's, which needs a save."""
+    evals_without_gain: int = 0
     router_loss_sum: float = 0.0
     counted_steps: int = 0
     best_metric: float | None = None

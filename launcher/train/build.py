@@ -136,6 +136,13 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     total_steps = (
         config.train.max_steps if config.train.max_steps >= 0 else sampler.total_steps(config.train.num_train_epochs)
     )
+    if sampler.num_rows < config.train.train_batch_size:
+        notices = [*notices, (
+            f"a step takes train.train_batch_size={config.train.train_batch_size} samples but there are only "
+            f"{sampler.num_rows}: every step trains on each of them about "
+            f"{config.train.train_batch_size / sampler.num_rows:.3g} times, and {total_steps} steps are "
+            f"{sampler.epoch_after(total_steps):.3g} epochs"
+        )]  # fmt: skip
     settings = result_settings(config, data.fingerprint, processes)
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)

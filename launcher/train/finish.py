@@ -7,18 +7,23 @@ from pathlib import Path
 from launcher.base import files, manifest
 from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, CheckpointWriteError
 from launcher.base.paths import RunPaths
-from launcher.train.loop import Run
+from launcher.train.loop import Run, is_stopped_early
 
 
 def finish(run: Run, paths: RunPaths) -> None:
     """After the last step: waits for the last save, publishes the model, ends. Collective."""
+    if is_stopped_early(run):
+        run.recorder.say(
+            f"step {run.step}: stopped early, {run.config.checkpoint.metric_key} has not improved for "
+            f"{run.state.progress.evals_without_gain} evaluations (train.early_stopping_patience)"
+        )
     source, is_temporary = final_model(run, paths)
     run.watchdog.pause()
     run.processes.on_main(lambda: publish(source, paths.root, is_temporary=is_temporary))
     p = run.state.progress
     run.recorder.update_run(
         state="finished", exit_code=EXIT_DONE, step=run.step, epoch=p.epoch, best_metric=p.best_metric,
-        best_step=p.best_step, hub=run.hub.status(),
+        best_step=p.best_step, hub=run.hub.status(), stopped_early=is_stopped_early(run),
     )  # fmt: skip
     say_all(run, run.hub.finish(paths.root))  # the others end here: uploading may take longer than a collective waits
     run.recorder.update_run(hub=run.hub.status())

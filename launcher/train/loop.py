@@ -81,7 +81,7 @@ def fit(run: Run) -> str | None:
     """
     run.hub.start()
     catch_up(run)
-    while run.step < run.total_steps:
+    while run.step < run.total_steps and not is_stopped_early(run):
         run.watchdog.alive()
         agreed = train(run)
         run.saver.follow(agreed.num_undone, agreed.num_failed)
@@ -202,12 +202,30 @@ def maybe_evaluate(run: Run) -> None:
     metric = values.get(checkpoint.metric_key)
     if metric is not None:
         run.train_step.schedule.evaluated(metric)
+        note_gain(run, metric)
     elif checkpoint.load_best_model_at_end:
         run.recorder.say(
             f"checkpoint.metric_for_best_model={checkpoint.metric_for_best_model} is not among the metrics: "
             f"{', '.join(sorted(values))}"
         )
     run.saver.evaluated(metric)
+
+
+def note_gain(run: Run, metric: float) -> None:
+    """For early stopping: whether the metric improved by more than the threshold, as transformers' callback counts."""
+    p, threshold = run.state.progress, run.config.train.early_stopping_threshold
+    is_greater = run.config.checkpoint.is_greater_better
+    gain = math.inf if p.stopping_best is None else (metric - p.stopping_best) * (1 if is_greater else -1)
+    if math.isfinite(metric) and gain > threshold:
+        p.stopping_best, p.evals_without_gain = metric, 0
+    else:
+        p.evals_without_gain += 1
+
+
+def is_stopped_early(run: Run) -> bool:
+    """Whether `train.early_stopping_patience` is used up; it is part of a checkpoint."""
+    patience = run.config.train.early_stopping_patience
+    return patience is not None and run.state.progress.evals_without_gain >= patience
 
 
 def stop(run: Run, reason: str) -> str:
