@@ -369,6 +369,7 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
-    _model_problems, _data_problems, _eval_problems, _early_stopping_problems, _precision_problems, _checkpoint_problems,
+    _model_problems, _data_problems, _eval_problems, _early_stopping_problems, _precision_problems,
+    _checkpoint_problems,
     _hub_problems, _secret_problems, tracker_problems, _launch_problems, _folder_problems, optimizer_problems,
 )  # fmt: skip
