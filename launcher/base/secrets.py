@@ -147,7 +147,8 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
     for match in _ASSIGNED.finditer(text):
         name, value = match["name"] or match["quoted"] or f"launch.{match['flag']}", match["value"]
         inner = value[1:-1] if value[0] in "\"'" else value
-        if inner and _is_named_secret(name, inner):
+        is_code = inner == value and "(" in value and not name.isupper()  # a line of a traceback
+        if inner and not is_code and _is_named_secret(name, inner):
             start = match.start("value") + (inner != value)
             yield start, start + len(inner)
 

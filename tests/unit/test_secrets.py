@@ -143,3 +143,14 @@ def test_long_text_is_searched_in_time_that_grows_with_it() -> None:
     for part in ("a=", "://", "-----BEGIN ", "x", '"a":', "curl -", "machine ", "a://b:", "eyJabcdefgh.", "sk-", "--a"):
         redacted(part * (50_000 // len(part)))
     assert time.perf_counter() - began < 5
+
+
+def test_lines_of_code_stay_readable_in_a_traceback() -> None:
+    for line in (
+        "self.iou_token = nn.Embedding(1, self.hidden_size)",
+        "storage_key = (",
+        "api_key = os.environ.get(name)",
+    ):
+        assert redacted(line) == line
+    assert redacted('api_key = "hunter2hunter2"') == 'api_key = "***"'
+    assert redacted("PGPASSWORD=hunter(2)") != "PGPASSWORD=hunter(2)"
