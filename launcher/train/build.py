@@ -124,7 +124,7 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
 
 def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths) -> Run:
     """Data, model, optimizer, state; resumed where there is something to resume from. Collective."""
-    processes.on_main(lambda: files.replace_file(paths.config, _yaml(config), mode=0o600))
+    processes.on_main(lambda: None if paths.config.exists() else write_settings(config, paths))
     stop = StopRequests(paths.stop_file, is_main=processes.is_main)
     stop.install()
     if config.train.full_determinism:
@@ -154,6 +154,7 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
         before, now = {"model.base": saved}, {"model.base": settings["model.base"]}
         if saved is not None:
             notices += resume.compare_settings(before, now, accept=config.checkpoint.accept_changes)
+    processes.on_main(lambda: write_settings(config, paths))  # not those of a start that was just refused
     statics = static_files(built, tokenizer) if processes.is_main else {}
     optimizer = build_optimizer(config, built.module)
     schedule = Schedule(config, optimizer, total_steps)
@@ -200,6 +201,11 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
         config=config, processes=processes, state=state, train_step=train_step, evaluator=evaluator, saver=saver,
         recorder=recorder, hub=hub, stop=stop, watchdog=watchdog, total_steps=total_steps,
     )  # fmt: skip
+
+
+def write_settings(config: RunConfig, paths: RunPaths) -> None:
+    """config.yaml: what the run was started with, and what a later start of a finished run is compared with."""
+    files.replace_file(paths.config, _yaml(config), mode=0o600)
 
 
 def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], total_steps: int) -> list[str]:

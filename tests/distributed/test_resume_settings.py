@@ -44,5 +44,7 @@ def test_deepspeed_settings_are_compared(lab: Lab, tmp_path: Path) -> None:
     lab.run(tmp_path / "run", *run, "train.max_steps=3", rounding)
     assert "equal up to rounding from here (strategy.deepspeed.zero_optimization" in log_text(tmp_path / "run")
     changing = "strategy.deepspeed={gradient_clipping: 0.5}"
+    before = (tmp_path / "run/config.yaml").read_text()
     assert lab.run_codes(tmp_path / "run", *run, "train.max_steps=4", changing) == [2]
+    assert (tmp_path / "run/config.yaml").read_text() == before  # a refused start is not what the run was trained with
     assert "strategy.deepspeed: {} in the checkpoint, {'gradient_clipping': 0.5} now" in log_text(tmp_path / "run")
