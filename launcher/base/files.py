@@ -275,6 +275,16 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def fsync_path(path: Path) -> None:
+    """Makes the name of a folder durable, and those of the folders that it lies in, whoever made them.
+
+    Those that may not be opened or synced were there before and are left out.
+    """
+    for folder in path.parents:
+        with contextlib.suppress(OSError):
+            fsync_dir(folder)
+
+
 def fsync_file(fd: int, path: Path) -> None:
     _operation("fsync", path)
     os.fsync(fd)

@@ -63,6 +63,7 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
                     "Remove the link, or set another output_dir=… (which may itself be a link)"
                 )
             files.make_dirs(paths.logs_dir, within=paths.root, mode=0o700)
+            files.fsync_path(paths.root)  # else a power cut takes the folder with all its durable checkpoints
             lock.acquire(pids)
             sweep_leftovers(paths)
         except OSError as error:

@@ -22,6 +22,8 @@ from tests.faults.file_layer import OneProcess
 from tests.hub.helpers import REPO
 
 _RUN = "run"
+_TOLD = ("uploader.log", "events.jsonl", "status.json")
+"""Of the Hub's side: what only tells."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Expected:
 
 def _of_run(tree: Tree) -> Tree:
     """Without what cannot matter: logs, half saves, deletions."""
-    left_out = (f"{_RUN}/.tmp-", f"{_RUN}/logs/", f"{_RUN}/test.log", f"{_RUN}/.hub/uploader.log")
+    left_out = (*(f"{_RUN}/{name}" for name in (".tmp-", "logs/")), *(f"{_RUN}/.hub/{name}" for name in _TOLD))
     return {path: content for path, content in tree.items() if not path.startswith(left_out)}
 
 
@@ -78,8 +80,8 @@ class PowerCuts:
         self._config.hub.push_to_hub, self._config.hub.hub_strategy = True, "all_checkpoints"
         self._config.hub.hub_model_id = REPO
         self._damaged: set[int | None] = set()
-        self._seen: set[tuple[bytes, int]] = set()
-        self._whole: dict[bytes, bool] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._whole: dict[int, bool] = {}
         self.num_cuts = self.num_disks = self.num_checked = 0
         self.problems: list[str] = []
 
@@ -143,8 +145,8 @@ class PowerCuts:
         found: list[str] = []
         self._check_published(tree, expected, found)
         hub, rest = _parts(tree)
-        for part, check in ((rest, self._check_start), (hub, self._check_hub)):
-            key = (digest(part), expected.newest)
+        for part, newest, check in ((rest, expected.newest, self._check_start), (hub, -1, self._check_hub)):
+            key = (digest(part), newest)
             if key not in self._seen:
                 self._seen.add(key)
                 self.num_checked += 1
