@@ -208,6 +208,8 @@ class Spool:
                 for source, path in copies:
                     with path.open("xb") as out:
                         shutil.copyfileobj(source, out, 1 << 24)
+                        out.flush()
+                        os.fsync(out.fileno())  # else a power cut leaves the right length and other bytes
             home.rename(target)
         except OSError:  # full disk: the checkpoint itself is safe, and the next start queues it again
             shutil.rmtree(home, ignore_errors=True)
@@ -218,9 +220,20 @@ class Spool:
             thread.join(max(0.0, end - time.monotonic()))
 
     def clean_up(self) -> None:
-        """Removes what a killed trainer left half linked; only the owner may."""
+        """Removes what a killed trainer left half linked and a power cut left incomplete; only the owner may."""
         for path in self.root.glob("tmp-*"):
             files.remove_tree(path)
+        for path in self.root.glob(".*.tmp-*"):
+            files.remove_file(path)
+        for home in [folder / name for folder in (self.queue_dir, self.active_dir) for name in self.names(folder)]:
+            if not self._is_whole(home):
+                self.discard(home)
+
+    def _is_whole(self, home: Path) -> bool:
+        try:
+            return not any(self.read_item(home).problems())
+        except (OSError, ValueError):
+            return False
 
     def pass_over(self, keep: str, prefix: str = "checkpoint-") -> list[str]:
         """Gives up queued items of this prefix older than item `keep`: the newest wins. Returns their plain names."""

@@ -193,10 +193,11 @@ class PowerCuts:
             for home in [d / n for d in (spool.queue_dir, spool.active_dir) for n in spool.names(d)]:
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                     item = spool.read_item(home)
-                    if not item.missing:
+                    if not any(item.problems()):
                         ready.add(item.name)
-                        wrong = [f.path for f in item.files if f.sha256 and _sha256(item.root / f.path) != f.sha256]
+                        wrong = [f.path for f in item.files if f.sha256 and _sha256(item.source(f.path)) != f.sha256]
                         found += [f"{name} of the pending {item.name} holds other bytes" for name in wrong]
+            spool.release()
         found += [
             f"checkpoint-{step} has not arrived and nothing sends it" for step in _steps(tree)
             if f"checkpoint-{step}" not in {*pushed, *ready} and self._is_whole(tree, step)
