@@ -105,7 +105,8 @@ def _newest(paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, 
     candidates = processes.on_main(lambda: (_candidates(paths, notices), notices))
     found, notices = candidates
     for folder in map(Path, found):
-        problems = _problems(folder, processes)
+        # Read a second time before it is called damaged: a disk or a network file system may fail once.
+        problems = _problems(folder, processes) and _problems(folder, processes)
         if not problems:
             point = _open(folder, processes)
             point.notices = notices + point.notices

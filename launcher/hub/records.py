@@ -99,7 +99,7 @@ def _checked(path: Path, checks: _Checks) -> dict[str, Any]:
 
 def write_quietly(path: Path, value: Any) -> None:
     """Replaces a JSON file atomically but without fsync: it may be lost in a power cut, and nobody waits for a disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
         write_new(temporary, json.dumps(value).encode())

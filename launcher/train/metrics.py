@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import files
+from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
 from launcher.base.process import host
 
@@ -32,11 +33,21 @@ class MetricsFile:
         return values[-1] if values else None
 
     def trim(self, step: int) -> None:
-        """Removes lines beyond `step`, and one that a crash cut off."""
-        if self._path.is_file():
+        """Removes lines beyond `step`, and one that a crash cut off.
+
+        Raises:
+            UserError: it cannot be replaced; the old one is whole.
+        """
+        if not self._path.is_file():
+            return
+        try:
             lines = files.read_json_lines(self._path)
             kept = [line for line in lines if isinstance(at := line.get("step", 0), (int, float)) and at <= step]
             files.replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        except OSError as error:
+            raise UserError(
+                f"output_dir={self._path.parent}: {self._path.name} cannot be rewritten: {error}"
+            ) from error
 
 
 _RUN_FILE_S = 5.0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import block_io, manifest
+from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
 from launcher.checkpoint import retention
 from launcher.checkpoint.layout import FileLayout, TensorSpec, plan_files
@@ -138,6 +139,9 @@ def retain(paths: RunPaths) -> list[dict[str, Any]]:
 
 def start_again(paths: RunPaths) -> int:
     """What a new start does in output_dir; the step that it would go on from, -1 for none."""
-    retention.sweep_leftovers(paths)
+    try:
+        retention.sweep_leftovers(paths)
+    except OSError as error:  # as `open_output_dir`
+        raise UserError(f"output_dir={paths.root} cannot be written: {error}") from error
     point, _ = find("auto", paths, OneProcess(), lambda folder: folder)  # type: ignore[arg-type]
     return -1 if point is None else point.step

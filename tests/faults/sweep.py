@@ -3,8 +3,8 @@
 `python -m tests.faults.sweep ROOT MODE ERROR SHARE SCENARIO…`, under the library of `syscalls.py`, forks for each
 operation that a scenario asks of the kernel, and prints a JSON line for each: {"scenario", "at", "what", "problems"}.
 
-MODE: before, half (in the middle of a write), once, from_here (see `syscalls.MODES`). SHARE: one of so many operations is
-tried.
+MODE: before, half (in the middle of a write), once, from_here (see `syscalls.MODES`). SHARE: one of so many operations
+is tried.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from typing import Any
 
 from launcher.base import files
 from launcher.base.errors import LauncherError
-from launcher.base.paths import RunPaths, checkpoint_step
-from launcher.checkpoint.retention import sweep_leftovers
+from launcher.base.paths import RunPaths
 from launcher.checkpoint.writer import Writer
 from launcher.config.settings import RunConfig
 from launcher.hub import uploader
 from launcher.hub.client import SpoolHub
-from launcher.hub.items import checkpoint_item
 from launcher.hub.spool import Spool
 from launcher.train.metrics import MetricsFile, RunFile
 from tests.faults.file_layer import BEST, OLD, STATICS, STEP, FakeSave, retain, start_again
@@ -190,9 +188,10 @@ def push(strategy: str) -> Scenario:
     def upload(paths: RunPaths, hub: SpoolHub) -> None:
         spool = Spool(paths.hub_dir)
         uploader.build_target = lambda *_: Remote(paths.root.with_suffix(".remote"))  # type: ignore[assignment]
-        with spool.uploader_lock(0.0):
-            uploader.Uploader(spool, hub._settings).run(until_empty=True)
-        spool.empty_trash()
+        with contextlib.suppress(OSError):  # an uploader process that ends with an error is started again
+            with spool.uploader_lock(0.0):
+                uploader.Uploader(spool, hub._settings).run(until_empty=True)
+            spool.empty_trash()
         hub._spool.release()
 
     def prepare(paths: RunPaths) -> None:
@@ -308,7 +307,7 @@ def _in_fork(scenario: Scenario, paths: RunPaths, arm: Callable[[], None]) -> tu
     if pid == 0:
         with contextlib.suppress(BaseException):
             os.close(reader)
-            before, problem = len(os.listdir("/proc/self/fd")), ""
+            before, problem = set(_descriptors()), ""
             arm()
             try:
                 scenario.act(paths)
@@ -317,16 +316,20 @@ def _in_fork(scenario: Scenario, paths: RunPaths, arm: Callable[[], None]) -> tu
             except BaseException:
                 problem = traceback.format_exc()
             Trap(paths.root).disarm()
-            after = len(os.listdir("/proc/self/fd"))
-            if after > before:
-                targets = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2]
-                problem += f"{after - before} file descriptors leak: {targets}"
+            if leaked := set(_descriptors()) - before:
+                problem += f"file descriptors leak: {leaked}"
             os.write(pipe, problem.encode()[-3000:])
         os._exit(0)
     os.close(pipe)
     with os.fdopen(reader) as stream:
         text = stream.read()
     return -os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+
+
+def _descriptors() -> Iterator[tuple[str, str]]:
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of this very listing
+            yield path.name, str(path.readlink())
 
 
 def sweep(scenario: Scenario, root: Path, mode: str, error: str, share: int) -> Iterator[Result]:
