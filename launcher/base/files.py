@@ -243,12 +243,18 @@ def read_json_or(path: Path, default: Any, max_bytes: int = MAX_JSON_BYTES, *, w
     return value if default is None or isinstance(value, type(default)) else default
 
 
-def read_json_lines(path: Path, *, within: Path | None = None) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON Lines file; a line that a crash cut off is left out, and a file that cannot be read."""
+def read_json_lines(path: Path, *, within: Path | None = None, is_required: bool = False) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSON Lines file; a line that a crash cut off is left out, and a file that cannot be read.
+
+    Raises:
+        OSError: with `is_required`, where it cannot be read.
+    """
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open_read(path, within=within))
         except OSError:
+            if is_required:
+                raise
             return
         while line := file.readline(_MAX_LINE_BYTES):
             with contextlib.suppress(ValueError):

@@ -105,6 +105,8 @@ def publish(source: Path, root: Path, *, is_temporary: bool) -> None:
                 files.remove_file(stale)
         for name in names:
             files.make_dirs((root / name).parent, within=root)
+            for half in (root / name).parent.glob(f".{Path(name).name}.tmp-*"):  # of a publication that was killed
+                files.remove_file(half)
             if is_temporary:
                 files.rename(source / name, root / name)
             else:

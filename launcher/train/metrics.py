@@ -41,7 +41,7 @@ class MetricsFile:
         if not self._path.is_file():
             return
         try:
-            lines = files.read_json_lines(self._path)
+            lines = files.read_json_lines(self._path, is_required=True)  # else a read that fails once empties it
             kept = [line for line in lines if isinstance(at := line.get("step", 0), (int, float)) and at <= step]
             files.replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         except OSError as error:

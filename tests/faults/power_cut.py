@@ -70,12 +70,12 @@ class PowerCuts:
     Args:
         scratch: where disks are written for the check.
         num_random: draws at each cut, besides the extremes.
-        share: of the cuts right after plain data writes that are tried; all others are.
+        shares: of the cuts right after data was written, and of all others, that are tried.
     """
 
-    def __init__(self, recording: Recording, scratch: Path, num_random: int, share: float = 1.0) -> None:
+    def __init__(self, recording: Recording, scratch: Path, num_random: int, shares: tuple[float, float]) -> None:
         self._recording, self._scratch = recording, scratch
-        self._num_random, self._share = num_random, share
+        self._num_random, self._shares = num_random, shares
         self._config = RunConfig(output_dir=str(scratch / "disk" / _RUN))
         self._config.hub.push_to_hub, self._config.hub.hub_strategy = True, "all_checkpoints"
         self._config.hub.hub_model_id = REPO
@@ -92,9 +92,9 @@ class PowerCuts:
             if op.pid == 0:  # ours: see `Recording.damage`
                 self._damaged.add(checkpoint_step(Path(op.path).parent))
             disk.apply(op)
-            if op.name == "write" and source.random() >= self._share:
-                continue
             self._update(disk, op, expected)
+            if source.random() >= self._shares[op.name != "write"]:
+                continue
             self.num_cuts += 1
             for name, tree in disk.after_cut(index, self._num_random):
                 self.num_disks += 1

@@ -1,7 +1,11 @@
 """Kills a process, or lets the disk refuse, at every operation of a save, a publication, a push and a resume.
 
-`python -m tests.faults.sweep ROOT MODE ERROR SHARE SCENARIO…`, under the library of `syscalls.py`, forks for each
-operation that a scenario asks of the kernel, and prints a JSON line for each: {"scenario", "at", "what", "problems"}.
+`python -m tests.faults.sweep ROOT MODE:ERROR,… SHARE SCENARIO…`, under the library of `syscalls.py`, forks for each
+operation that a scenario asks of the kernel, and prints a JSON line for each: {"scenario", "mode", "at", "what",
+"problems"}.
+
+MODE:ERROR,… SHARE SCENARIO…`, under the library of `syscalls.py`, forks for each
+operation that a scenario asks of the kernel, and prints a JSON line for each: {"scenario", "mode", "at", "what", "problems"}.
 
 MODE: before, half (in the middle of a write), once, from_here (see `syscalls.MODES`). SHARE: one of so many operations
 is tried.
@@ -106,8 +110,6 @@ def left_over(paths: RunPaths) -> Iterator[str]:
 
 def publication(world_size: int, *, is_temporary: bool) -> Scenario:
     """From a checkpoint, or from a temporary folder that is used up; an older model is there already."""
-    from launcher.train.finish import publish
-
     fake = FakeSave(world_size, "sharded")
     new = FakeSave(world_size, "small")  # with fewer files, so that the old shards have to go
 
@@ -117,12 +119,12 @@ def publication(world_size: int, *, is_temporary: bool) -> Scenario:
     def prepare(paths: RunPaths) -> None:
         fake.save(paths, BEST)
         new.save(paths, OLD)
-        publish(paths.checkpoint_dir(BEST), paths.root, is_temporary=False)
+        _publish(paths.checkpoint_dir(BEST), paths.root, is_temporary=False)
         if is_temporary:
             shutil.copytree(paths.checkpoint_dir(OLD), source(paths))
 
     def act(paths: RunPaths) -> None:
-        publish(source(paths), paths.root, is_temporary=is_temporary)
+        _publish(source(paths), paths.root, is_temporary=is_temporary)
 
     def check(paths: RunPaths) -> Iterator[str]:
         for name in (*STATICS, "model.safetensors", *(f.path for f in fake.files)):
@@ -136,7 +138,7 @@ def publication(world_size: int, *, is_temporary: bool) -> Scenario:
         found = start_again(paths)
         if found != OLD:
             yield f"the next start goes on from {found}"
-        publish(paths.checkpoint_dir(OLD), paths.root, is_temporary=False)
+        _publish(paths.checkpoint_dir(OLD), paths.root, is_temporary=False)
         for name in (*STATICS, "model.safetensors"):
             if (paths.root / name).read_bytes() != (paths.checkpoint_dir(OLD) / name).read_bytes():
                 yield f"{name} is not published by the next start"
@@ -149,6 +151,12 @@ def publication(world_size: int, *, is_temporary: bool) -> Scenario:
 
 
 # ------------------------------------------------------------------ a push
+
+
+def _publish(source: Path, root: Path, *, is_temporary: bool) -> None:
+    from launcher.train.finish import publish  # with torch, which the other scenarios do without
+
+    publish(source, root, is_temporary=is_temporary)
 
 
 class Remote:
@@ -346,9 +354,10 @@ def sweep(scenario: Scenario, root: Path, mode: str, error: str, share: int) -> 
         trap = Trap(paths.root)
         code, escaped = _in_fork(scenario, paths, lambda: trap.arm(mode, at, error, with_reads=with_reads))  # noqa: B023
         sprang, is_over = trap.what, trap.count <= at
-        if sprang or is_over:
+        is_half = mode == "half" and not sprang.startswith("write")  # then the same as before it
+        if is_over or (sprang and not is_half):
             result = Result(scenario.name, at, sprang)
-            if mode in ("before", "half") and bool(sprang) != (code == 9) and not (mode == "half" and code == 0):
+            if mode in ("before", "half") and bool(sprang) != (code == 9):
                 result.problems.append(f"ended with {code}: {escaped}")
             if escaped:
                 result.problems.append(escaped)
@@ -365,12 +374,13 @@ def sweep(scenario: Scenario, root: Path, mode: str, error: str, share: int) -> 
 
 
 def main() -> None:
-    root, mode, error, share, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5:]
+    root, modes, share, names = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4:]
     found = scenarios()
     for name in names:
-        for result in sweep(found[name], root / name, mode, error, share):
-            if result.what or result.problems:
-                print(json.dumps(asdict(result)), flush=True)
+        for mode, _, error in (mode.partition(":") for mode in modes):
+            for result in sweep(found[name], root / f"{name}-{mode}-{error}", mode, error or "EIO", share):
+                if result.what or result.problems:
+                    print(json.dumps({**asdict(result), "mode": f"{mode} {error}"}), flush=True)
 
 
 if __name__ == "__main__":

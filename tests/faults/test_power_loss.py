@@ -59,8 +59,8 @@ def record_run(lab: Lab, recording: Recording, hub: HubServer, strategy: str, co
     assert "checkpoint-6 is damaged" in log.read_text()
 
 
-def check(recording: Recording, memory: Path, num_random: int, share: float) -> None:
-    cuts = PowerCuts(recording, memory, num_random, share)
+def check(recording: Recording, memory: Path, num_random: int, shares: tuple[float, float]) -> None:
+    cuts = PowerCuts(recording, memory, num_random, shares)
     cuts.run()
     print(f"{cuts.num_cuts} cuts, {cuts.num_disks} disks, {cuts.num_checked} different ones checked")
     assert cuts.num_checked > 100
@@ -73,7 +73,7 @@ def test_the_newest_checkpoint_is_found_when_the_power_is_cut(
 ) -> None:
     with HubServer(tmp_path / "server") as hub:
         record_run(*recorded, hub, "zero2", 2)
-    check(recorded[1], memory, num_random=1, share=0.02)
+    check(recorded[1], memory, num_random=1, shares=(0.02, 0.3))
 
 
 @pytest.mark.slow
@@ -92,4 +92,4 @@ def test_the_newest_checkpoint_is_found_when_the_power_is_cut_after_any_operatio
 ) -> None:
     with HubServer(tmp_path / "server") as hub:
         record_run(*recorded, hub, strategy, count, *more)
-    check(recorded[1], memory, num_random=12, share=1.0)
+    check(recorded[1], memory, num_random=12, shares=(1.0, 1.0))
