@@ -4,9 +4,6 @@
 operation that a scenario asks of the kernel, and prints a JSON line for each: {"scenario", "mode", "at", "what",
 "problems"}.
 
-MODE:ERROR,… SHARE SCENARIO…`, under the library of `syscalls.py`, forks for each
-operation that a scenario asks of the kernel, and prints a JSON line for each: {"scenario", "mode", "at", "what", "problems"}.
-
 MODE: before, half (in the middle of a write), once, from_here (see `syscalls.MODES`). SHARE: one of so many operations
 is tried.
 """
