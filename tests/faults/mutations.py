@@ -95,7 +95,7 @@ class Mutator:
             case n if n < 20:
                 return data[:position] + self.random.randbytes(8) + data[position:]
             case 20:
-                return b"[" * 100_000
+                return b"[" * self.random.choice((200, 2000, 100_000))
             case 21:
                 return b'{"a":' * 300 + b"1" + b"}" * 300
             case _:

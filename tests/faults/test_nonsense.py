@@ -83,7 +83,7 @@ class Sandbox:
         elif name.endswith(".safetensors"):
             path.write_bytes(mutator.safetensors(data))
         else:
-            path.write_bytes(mutator.bytes(data))
+            path.write_bytes(mutator.bytes(data)[:5000])  # YAML takes seconds for what JSON refuses at once
         if mutator.random.random() < 0.6 and self._sign(name):
             return "with hashes that fit"
         return ""
@@ -301,8 +301,9 @@ def test_every_error_has_a_name_when_files_hold_nonsense(lab: Lab) -> None:
 
 
 @pytest.mark.slow
-def test_every_error_has_a_name_when_files_hold_nonsense_fifty_thousand_times(lab: Lab) -> None:
-    check(lab, range(2000, 52_000))
+@pytest.mark.parametrize("first", range(2000, 52_000, 10_000))
+def test_every_error_has_a_name_when_files_hold_nonsense_fifty_thousand_times(lab: Lab, first: int) -> None:
+    check(lab, range(first, first + 10_000))
 
 
 def test_a_decoy_notices_what_is_done_to_it(tmp_path: Path) -> None:
