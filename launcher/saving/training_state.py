@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from launcher.base import files
+from launcher.base.errors import DamagedCheckpointError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.processes import Processes
 from launcher.checkpoint import rng
@@ -165,7 +166,17 @@ class TrainingState:
     # ------------------------------------------------------------------ load
 
     def load(self, folder: Path) -> None:
-        """Restores everything from a checkpoint folder. Collective."""
+        """Restores everything from a checkpoint folder. Collective.
+
+        Raises:
+            DamagedCheckpointError: its bytes are those of its manifest, but its values are none of a training state.
+        """
+        try:
+            self._load(folder)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise DamagedCheckpointError(f"{folder} holds no state that can be loaded: {error!r:.300}") from error
+
+    def _load(self, folder: Path) -> None:
         path = CheckpointPaths(folder)
         state = files.read_json(path.run_state)
         load_trained_state(
@@ -175,8 +186,10 @@ class TrainingState:
         self._refresh_forward_weights()
         self._load_scaler(state["scaler"])
         self._schedule.load(state["scheduler"], state["step"])
-        history = files.read_json(path.trainer_state).get("log_history", [])
+        history = files.read_json(path.trainer_state, files.MAX_HISTORY_BYTES).get("log_history", [])
         self.progress = ProgressState(**state["progress"], log_history=history)
+        if self.progress.step != state["step"] or not isinstance(history, list):
+            raise ValueError("its progress is of another step, or its history is no list")
         rng_path = path.state_dir / f"rng-{self._processes.rank:05d}.json"
         if rng_path.is_file() and state["world_size"] == self._processes.world_size:
             rng.restore(files.read_json(rng_path))

@@ -70,3 +70,28 @@ def test_only_the_link_goes_at_the_next_start(tmp_path: Path, name: str) -> None
     sweep_leftovers(RunPaths(run))
     assert list(run.iterdir()) == []
     assert outside.disturbed() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("state/state.json", "progress", {"step": "ten"}),
+        ("state/state.json", "scheduler", {}),
+        ("state/state.json", "optimizer", {"groups": [7]}),
+        ("state/rng-00000.json", "torch", "###"),
+        ("trainer_state.json", "log_history", 7),
+    ],
+)
+def test_a_state_whose_hashes_fit_but_whose_values_do_not_is_an_error_by_name(
+    lab: Lab, tmp_path: Path, name: str, key: str, value: object
+) -> None:
+    run = tmp_path / "run"
+    lab.run(run, "single", 1, "train.max_steps=2", "checkpoint.save_steps=2")
+    folder = run / "checkpoint-2"
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, key: value}))
+    (folder / manifest.NAME).write_bytes(manifest.build(folder, step=2, world_size=1, zero_stage=0).to_json())
+    codes = lab.run_codes(run, "single", 1, "train.max_steps=4", "checkpoint.accept_changes=true")
+    assert codes == [1]
+    reason = json.loads((run / "logs/error-rank-0.json").read_text())
+    assert reason["kind"] == "DamagedCheckpointError" and "checkpoint-2 holds no state" in reason["message"], reason
