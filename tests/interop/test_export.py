@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from launcher.base import files
+from launcher.base import files, manifest
 from launcher.base.paths import RunPaths
 from launcher.cli import main
 from launcher.saving.interop.importing import import_checkpoint
@@ -219,3 +219,20 @@ def test_peak_memory_is_below_two_shards(tmp_path: Path) -> None:
     )  # fmt: skip
     assert int(done.stdout) < 2 * shard
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
+
+
+def test_an_optimizer_that_only_the_checkpoint_names_is_not_imported(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    write_trainer_folder(tmp_path / "theirs/checkpoint-10")
+    paths = RunPaths(tmp_path / "run")
+    folder = import_checkpoint(tmp_path / "theirs/checkpoint-10", config_of(paths.root), paths)
+    (tmp_path / "planted_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    state = json.loads((folder / "state/state.json").read_text())
+    state["optimizer"]["name"] = "planted_module.Optimizer"
+    (folder / "state/state.json").write_text(json.dumps(state))
+    (folder / "manifest.json").write_bytes(manifest.build(folder, step=10, world_size=1, zero_stage=0).to_json())
+    assert export(folder, tmp_path / "out", "--format", "trainer") != 0
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()

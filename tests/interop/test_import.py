@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,49 @@ def test_no_path_of_this_machine_is_kept(source: Path, run: RunPaths, tmp_path: 
     assert read_json(folder / "trainer_state.json")["best_model_checkpoint"] == "checkpoint-1"
     assert do_import(source, run) != folder  # the name is taken now
     assert do_import(source, run).parent.name == "imported"  # and that one is known again
+
+
+def _expanded(folder: Path) -> None:
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    saved["state"][0]["exp_avg"] = torch.zeros(1).expand(64, 16)  # as large as the parameter, and 4 bytes in the file
+    torch.save(saved, folder / "optimizer.pt")
+
+
+def _shared(folder: Path) -> None:
+    weights = torch.zeros(10_000)
+    (folder / "model.safetensors").unlink()
+    torch.save({f"w{i}": weights for i in range(1000)}, folder / "pytorch_model.bin")
+
+
+def _sparse(folder: Path) -> None:
+    saved = torch.load(folder / "scheduler.pt", weights_only=True)
+    huge = torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), (10**12,), check_invariants=True)
+    torch.save({**saved, "x": huge}, folder / "scheduler.pt")
+
+
+def _deflated(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "scheduler.pt") as old:
+        content = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(folder / "scheduler.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in content.items():
+            new.writestr(name, data)
+        new.writestr("bomb", bytes(10**8))
+
+
+def _endless(folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_expanded, "bytes that are not in the file"), (_shared, "more bytes than are in the file"),
+        (_sparse, "not dense"), (_deflated, "is compressed"), (_endless, "do not fit into"),
+    ],
+)  # fmt: skip
+def test_refused_when_more_is_claimed_than_is_stored(source: Path, run: RunPaths, spoil: Any, message: str) -> None:
+    spoil(source)
+    with pytest.raises(LauncherError, match=message):
+        do_import(source, run)
+    assert not run.checkpoint_dir(STEP).exists() and not run.temporary_dir(STEP).exists()

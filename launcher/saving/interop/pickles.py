@@ -7,7 +7,6 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,11 @@ def load_pickle(path: Path) -> Any:
             ) from error
         except Exception as error:  # whatever bytes that nobody meant to write make of torch's reader
             raise DamagedCheckpointError(f"{path} cannot be read: {error!r:.500}") from error
-    total = 0
-    for tensor in _tensors(value):
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise DamagedCheckpointError(f"{path} holds a tensor that is not dense, which no training state has")
-        num_bytes = tensor.numel() * tensor.element_size()
-        total += num_bytes
-        if num_bytes > tensor.untyped_storage().nbytes() or total > _MAX_SHARED * size:
-            raise DamagedCheckpointError(
-                f"{path} claims a tensor of shape {list(tensor.shape)} and {num_bytes:,} bytes that are not in the file"
-            )
+    try:
+        if _tensor_bytes(value, {}) > _MAX_SHARED * size:
+            raise ValueError("its tensors have more bytes than are in the file")
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is refused: {error}") from error
     return value
 
 
@@ -91,22 +85,33 @@ def _check_archive(path: Path) -> int:
     return size
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside plain containers, each once."""
-    pending, seen = [value], set[int]()
-    while pending:
-        item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, dict):
-            pending += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            pending += item
-        elif isinstance(item, (Fragment, LossScaler)):
-            pending += vars(item).values()
+def _tensor_bytes(value: Any, known: dict[int, int]) -> int:
+    """Bytes of all tensors inside plain containers, as often as they can be reached.
+
+    Raises:
+        ValueError: one is not dense, or larger than its part of the file.
+    """
+    if id(value) in known:  # also where a container holds itself
+        return known[id(value)]
+    known[id(value)] = 0
+    if isinstance(value, Tensor):
+        known[id(value)] = _checked_bytes(value)
+    elif isinstance(value, dict):
+        known[id(value)] = sum(_tensor_bytes(inner, known) for pair in value.items() for inner in pair)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        known[id(value)] = sum(_tensor_bytes(inner, known) for inner in value)
+    elif isinstance(value, (Fragment, LossScaler)):
+        known[id(value)] = _tensor_bytes(vars(value), known)
+    return known[id(value)]
+
+
+def _checked_bytes(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise ValueError("a tensor in it is not dense")
+    num_bytes = tensor.numel() * tensor.element_size()
+    if num_bytes > tensor.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} has {num_bytes:,} bytes that are not in the file")
+    return num_bytes
 
 
 def _refused(path: Path) -> str:
