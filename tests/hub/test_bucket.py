@@ -73,7 +73,7 @@ def test_folder_is_not_complete_when_uploader_is_killed(
         write_model(run, 2)
         spool.add(model_item(run, None))
     with UploaderUnderTest(spool, xet_env, crash_at=(state, 1)) as uploader:
-        uploader.process.wait(timeout=30)
+        uploader.process.wait(timeout=120)
     assert "model/complete.json" not in hub.buckets[BUCKET].files
     upload_all(spool, xet_env)
     assert "model/complete.json" in hub.buckets[BUCKET].files

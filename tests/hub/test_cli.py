@@ -40,7 +40,7 @@ sys.exit(code)
 def launcher_push(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     command = [sys.executable, "-c", _MAIN, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**inherited, **env}, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env={**inherited, **env}, timeout=180)
 
 
 def test_pending_uploads_are_sent(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:

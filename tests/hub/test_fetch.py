@@ -54,7 +54,7 @@ def fetch_all(uris: list[str], target: Path, env: dict[str, str]) -> list[dict[s
 def _fetch(pairs: list[str], env: dict[str, str], how: str) -> list[dict[str, str]]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     command = [sys.executable, "-c", _FETCH, how, *pairs]
-    done = subprocess.run(command, capture_output=True, text=True, env={**inherited, **env}, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env={**inherited, **env}, timeout=180)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

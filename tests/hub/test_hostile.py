@@ -245,7 +245,7 @@ def test_other_libraries_get_their_client_back(hub: HubServer, env: dict[str, st
     hub.add_repo("org/base", {"config.json": b"{}", "model.safetensors": b"abc"})
     code = f"{_DOWNLOAD}\nfrom huggingface_hub import get_session\nassert not get_session().event_hooks['response']"
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    done = subprocess.run([sys.executable, "-c", code, "org/base"], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", code, "org/base"], capture_output=True, text=True, timeout=180,
                           env={**inherited, **env})  # fmt: skip
     assert done.returncode == 0 and "snapshots" in done.stdout, done.stderr
 
@@ -277,7 +277,7 @@ def test_models_are_not_stored_where_the_endpoint_says(
         hub.fail("HEAD .*/resolve/", status=200, content=b"abc", headers=headers, times=None)
     fault = hub.fail("GET .*/resolve/", endless=True, headers=headers, times=None) if kind == "endless" else None
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    done = subprocess.run([sys.executable, "-c", _DOWNLOAD, "org/base"], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", _DOWNLOAD, "org/base"], capture_output=True, text=True, timeout=180,
                           env={**inherited, **env})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "refused: " in done.stdout and "HF_ENDPOINT" in done.stdout

@@ -39,7 +39,7 @@ def test_everything_arrives_once_when_uploader_is_killed(
     for step in (10, 20):
         spool.add(checkpoint_item(step, make_checkpoint(run, step)))
     with UploaderUnderTest(spool, env, crash_at=(state, occurrence)) as uploader:
-        uploader.process.wait(timeout=30)
+        uploader.process.wait(timeout=120)
         assert uploader.process.returncode == -signal.SIGKILL
     upload_all(spool, env)
     repo = hub.repos[REPO]
@@ -95,7 +95,7 @@ print(hub.finish(None))
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=180)
 
 
 @pytest.mark.parametrize(

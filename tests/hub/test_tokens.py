@@ -73,7 +73,7 @@ def test_token_is_nowhere_after_every_fault(
         token_file.write_text(token)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _RUN, str(tmp_path / "run")], capture_output=True, text=True, env=env, timeout=120
+            [sys.executable, "-c", _RUN, str(tmp_path / "run")], capture_output=True, text=True, env=env, timeout=300
         )
     finally:
         stop.set()
