@@ -1,139 +1,173 @@
-"""`launcher train` on one node: builds the `accelerate launch` command, watches it, restarts it, gives the code."""
+"""One machine of a run from its start to its exit code: starts the ranks, watches, starts them again."""
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
+import itertools
 import os
-import re
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 import yaml
 
+from launcher.agent import machines, outcome
+from launcher.agent.attempt import Attempt
+from launcher.agent.command import free_port
+from launcher.agent.machines import Ended, Start, Verdict
+from launcher.agent.outcome import Outcome
+from launcher.agent.requests import Requests
 from launcher.base import files, lock
-from launcher.base.devices import num_cores, visible_gpus
-from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankFailedError, RunLockedError, UserError
+from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, MachinesError, RankFailedError, RunLockedError, UserError
 from launcher.base.paths import RunPaths
-from launcher.base.process import RESTARTED, die_with_parent, host, is_alive
-from launcher.base.rank_reports import earliest_error
+from launcher.base.process import host, is_alive
 from launcher.base.secrets import redacted
 from launcher.config.changes import changed_settings
 from launcher.config.settings import RunConfig, run_length
 from launcher.hub import send_left_over
 
-_ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
-_SHUTDOWN_S = 5
-"""torchrun gives the other ranks so long once one has failed. Requests to stop go through the STOP file instead."""
 
-
-def num_processes(config: RunConfig) -> int:
-    """Over all machines."""
-    if config.launch.num_processes is not None:
-        return config.launch.num_processes
-    if config.strategy.name == "single":
-        return 1
-    return max(1, len(visible_gpus())) * config.launch.num_machines
-
-
-def accelerate_command(
-    config: RunConfig, arguments: Sequence[str], *, machine_rank: int | str | None = None,
-    main_process_ip: str | None = None, main_process_port: int | str | None = None,
-) -> list[str]:  # fmt: skip
-    """The command of one node. Every flag is given, so that no default_config.yaml of the user's is read.
-
-    Args:
-        arguments: of launcher.train: overrides, or --config-file FILE.
-        machine_rank, main_process_ip, main_process_port: instead of the config's (shell variables in a Slurm script).
-    """
-    launch, total = config.launch, num_processes(config)
-    port = main_process_port if main_process_port is not None else launch.main_process_port
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(_ACCELERATE_CONFIG),
-        "--num_processes", str(total), "--num_machines", str(launch.num_machines), "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(total // launch.num_machines)),
-    ]  # fmt: skip
-    if total > 1:
-        command += ["--multi_gpu", "--main_process_port", str(port if port is not None else free_port())]
-    if launch.num_machines > 1:
-        command += [
-            "--machine_rank", str(machine_rank if machine_rank is not None else launch.machine_rank),
-            "--main_process_ip", str(main_process_ip or launch.main_process_ip), "--rdzv_backend", "static",
-            "--same_network", "--deepspeed_multinode_launcher", "standard",
-        ]  # fmt: skip
-    return [*command, "-m", "launcher.train", *arguments]
-
-
-def _threads(local_processes: int) -> int:
-    given = os.environ.get("OMP_NUM_THREADS")
-    return int(given) if given else max(1, num_cores() // max(1, local_processes))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def run(config: RunConfig, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> int:
-    """Runs to the end, to a stop, or to a failure that a restart does not cure.
+def run(
+    config: RunConfig, arguments: Sequence[str], env: Mapping[str, str] | None = None,
+    stop_reason: Callable[[], str] = lambda: "signal",
+) -> int:  # fmt: skip
+    """Runs to the end, to a stop, or to a failure that a restart does not cure; on every machine with the same end.
 
     Args:
         arguments: of launcher.train.
         env: added to the environment of the ranks.
+        stop_reason: one of stop_requests.REASONS, asked when this process gets a signal to stop.
 
     Returns:
         0 finished, 75 stopped and saved.
 
     Raises:
-        RunLockedError: output_dir is in use. RankFailedError: a process failed; carries its own error.
+        RunLockedError: output_dir is in use. UserError: it is finished, with other settings.
+        RankFailedError: a process failed; its own error and exit code.
+        MachinesError: the machines did not meet, or one has gone.
     """
-    paths = RunPaths(Path(config.output_dir).expanduser().resolve())
-    _check_free(paths)
-    if is_finished(config, paths):
-        check_unchanged(config, paths)
-        print(f"{paths.root} is finished: nothing to do. Its model is in that folder")
-        for line in send_left_over(config, paths):
-            print(line)
-        return EXIT_DONE
-    try:
-        paths.logs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir={config.output_dir} cannot be written: {error}") from error
-    paths.stop_file.unlink(missing_ok=True)  # of an earlier run
-    for attempt in range(config.launch.max_restarts + 1):
-        restarted = {RESTARTED: "1"} if attempt else {}
-        supervised = _Attempt(config, paths, arguments, {**config.launch.env, **(env or {}), **restarted})
-        code, failure = supervised.run()
-        if code in (EXIT_DONE, EXIT_STOPPED):
-            return code
-        assert failure is not None
-        can_restart = supervised.training_began and not failure.report["is_ours"]
-        if attempt == config.launch.max_restarts or not can_restart:
-            raise failure
-        print(f"launcher: {failure}\nlauncher: restarting from the last checkpoint "
-              f"({attempt + 1} of {config.launch.max_restarts})", file=sys.stderr, flush=True)  # fmt: skip
-        time.sleep(1.0)
-    raise AssertionError("unreachable")
+    _append_to_own_output()
+    with Requests().installed() as requests:
+        return _Supervisor(config, arguments, env or {}, requests, stop_reason).run()
 
 
-def _check_free(paths: RunPaths) -> None:
-    """Refuses at once what the ranks would refuse after ten seconds of imports; waits for ranks that are dying."""
-    deadline = time.monotonic() + lock.DYING_S
-    while (other := lock.holder(paths.lock)) is not None:
-        parent = other.get("parent")
-        is_dying = other.get("host") == host() and parent is not None and not is_alive(*parent)
-        if not is_dying or time.monotonic() > deadline:
-            raise RunLockedError(lock.describe(paths.root, other))
-        time.sleep(0.2)
+def _append_to_own_output() -> None:
+    """`launcher train > run.log`: the main process opens that file anew, and neither may overwrite the other."""
+    for fd in (1, 2):
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+        except OSError:
+            continue
+
+
+class _Supervisor:
+    def __init__(
+        self, config: RunConfig, arguments: Sequence[str], env: Mapping[str, str], requests: Requests,
+        stop_reason: Callable[[], str],
+    ) -> None:  # fmt: skip
+        self._config, self._requests, self._stop_reason = config, requests, stop_reason
+        self._paths = RunPaths(Path(config.output_dir).expanduser().resolve())
+        self._ranks = Attempt(config, self._paths, arguments, {**config.launch.env, **env})
+        self._is_first = config.launch.num_machines == 1 or config.launch.machine_rank == 0
+        self._has_written_stop = False
+        self._earlier: Outcome | None = None
+        self._newest_before: int | None = None
+
+    def run(self) -> int:
+        if self._config.launch.num_machines > 1 and (finished := self._finished()) is not None:
+            if self._is_first:
+                self._check_free()
+            return self._conclude(finished)  # nobody to wait for
+        me = machines.join(self._config, self._requests, self._write_stop, self._finished)
+        try:
+            for number in itertools.count():
+                start = me.start(lambda number=number: self._plan(number))  # type: ignore[misc]
+                if isinstance(start, Verdict):
+                    return self._conclude(start)
+                verdict = self._attempt(me, start)
+                if not verdict.is_restart:
+                    return self._conclude(verdict)
+                print(f"launcher: {verdict.text}", file=sys.stderr, flush=True)
+                time.sleep(1.0)
+        finally:
+            me.close()
+        raise AssertionError("unreachable")
+
+    def _attempt(self, me: machines.OneMachine, start: Start) -> Verdict:
+        ended = self._ranks.run(start, me)
+        try:
+            return me.end(ended, lambda all_ended: self._judge(start, all_ended))
+        except MachinesError as error:
+            outcome.give_up(self._paths, start.id, str(error))
+            raise
+
+    def _plan(self, number: int) -> Start | Verdict:
+        """On the first machine: what all do next."""
+        if number == 0:
+            self._check_free()
+            if (finished := self._finished()) is not None:
+                return finished
+            self._paths.stop_file.unlink(missing_ok=True)  # of an earlier run
+        self._newest_before = outcome.newest_checkpoint(self._paths)
+        return Start(number, uuid.uuid4().hex, free_port(), is_restart=number > 0)
+
+    def _finished(self) -> Verdict | None:
+        if is_finished(self._config, self._paths):
+            check_unchanged(self._config, self._paths)
+            return Verdict(EXIT_DONE, f"{self._paths.root} is finished: nothing to do. Its model is in that folder")
+        return None
+
+    def _check_free(self) -> None:
+        """Refuses at once what the ranks would refuse after ten seconds of imports; waits for ranks that are dying."""
+        deadline = time.monotonic() + lock.DYING_S
+        while (other := lock.holder(self._paths.lock)) is not None:
+            parent = other.get("parent")
+            is_dying = other.get("host") == host() and parent is not None and not is_alive(*parent)
+            if not is_dying or time.monotonic() > deadline or self._requests.is_stop_asked:
+                raise RunLockedError(lock.describe(self._paths.root, other))
+            time.sleep(0.2)
+
+    def _write_stop(self) -> None:
+        """The ranks look for STOP at every step; the first reason stays."""
+        if not self._has_written_stop:
+            self._has_written_stop = True
+            if not self._paths.stop_file.exists():
+                files.replace_file(self._paths.stop_file, self._stop_reason().encode())
+
+    def _judge(self, start: Start, ended: Sequence[Ended]) -> Verdict:
+        """On the first machine: what follows for all from how the ranks ended."""
+        found = outcome.judge(self._paths, start.id, ended, is_killed=self._requests.is_kill_asked)
+        if found.state != "failed":
+            return Verdict(found.exit_code, found.text)
+        newest, limit = outcome.newest_checkpoint(self._paths), self._config.launch.max_restarts
+        has_new = newest is not None and newest != self._newest_before
+        why = outcome.why_no_restart(found, self._earlier, has_new=has_new, has_any=newest is not None)
+        self._earlier = found
+        if why is not None or start.number >= limit or self._requests.is_stop_asked:
+            why = f"\n  not restarted: {why}" if why and start.number < limit else ""
+            return Verdict(found.exit_code, f"{found.text}{why}")
+        source = "the last checkpoint" if newest is not None else "the beginning, there is no checkpoint yet"
+        again = f"restarting from {source} ({start.number + 1} of {limit})"
+        return Verdict(found.exit_code, f"{found.text}\nlauncher: {again}", is_restart=True)
+
+    def _conclude(self, verdict: Verdict) -> int:
+        """Shows how it ended.
+
+        Raises:
+            RankFailedError: it failed, on whichever machine.
+        """
+        if verdict.exit_code not in (EXIT_DONE, EXIT_STOPPED):
+            error = RankFailedError(redacted(verdict.text))
+            error.exit_code = verdict.exit_code
+            raise error
+        if verdict.text:
+            print(verdict.text, flush=True)
+        if verdict.exit_code == EXIT_DONE and verdict.text and self._is_first:
+            for line in send_left_over(self._config, self._paths):
+                print(line)
+        return verdict.exit_code
 
 
 def is_finished(config: RunConfig, paths: RunPaths) -> bool:
@@ -175,99 +209,3 @@ def check_unchanged(config: RunConfig, paths: RunPaths) -> None:
         "To train again from the start in this folder: checkpoint.resume_from_checkpoint=never. "
         "To leave it as it is: checkpoint.accept_changes=true"
     )
-
-
-class _Attempt:
-    """One start of `accelerate launch`."""
-
-    def __init__(self, config: RunConfig, paths: RunPaths, arguments: Sequence[str], env: dict[str, str]) -> None:
-        self._paths = paths
-        self._id = uuid.uuid4().hex
-        self._command = accelerate_command(config, arguments)
-        self._env = {
-            **os.environ, **env, "LAUNCHER_SUPERVISED": "1", "LAUNCHER_ATTEMPT": self._id,
-            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
-        }  # fmt: skip
-        self._num_signals = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._agent_output = ""
-        self.training_began = False
-
-    def run(self) -> tuple[int, RankFailedError | None]:
-        """(exit code, None) or (1, the earliest error of a rank)."""
-        with tempfile.TemporaryDirectory(prefix="launcher-") as error_dir:
-            stacks = self._stack_bytes()
-            log_start = self._paths.agent_log.stat().st_size if self._paths.agent_log.exists() else 0
-            parent = os.getpid()
-            env = {**self._env, "LAUNCHER_ERROR_DIR": error_dir, "LAUNCHER_STDERR": f"/proc/{parent}/fd/2"}
-            with self._paths.agent_log.open("ab") as log:
-                # A session of its own: Ctrl-C reaches only us, and the ranks learn of it at a step boundary.
-                self._process = subprocess.Popen(
-                    self._command, env=env, start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    preexec_fn=lambda: die_with_parent(expected_parent=parent),
-                )  # fmt: skip
-                previous = {
-                    n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-                }
-                try:
-                    code = self._process.wait()
-                finally:
-                    for number, handler in previous.items():
-                        signal.signal(number, handler)
-                    with contextlib.suppress(OSError):
-                        os.killpg(self._process.pid, signal.SIGKILL)
-            self._agent_output = _text_from(self._paths.agent_log, log_start)
-            return self._outcome(code, Path(error_dir), self._stack_bytes() > stacks)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._num_signals += 1
-        assert self._process is not None
-        if self._num_signals > 1 and number == signal.SIGINT:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        else:
-            with contextlib.suppress(OSError):
-                self._paths.stop_file.write_text("signal", encoding="utf-8")
-
-    def _stack_bytes(self) -> int:
-        return sum(p.stat().st_size for p in self._paths.logs_dir.glob("stacks-rank-*.txt"))
-
-    def _outcome(self, code: int, error_dir: Path, is_hang: bool) -> tuple[int, RankFailedError | None]:
-        state = files.read_json_or(self._paths.run_state, {})
-        is_mine = isinstance(state, dict) and state.get("attempt") == self._id
-        self.training_began = is_mine
-        if is_mine and state["state"] == "finished":
-            return EXIT_DONE, None
-        if is_mine and state["state"] in ("interrupted", "pruned"):
-            return EXIT_STOPPED, None
-        error = earliest_error(error_dir) or self._unexplained(code, is_hang)
-        if is_mine:
-            reason = None if error.report["is_ours"] else "hang" if is_hang else "crash"
-            ended = {"state": "failed", "reason": reason, "exit_code": error.exit_code, "error": str(error)}
-            if self._num_signals > 1:
-                ended |= {"state": "interrupted", "reason": "signal"}
-            files.write_json(self._paths.run_state, {**state, **ended})
-        return EXIT_FAILED, error
-
-    def _unexplained(self, code: int, is_hang: bool) -> RankFailedError:
-        """No rank has told an error of its own: it hung, was killed, or died before it could."""
-        logs = self._paths.logs_dir
-        killed = re.search(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*-(\d+)", self._agent_output)
-        if is_hang:
-            text = f"no step for launch.hang_timeout_s; where each process stood is in {logs}/stacks-rank-*.txt"
-        elif self._num_signals > 1:
-            text = "killed at once, as asked; the last checkpoint is whole"
-        elif killed:
-            cause = " (out of memory?)" if killed[2] == "9" else ""
-            text = f"rank {killed[1]} was killed by signal {killed[2]}{cause}"
-        else:
-            tail = "\n".join(self._agent_output.strip().splitlines()[-5:])
-            text = f"accelerate launch ended with {code}; see {self._paths.agent_log}\n{tail}"
-        error = RankFailedError(redacted(text))
-        error.report = {"is_ours": self._num_signals > 1}
-        return error
-
-
-def _text_from(path: Path, start: int) -> str:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read().decode(errors="replace")

@@ -7,7 +7,6 @@ Messages say what is wrong, the value got, what is valid, and the override that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -68,9 +67,11 @@ class NonFiniteError(LauncherError):
 
 
 class RankFailedError(LauncherError):
-    """A process of the run died; names the rank and its own error. `report` is what that process wrote about it."""
+    """A process of the run died; names the rank, its host and its own error."""
 
-    report: dict[str, Any]
+
+class MachinesError(LauncherError):
+    """The machines of a run did not meet, or one of them has gone."""
 
 
 class HubError(LauncherError):

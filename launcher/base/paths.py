@@ -126,10 +126,9 @@ class RunPaths:
         """JSON: rank, host, time, kind, message, traceback of an uncaught exception."""
         return self.logs_dir / f"error-rank-{rank}.json"
 
-    @property
-    def agent_log(self) -> Path:
-        """What `accelerate launch` and the libraries print."""
-        return self.logs_dir / "agent.log"
+    def agent_log(self, machine_rank: int = 0) -> Path:
+        """What `accelerate launch` and the libraries print on one machine."""
+        return self.logs_dir / (f"agent-{machine_rank}.log" if machine_rank else "agent.log")
 
     def stacks(self, rank: int) -> Path:
         """Python stacks of every thread, written when a hang is detected."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from launcher.base.errors import LauncherError
+
+COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""Tokenising a large data set may keep the others waiting for hours; hangs in training are the watchdog's business."""
 
 
 class Processes:
@@ -20,7 +24,8 @@ class Processes:
         self.rank, self.world_size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-            self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else dist.group.WORLD
+            # A new group does not inherit the timeout: gloo's own is half an hour.
+            self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
 
     @property

@@ -18,7 +18,7 @@ from launcher.base import files
 from launcher.base.errors import EXIT_FAILED, EXIT_STOPPED
 from launcher.base.paths import RunPaths
 from launcher.base.process import host
-from launcher.base.rank_reports import earliest_error
+from launcher.base.rank_reports import first_failure, in_words, read_reports
 from launcher.base.stop_requests import REASONS
 
 
@@ -37,24 +37,25 @@ def judge(paths: RunPaths, *, attempt: str, began: float, code: int, error_dir: 
     run = files.read_json_or(paths.run_state, {})
     if run.get("attempt") == attempt and run["state"] in ("finished", "pruned", "interrupted"):
         return " ".join(filter(None, (run["state"], run.get("reason")))), ""
-    error = earliest_error(error_dir)
+    error = first_failure(read_reports(error_dir), has_silent_death=_has_hung(paths, began))
     if code == 0 and error is None and run.get("state") == "finished":
         return "finished", ""  # before this start; the ranks found nothing to do
     if (asked := _asked(paths)) is not None:
         _complete(paths, run, state="pruned" if asked == "pruned" else "interrupted", exit_code=EXIT_STOPPED,
                   reason=None if asked == "pruned" else asked)  # fmt: skip
         return ("pruned" if asked == "pruned" else f"interrupted {asked}"), "ended before the ranks could save"
-    if error is not None and error.report["is_ours"]:
-        _complete(paths, run, state="failed", reason=None, exit_code=error.exit_code, error=str(error))
-        return f"failed {error.exit_code}", str(error)
+    if error is not None and error["is_ours"]:
+        _complete(paths, run, state="failed", reason=None, exit_code=error["exit_code"], error=error["message"])
+        return f"failed {error['exit_code']}", error["message"]
     if _has_hung(paths, began):
         reason = "hang"
         text = f"no step for launch.hang_timeout_s; where each process stood is in {paths.logs_dir}/stacks-rank-*.txt"
     else:
         reason = "crash"
-        text = str(error or f"a process was killed from outside (out of memory?); srun ended with {code}")
+        text = f"a process was killed from outside (out of memory?); srun ended with {code}"
+        text = in_words(error, paths.logs_dir) if error is not None else text
     _complete(paths, run, state="failed", reason=reason, exit_code=EXIT_FAILED, error=text)
-    return "crashed", f"{error.report.get('traceback', '')}{text}" if error is not None else text
+    return "crashed", text
 
 
 def _asked(paths: RunPaths) -> str | None:

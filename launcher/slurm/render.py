@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.agent.supervise import accelerate_command
+from launcher.agent.command import accelerate_command
 from launcher.base.errors import ConfigError
 from launcher.base.paths import slurm_templates_dir
 from launcher.config.sbatch import asks_for_gpus
@@ -214,10 +214,7 @@ def launch_lines(config: RunConfig) -> list[str]:
 
     What only the job knows (this node's rank, the first node, the port, the cores) is left to the shell.
     """
-    command = accelerate_command(
-        config, [], machine_rank="$SLURM_NODEID", main_process_ip="$main_process_ip",
-        main_process_port="$main_process_port",
-    )  # fmt: skip
+    command = accelerate_command(config, [], port=0)
     given_by_job = {
         "--config_file": "$code_dir/launcher/agent/accelerate.yaml",
         "--num_cpu_threads_per_process": "$threads",

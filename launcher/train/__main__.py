@@ -28,7 +28,7 @@ def main() -> None:
         paths, lock = open_output_dir(config, processes)
         rank_setup.opened(paths, lock, processes)
         run = build_run(config, accelerator, processes, paths)
-        rank_setup.training_began(run.recorder)
+        rank_setup.training_began(run.recorder, run.state)
         reason = fit(run)
         if reason is None:
             finish(run, paths)

@@ -7,7 +7,6 @@ import fcntl
 import io
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from launcher.base.paths import RunPaths
+from launcher.base.processes import COLLECTIVE_TIMEOUT
 from launcher.config.settings import RunConfig
-
-_COLLECTIVE_TIMEOUT = timedelta(days=1)
-"""Tokenising a large data set may keep the others waiting for hours; hangs in training are the watchdog's business."""
 
 
 class Saves(Protocol):
@@ -93,7 +90,7 @@ def use_single_process_env() -> None:
 def build_accelerator(config: RunConfig) -> LauncherAccelerator:
     """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo)."""
     has_cuda = torch.cuda.is_available()
-    handlers: list[Any] = [InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=_COLLECTIVE_TIMEOUT)]
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)]
     logs = str(RunPaths(Path(config.output_dir).expanduser().resolve()).logs_dir)
     arguments: dict[str, Any] = {
         "mixed_precision": config.mixed_precision, "log_with": config.tracker.name, "project_dir": logs,

@@ -17,6 +17,7 @@ from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
 from launcher.base.process import host
 from launcher.base.processes import Processes
+from launcher.base.shared_folder import check_shared
 from launcher.base.stop_requests import StopRequests
 from launcher.checkpoint import resume
 from launcher.checkpoint.engine import Checkpointer
@@ -48,7 +49,7 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
     """Creates output_dir, takes its lock, removes what a crash left behind. Collective.
 
     Raises:
-        UserError: it cannot be written. RunLockedError: another run is alive in it.
+        UserError: it cannot be written, or the processes do not share it. RunLockedError: another run is alive in it.
     """
     paths = RunPaths(Path(config.output_dir).expanduser().resolve())
     lock = RunLock(paths.lock)
@@ -70,6 +71,11 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
             raise UserError(f"output_dir={config.output_dir} cannot be written: {error}") from error
 
     processes.on_main(open_it)
+    try:
+        check_shared(paths.root, processes)
+    except UserError:
+        lock.release()
+        raise
     return paths, lock
 
 

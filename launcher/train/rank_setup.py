@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 import sys
-import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from launcher.base import files
-from launcher.base.errors import EXIT_FAILED, ConfigError, LauncherError
-from launcher.base.process import die_with_parent, host
-from launcher.base.secrets import redacted
+from launcher.base.errors import ConfigError
+from launcher.base.process import die_with_parent
+from launcher.base.rank_reports import Report, make_report, write_report
 from launcher.config.rules import cache_problems
 from launcher.hub.environment import distrust_xet
 
@@ -25,10 +23,11 @@ if TYPE_CHECKING:
     from launcher.base.paths import RunPaths
     from launcher.base.processes import Processes
     from launcher.config.settings import RunConfig
+    from launcher.saving.training_state import TrainingState
     from launcher.train.recorder import Recorder
 
-ATTEMPT = "LAUNCHER_ATTEMPT"
 _recorder: Recorder | None = None
+_state: TrainingState | None = None
 _paths: RunPaths | None = None
 _lock: RunLock | None = None
 
@@ -106,47 +105,40 @@ def opened(paths: RunPaths, lock: RunLock, processes: Processes) -> None:
             os.dup2(log.fileno(), 2)
 
 
-def training_began(recorder: Recorder) -> None:
-    """From here on a failure is written into run.json."""
-    global _recorder
-    _recorder = recorder
+def training_began(recorder: Recorder, state: TrainingState) -> None:
+    """From here on a failure is written into run.json, with the step that was reached."""
+    global _recorder, _state
+    _recorder, _state = recorder, state
 
 
 def fail(error: BaseException) -> NoReturn:
     """Tells what happened and ends the process at once, so that the agent ends the others.
 
-    What is left: logs/error-rank-N.json (read by `launcher train`, which shows the earliest), run.json.
+    What is left: logs/error-rank-N.json (the agents show the earliest), run.json with the step that was reached.
     """
     if isinstance(error, SystemExit) and error.code in (0, None):
         os._exit(0)
-    is_ours = isinstance(error, LauncherError)
-    code = error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED
-    report = {
-        "rank": rank(), "host": host(), "time": time.time(), "attempt": os.environ.get(ATTEMPT), "exit_code": code,
-        "kind": type(error).__name__, "is_ours": is_ours, "message": redacted(str(error)) or type(error).__name__,
-        "training_began": _recorder is not None,
-        "traceback": redacted("".join(traceback.format_exception(error))),
-    }  # fmt: skip
+    step = _state.progress.step if _state is not None else None
+    report = make_report(error, rank=rank(), training_began=_state is not None, step=step)
     _write_report(report)
-    if _recorder is not None:
+    if _recorder is not None and _state is not None:
         _recorder.close()
         _recorder.update_run(
-            state="failed", reason=None if is_ours else "crash", exit_code=code, error=report["message"]
-        )
+            state="failed", reason=None if report["is_ours"] else "crash", exit_code=report["exit_code"],
+            error=report["message"], step=_state.progress.step, epoch=_state.progress.epoch,
+        )  # fmt: skip
     if not os.environ.get("LAUNCHER_SUPERVISED"):
-        text = report["message"] if is_ours else report["traceback"]
-        if rank() == 0 or not is_ours:
+        text = report["message"] if report["is_ours"] else "\n".join(report["traceback"])
+        if rank() == 0 or not report["is_ours"]:
             print(f"launcher: rank {rank()}: {text}", file=sys.stderr, flush=True)
     if _lock is not None:
         _lock.release()
-    os._exit(code)
+    os._exit(report["exit_code"])
 
 
-def _write_report(report: dict[str, Any]) -> None:
+def _write_report(report: Report) -> None:
     folder = Path(os.environ["LAUNCHER_ERROR_DIR"]) if os.environ.get("LAUNCHER_ERROR_DIR") else None
     for target in (folder, _paths.logs_dir if _paths is not None else None):
         if target is not None and target.is_dir():
-            try:
-                files.replace_file(target / f"error-rank-{report['rank']}.json", json.dumps(report, indent=1).encode())
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                write_report(report, target)

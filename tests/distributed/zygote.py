@@ -48,9 +48,17 @@ class Zygote:
         assert line, f"the zygote ended with {self._process.wait()}"
         return json.loads(line)
 
-    def start(self, argv: Sequence[str], num_processes: int, log: Path, env: dict[str, str] | None = None) -> list[int]:
-        """Starts the ranks; the caller must `wait` before the next start. Returns their pids."""
+    def start(
+        self, argv: Sequence[str], num_processes: int, log: Path, env: dict[str, str] | None = None,
+        folders: Sequence[Path] = (),
+    ) -> list[int]:  # fmt: skip
+        """Starts the ranks; the caller must `wait` before the next start. Returns their pids.
+
+        Args:
+            folders: the working directory of each rank, where they are to differ.
+        """
         request = {"argv": list(argv), "num_processes": num_processes, "log": str(log), "env": env or {}}
+        request["folders"] = [str(folder) for folder in folders]
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
@@ -131,6 +139,8 @@ def _become_rank(request: dict[str, Any], rank: int, count: int, port: int) -> N
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
         os.environ |= request["env"]
+        if request["folders"]:
+            os.chdir(request["folders"][rank])
         sys.argv = ["launcher.train", *request["argv"]]
         from launcher.train.__main__ import main
 

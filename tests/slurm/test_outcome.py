@@ -72,9 +72,9 @@ def test_kill_is_a_crash_in_run_json(paths: RunPaths) -> None:
 
 
 def test_crash_before_training_began_is_in_run_json_too(paths: RunPaths) -> None:
-    write_error(paths, traceback="Traceback: line 7\n")
-    crashed = judge(paths, attempt="7-0-0", began=time.time(), code=1, error_dir=paths.root / "errors")
-    assert crashed == ("crashed", "Traceback: line 7\nrank 0: RuntimeError: boom")
+    write_error(paths, where="/x/metric.py:7 in score")
+    verdict, text = judge(paths, attempt="7-0-0", began=time.time(), code=1, error_dir=paths.root / "errors")
+    assert verdict == "crashed" and text.startswith("rank 0: RuntimeError: boom\n  at /x/metric.py:7 in score\n")
     assert run_json(paths)["state"] == "failed" and "boom" in run_json(paths)["error"]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.agent.supervise import accelerate_command, check_unchanged, is_finished, run
+from launcher.agent.command import accelerate_command
+from launcher.agent.supervise import check_unchanged, is_finished, run
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
 from launcher.config.changes import changed_settings
@@ -23,9 +24,8 @@ def test_command_gives_every_flag_when_two_nodes_are_used(monkeypatch: pytest.Mo
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     config = RunConfig()
     config.launch.num_processes, config.launch.num_machines = 4, 2
-    command = accelerate_command(
-        config, ["seed=1"], machine_rank=1, main_process_ip="10.0.0.1", main_process_port=29501
-    )
+    config.launch.machine_rank, config.launch.main_process_ip = 1, "10.0.0.1"
+    command = accelerate_command(config, ["seed=1"], port=29501)
     assert command[0] == sys.executable and command[-3:] == ["-m", "launcher.train", "seed=1"]
     flags = dict(itertools.pairwise(command[3:-2]))
     assert Path(flags["--config_file"]).is_file()

@@ -1,0 +1,119 @@
+"""One start of `accelerate launch` on this machine: begun, watched, ended, and what it left to read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launcher.agent.command import accelerate_command, num_processes
+from launcher.agent.machines import Ended, OneMachine, Start
+from launcher.base.errors import UserError
+from launcher.base.paths import RunPaths
+from launcher.base.process import RESTARTED, die_with_parent, host
+from launcher.base.rank_reports import ATTEMPT, make_report, read_reports
+from launcher.base.stop_requests import SUPERVISED
+from launcher.config.settings import RunConfig
+
+_SHUTDOWN_S = 5
+"""torchrun gives the other ranks so long once one has failed. Requests to stop go through the STOP file instead."""
+_POLL_S = 0.1
+_FAILED_RANK = re.compile(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*-(\d+)")
+"""In torchrun's summary. `accelerate launch` starts a single process without torchrun: the line below."""
+_FAILED_SINGLE = re.compile(r"CalledProcessError.*died with <Signals\.\w+: (\d+)>")
+_WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/graph.py")
+
+
+class Attempt:
+    """What every start of this machine's ranks has in common."""
+
+    def __init__(
+        self, config: RunConfig, paths: RunPaths, arguments: Sequence[str], env: Mapping[str, str]
+    ) -> None:  # fmt: skip
+        self._config, self._paths, self._arguments, self._env = config, paths, arguments, env
+        self._machine = config.launch.machine_rank
+        self._log = paths.agent_log(self._machine)
+        local = max(1, num_processes(config) // config.launch.num_machines)
+        self._ranks = range(self._machine * local, (self._machine + 1) * local)
+
+    def run(self, start: Start, machines: OneMachine) -> Ended:
+        """Runs the ranks to their end, or ends them where `machines` says so."""
+        try:
+            self._paths.logs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            log = self._log.open("ab")
+        except OSError as error:
+            wrong = UserError(f"output_dir={self._config.output_dir} cannot be written on {host()}: {error}")
+            report = make_report(wrong, rank=self._ranks.start, training_began=False, step=None)
+            return Ended(self._machine, host(), wrong.exit_code, [report])
+        stacks = {rank: self._stack_bytes(rank) for rank in self._ranks}
+        with log, tempfile.TemporaryDirectory(prefix="launcher-") as error_dir:
+            begin = log.tell()
+            process = self._popen(start, error_dir, log.fileno())
+            try:
+                code = self._watch(process, machines)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output = _text_from(self._log, begin)
+            return Ended(
+                self._machine, host(), code, read_reports(Path(error_dir)), self._killed(output),
+                {rank: is_waiting for rank, size in stacks.items()
+                 if (is_waiting := self._is_waiting(rank, size)) is not None}, output[-4000:],
+            )  # fmt: skip
+
+    def _popen(self, start: Start, error_dir: str, log: int) -> subprocess.Popen[bytes]:
+        parent = os.getpid()
+        env = {
+            **os.environ, **self._env, SUPERVISED: "1", ATTEMPT: start.id,
+            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
+            "LAUNCHER_ERROR_DIR": error_dir, "LAUNCHER_STDERR": f"/proc/{parent}/fd/2",
+            **({RESTARTED: "1"} if start.is_restart else {}),
+        }  # fmt: skip
+        # A session of its own: Ctrl-C reaches only us, and the ranks learn of it at a step boundary.
+        return subprocess.Popen(
+            accelerate_command(self._config, self._arguments, start.port), env=env, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            preexec_fn=lambda: die_with_parent(expected_parent=parent),
+        )  # fmt: skip
+
+    def _watch(self, process: subprocess.Popen[bytes], machines: OneMachine) -> int:
+        end_at: float | None = None
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_POLL_S)
+            grace_s = machines.grace_s()
+            if grace_s is not None:
+                end_at = min(time.monotonic() + grace_s, end_at if end_at is not None else float("inf"))
+            if end_at is not None and time.monotonic() >= end_at:
+                with contextlib.suppress(OSError):  # the ranks die with it
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def _killed(self, output: str) -> dict[int, int]:
+        single = _FAILED_SINGLE.search(output)
+        if single:
+            return {self._ranks.start: int(single[1])}
+        return {int(rank): int(number) for rank, number in _FAILED_RANK.findall(output)}
+
+    def _stack_bytes(self, rank: int) -> int:
+        path = self._paths.stacks(rank)
+        return path.stat().st_size if path.exists() else 0
+
+    def _is_waiting(self, rank: int, size_before: int) -> bool | None:
+        """Whether a rank that hung stood in a collective, waiting for others; None where it did not hang."""
+        if self._stack_bytes(rank) <= size_before:
+            return None
+        main_thread = _text_from(self._paths.stacks(rank), size_before).rpartition("most recent call first")[2]
+        return any(room in line for line in main_thread.splitlines()[:6] for room in _WAITING)
+
+
+def _text_from(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read().decode(errors="replace")
