@@ -214,7 +214,8 @@ def launch_lines(config: RunConfig) -> list[str]:
 
     What only the job knows (this node's rank, the first node, the port, the cores) is left to the shell.
     """
-    command = accelerate_command(config, [], port=0)
+    launch = dataclasses.replace(config.launch, machine_rank=0, main_process_ip="")
+    command = accelerate_command(dataclasses.replace(config, launch=launch), [], port=0)
     given_by_job = {
         "--config_file": "$code_dir/launcher/agent/accelerate.yaml",
         "--num_cpu_threads_per_process": "$threads",
