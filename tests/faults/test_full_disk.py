@@ -116,3 +116,20 @@ def test_a_read_only_output_dir_is_refused(lab: Lab, disk: Path, tmp_path: Path)
     codes = lab.zygote.run(lab.overrides(disk / "run", "single"), 1, log)
     assert codes == [2]
     assert f"output_dir={disk / 'run'} cannot be written" in log.read_text()
+
+
+@pytest.mark.timeout(300)
+def test_the_model_alone_is_published_when_the_last_checkpoint_has_no_room(lab: Lab, disk: Path) -> None:
+    """Promises 1 and 4: what was trained is not lost, the earlier checkpoint stays, and the run says what it kept."""
+    run = RunPaths(disk / "run")
+    lab.start(run.root, "single", 1, "train.max_steps=20", env=_SLOW)
+    wait_until(lambda: run.checkpoint_dir(10).exists(), "checkpoint-10")
+    model = (run.checkpoint_dir(10) / "model.safetensors").stat().st_size
+    _fill(disk, leave=16 * _MIB + 2 * model)  # beside the margin: more than the model, less than a checkpoint
+    assert lab.zygote.wait() == [0], log_text(run.root)
+    assert [step for step, _ in run.checkpoint_dirs()] == [10]
+    assert manifest.verify(run.checkpoint_dir(10)) == []
+    assert "its checkpoint could not be saved: only a model is kept" in log_text(run.root)
+    published = (run.root / "model.safetensors").read_bytes()
+    assert len(published) == model and published != (run.checkpoint_dir(10) / "model.safetensors").read_bytes()
+    assert not [p.name for p in run.root.iterdir() if p.name.startswith(".tmp")]
