@@ -22,7 +22,7 @@ def test_a_run_leaves_everything_outside_alone_when_links_lie_in_its_folder(lab:
         ".tmp-deleted-checkpoint-1": "",
         ".config.json.tmp": "a", ".model.safetensors.tmp": "a", ".config.yaml.tmp": "a", ".run.json.tmp-1": "a",
         "config.yaml": "a", "run.json": "a", "config.json": "config.json", "model.safetensors": "model.safetensors",
-        "metrics.jsonl": "a", "trainer_state.json": "a",
+        "trainer_state.json": "a",
     }.items():  # fmt: skip
         (run / name).symlink_to(outside.root / target)
     codes = lab.run_codes(run, "single", 1)
@@ -52,12 +52,17 @@ def test_a_checkpoint_that_was_moved_and_linked_is_read_and_never_deleted(lab: L
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-40"]
 
 
-def test_a_start_is_refused_when_a_folder_of_its_own_is_a_link(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "target", "code"), [(".hub", "", 2), ("metrics.jsonl", "a", None)])
+def test_a_start_is_refused_when_what_it_adds_to_is_a_link(
+    lab: Lab, tmp_path: Path, name: str, target: str, code: int | None
+) -> None:
     run, outside = tmp_path / "run", Decoy(tmp_path / "outside")
     run.mkdir()
-    (run / ".hub").symlink_to(outside.root)
-    assert lab.run_codes(run, "single", 1) == [2]
-    assert ".hub is a link to" in log_text(run) and "Remove the link" in log_text(run)
+    (run / name).symlink_to(outside.root / target)
+    (found,) = lab.run_codes(run, "single", 1)
+    assert found == code if code else found in (1, 2)
+    assert name in log_text(run) and "is a link" in log_text(run)
+    assert outside.disturbed() == []
 
 
 @pytest.mark.parametrize(
