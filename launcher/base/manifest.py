@@ -18,7 +18,8 @@ from launcher.base.errors import DamagedCheckpointError
 from launcher.base.inner_files import is_inner_path
 
 FORMAT = "launcher-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: every state under its parameter's name, experts under their names in memory, frozen parameters left out."""
 NAME = "manifest.json"
 _HASH = "manifest_sha256"
 CHUNK_BYTES = 64 * 2**20
@@ -218,10 +219,16 @@ def _is_newer(raw: dict[str, Any]) -> bool:
     version = raw["format_version"]
     if type(version) is not int or not FORMAT_VERSION < version <= _MAX_VERSION:
         return False
-    # One flipped bit makes a 3, 5 or 9 of our 1: then the hash is still that of our version.
-    ours = {**raw, "format_version": FORMAT_VERSION}
-    is_flipped = (version ^ FORMAT_VERSION).bit_count() == 1 and ours.pop(_HASH, None) == _own_hash(ours)
-    return not is_flipped
+    # One flipped bit makes a 3, 5 or 9 of a 1: then the hash is still that of a version that we know.
+    return not any(
+        (version ^ known).bit_count() == 1 and _hash_fits({**raw, "format_version": known})
+        for known in range(1, FORMAT_VERSION + 1)
+    )
+
+
+def _hash_fits(raw: dict[str, Any]) -> bool:
+    own_hash: object = raw.pop(_HASH, None)
+    return own_hash == _own_hash(raw)
 
 
 def structural_problems(folder: Path, manifest: Manifest) -> list[str]:

@@ -152,16 +152,11 @@ class Checkpointer:
             self._snapshot(plan)
         except (OSError, MemoryError, WriterDied) as error:
             self._own_error = f"no snapshot could be taken: {error}"
-        if main and plan.index is not None:
-            texts = {
-                **texts,
-                f"{plan.files[0].path.partition('-00001-of-')[0]}.safetensors.index.json": plan.index.decode(),
-            }
         sizes = {f.path: f.num_bytes for f in plan.files}
-        heads = {f.path: base64.b64encode(f.header).decode() for f in plan.files} if main else {}
+        heads = {f.path: base64.b64encode(f.header).decode() for f in plan.files if f.path in plan.heads}
         self._unsent = {
             "cmd": "write", "step": step, "dir": str(folder), "files": sizes, "heads": heads, "ranges": plan.ranges,
-            "texts": texts, "statics": main,
+            "texts": {**texts, **plan.texts}, "statics": main,
         }  # fmt: skip
         commit = {
             "cmd": "commit", "step": step, "dir": str(folder), "target": str(target),

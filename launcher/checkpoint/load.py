@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +11,99 @@ import torch
 from torch import Tensor
 
 from launcher.base.errors import DamagedCheckpointError, ResumeError
-from launcher.checkpoint.layout import Place, iter_safetensors, read_places
-from launcher.checkpoint.segments import Extent, Segment, TrainedState, is_elementwise, persistent_buffers
-from launcher.checkpoint.snapshot import OPTIMIZER_STEM
+from launcher.base.stored import StoredTensor, StoredTensors
+from launcher.checkpoint.headers import StateIndex, read_places, read_state_index
+from launcher.checkpoint.layout import (
+    Column,
+    Partition,
+    Place,
+    TensorSpec,
+    index_path,
+    iter_safetensors,
+    overlaps,
+    stored_parts,
+)
+from launcher.checkpoint.segments import (
+    Extent,
+    ParamInfo,
+    Segment,
+    TrainedState,
+    is_elementwise,
+    persistent_buffers,
+)
+from launcher.checkpoint.snapshot import MASTER, OPTIMIZER_STEM, TORCH_DTYPES
 
-TORCH_DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
-    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool, "I8": torch.int8, "I16": torch.int16,
-}  # fmt: skip
 _CHUNK_ITEMS = 2**24
-MASTER = "master"
 
 
 class TensorFiles:
-    """The tensors of some safetensors files, read range by range into memory that is already there."""
+    """The tensors of some safetensors files, read range by range into memory that is already there.
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.places: dict[str, Place] = {}
+    Rows of partitions are shown as the tensors that they are pieces of.
+
+    Raises:
+        DamagedCheckpointError: here or when a tensor is read, the files are not whole.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.specs: dict[str, TensorSpec] = {}
+        self._folder = (folder / stem).parent
+        self._places: dict[str, Place] = {}
+        self._columns: dict[str, tuple[Partition, str, Column]] = {}
         self._fds: dict[str, int] = {}
+        paths = list(iter_safetensors(folder, stem))
+        self._index = read_state_index(folder / index_path(stem)) if paths else StateIndex({}, ())
+        rows = {p.row_name(slot, row) for p in self._index.partitions for slot in p.slots for row in range(p.num_rows)}
         for path in paths:
-            try:
-                self.places |= read_places(path)
-            except (OSError, ValueError, KeyError) as error:
-                raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+            stored = self._index.names(path.name)
+            if not stored or stored - rows:  # a file of rows alone is opened when one is read: most never are
+                self._places |= read_places(path)
+        self.specs |= {name: place.spec for name, place in self._places.items() if name not in rows}
+        for partition in self._index.partitions:
+            for slot, dtype in partition.slots.items():
+                for name, column in partition.columns.items():
+                    key = f"{slot}.{name}"
+                    self.specs[key] = TensorSpec(key, dtype, column.shape)
+                    self._columns[key] = partition, slot, column
+
+    def place(self, name: str) -> Place | None:
+        """Where a tensor lies, if it lies in one piece."""
+        return self._places.get(name)
 
     def read_into(self, name: str, start: int, target: Tensor) -> None:
         """Fills a flat tensor with elements [start, start + numel) of a stored one, converting its dtype."""
-        place = self.places[name]
-        dtype = TORCH_DTYPES[place.spec.dtype]
-        if target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous():
-            self._read(place, start, target)
+        for place, first, part in self._pieces(name, start, target):
+            dtype = TORCH_DTYPES[place.spec.dtype]
+            if part.dtype == dtype and part.device.type == "cpu" and part.is_contiguous():
+                self._read(place, first, part)
+                continue
+            for low in range(0, part.numel(), _CHUNK_ITEMS):
+                some = part[low : low + _CHUNK_ITEMS]
+                host = torch.empty(some.numel(), dtype=dtype)
+                self._read(place, first + low, host)
+                some.copy_(host)
+
+    def _pieces(self, name: str, start: int, target: Tensor) -> Iterator[tuple[Place, int, Tensor]]:
+        """What to read: (stored tensor, its first element, part of the target)."""
+        if name in self._places:
+            yield self._places[name], start, target
             return
-        for low in range(0, target.numel(), _CHUNK_ITEMS):
-            part = target[low : low + _CHUNK_ITEMS]
-            host = torch.empty(part.numel(), dtype=dtype)
-            self._read(place, start + low, host)
-            part.copy_(host)
+        partition, slot, column = self._columns[name]
+        done = 0
+        while done < target.numel():
+            row, offset = divmod(start + done, column.width)
+            numel = min(column.width - offset, target.numel() - done)
+            yield self._row(partition, slot, row), column.start + offset, target[done : done + numel]
+            done += numel
+
+    def _row(self, partition: Partition, slot: str, row: int) -> Place:
+        spec = partition.row_spec(slot, row)
+        if spec.name not in self._places:
+            self._places |= read_places(self._folder / self._index.weight_map[spec.name])
+        place = self._places.get(spec.name)
+        if place is None or place.spec != spec:
+            raise DamagedCheckpointError(f"{self._folder}: {spec.name} is not what its index says")
+        return place
 
     def _read(self, place: Place, start: int, target: Tensor) -> None:
         fd = self._fds.setdefault(place.path, -1)
@@ -67,54 +124,81 @@ class TensorFiles:
         self._fds = {}
 
 
+class _Weights:
+    """The model file of a checkpoint, by the names in memory."""
+
+    def __init__(self, folder: Path, stem: str, stored: StoredTensors) -> None:
+        self.files, self._stored = TensorFiles(folder, stem), stored
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...] | None:
+        """The stored tensors of a parameter, or None. The first version stored all under their names in memory."""
+        for parts in (stored_parts(self._stored, name, shape), (StoredTensor(name, shape, 0),)):
+            specs = [self.files.specs.get(part.name) for part in parts]
+            if all(spec and spec.shape == part.shape for spec, part in zip(specs, parts, strict=True)):
+                return parts
+        return None
+
+    def read_into(self, name: str, shape: tuple[int, ...], start: int, target: Tensor) -> bool:
+        """Fills a flat tensor with elements [start, …) of a parameter; False where it is not stored."""
+        parts = self.parts(name, shape)
+        for part, first, numel in overlaps(parts or (), start, target.numel()):
+            self.files.read_into(part.name, first - part.start, target[first - start : first - start + numel])
+        return parts is not None
+
+
 def load_trained_state(
     state: TrainedState, module: torch.nn.Module, folder: Path, saved: dict[str, Any], *, weights_stem: str,
-    stored_name: Callable[[str], str],
+    stored: StoredTensors,
 ) -> None:  # fmt: skip
-    """Fills masters, optimizer states, whole forward weights and persistent buffers of this process from a folder.
+    """Fills masters, optimizer states, whole forward weights, frozen parameters and persistent buffers of this process
+    from a folder.
 
     Args:
         saved: the `optimizer` part of state.json.
+        stored: as for the snapshot.
 
     Raises:
-        ResumeError: the checkpoint belongs to another model or another optimizer.
+        ResumeError: the checkpoint belongs to another model or another optimizer. DamagedCheckpointError: see
+            `TensorFiles`.
     """
-    weights = TensorFiles(list(iter_safetensors(folder, weights_stem)))
-    states = TensorFiles(list(iter_safetensors(folder, OPTIMIZER_STEM)))
+    weights = _Weights(folder, weights_stem, stored)
+    states = TensorFiles(folder, OPTIMIZER_STEM)
     try:
-        _check_params(state, weights, stored_name, folder)
+        _check_params(state, weights, stored, folder)
         _check_partition(state, saved)
-        numels = {p.name: p.numel for p in state.params}
+        infos = {p.name: p for p in state.params}
         slots: dict[str, set[str]] = {}
-        for key in states.places:
+        for key in states.specs:
             slot, _, param = key.partition(".")
             slots.setdefault(param, set()).add(slot)
         scalars = _scalars_by_param(saved)
         for segment in state.segments:
             for extent in segment.extents:
-                _read_master(segment, extent, weights, states, stored_name)
+                _read_master(segment, extent, infos[extent.param], weights, states)
             first = next(p.name for p in state.params if p.group == segment.group)
             names = sorted({e.param for e in segment.extents}) or [first]
-            stored = {n: slots.get(n, set()) for n in names}
-            _load_optimizer_state(segment, states, stored, numels, scalars.get(names[0], {}))
+            found = {n: slots.get(n, set()) for n in names}
+            _load_optimizer_state(segment, states, found, infos, scalars.get(names[0], {}))
         for name, weight in state.forward.items():
-            weights.read_into(stored_name(name), 0, weight.view(-1))
-        if weights_stem == "model":
-            for name, buffer in persistent_buffers(module):
-                if name in weights.places:
-                    weights.read_into(name, 0, buffer.view(-1))
+            weights.read_into(name, infos[name].shape, 0, weight.view(-1))
+        for entry in (*state.frozen, *persistent_buffers(module, rank=0)):
+            if entry.name in stored:
+                flat = entry.source()
+                for e in entry.held:
+                    weights.read_into(entry.name, entry.shape, e.start, flat[e.offset : e.offset + e.numel])
     finally:
-        weights.close()
+        weights.files.close()
         states.close()
 
 
-def _check_params(state: TrainedState, weights: TensorFiles, stored_name: Callable[[str], str], folder: Path) -> None:
-    for info in state.params:
-        place = weights.places.get(stored_name(info.name))
-        if place is None or place.spec.shape != info.shape:
-            found = "is not in it" if place is None else f"has shape {list(place.spec.shape)} there"
+def _check_params(state: TrainedState, weights: _Weights, stored: StoredTensors, folder: Path) -> None:
+    shapes = {p.name: p.shape for p in state.params} | {f.name: f.shape for f in state.frozen if f.name in stored}
+    for name, shape in shapes.items():
+        if weights.parts(name, shape) is None:
+            spec = weights.files.specs.get(stored_parts(stored, name, shape)[0].name)
+            found = "is not in it" if spec is None else f"has shape {list(spec.shape)} there"
             raise ResumeError(
-                f"{folder} belongs to another model: {info.name} with shape {list(info.shape)} {found}. "
+                f"{folder} belongs to another model: {name} with shape {list(shape)} {found}. "
                 "Use another output_dir, or checkpoint.resume_from_checkpoint=never"
             )
 
@@ -130,15 +214,13 @@ def _check_partition(state: TrainedState, saved: dict[str, Any]) -> None:
         )
 
 
-def _read_master(
-    segment: Segment, extent: Extent, weights: TensorFiles, states: TensorFiles, stored_name: Callable[[str], str]
-) -> None:
+def _read_master(segment: Segment, extent: Extent, info: ParamInfo, weights: _Weights, states: TensorFiles) -> None:
     target = segment.master[extent.offset : extent.offset + extent.numel]
     name = f"{MASTER}.{extent.param}"
-    if name in states.places:
+    if name in states.specs:
         states.read_into(name, extent.start, target)
     else:
-        weights.read_into(stored_name(extent.param), extent.start, target)
+        weights.read_into(info.name, info.shape, extent.start, target)
 
 
 def _scalars_by_param(saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -150,31 +232,30 @@ def _scalars_by_param(saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _load_optimizer_state(
-    segment: Segment, states: TensorFiles, slots: dict[str, set[str]], numels: dict[str, int], scalars: dict[str, Any]
-) -> None:
+    segment: Segment, states: TensorFiles, slots: dict[str, set[str]], infos: dict[str, ParamInfo],
+    scalars: dict[str, Any],
+) -> None:  # fmt: skip
     """Makes the optimizer's state of one segment anew. `slots`: the stored states of each parameter in it."""
     state = segment.state
     state.clear()
     for slot in sorted(set().union(*slots.values()) - {MASTER}):
         param = next(name for name in slots if slot in slots[name])
-        place = states.places[f"{slot}.{param}"]
-        if segment.is_whole and place.spec.shape != segment.key.shape:  # Adafactor's rows and columns
-            state[slot] = torch.zeros(place.spec.shape, dtype=TORCH_DTYPES[place.spec.dtype], device=segment.key.device)
-            states.read_into(place.spec.name, 0, state[slot].view(-1))
+        spec = states.specs[f"{slot}.{param}"]
+        if segment.is_whole and spec.shape != segment.key.shape:  # Adafactor's rows and columns
+            state[slot] = torch.zeros(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=segment.key.device)
+            states.read_into(spec.name, 0, state[slot].view(-1))
             continue
-        tensor = torch.zeros_like(segment.key, dtype=TORCH_DTYPES[place.spec.dtype])
+        tensor = torch.zeros_like(segment.key, dtype=TORCH_DTYPES[spec.dtype])
         for extent in segment.extents:
-            stored = states.places.get(f"{slot}.{extent.param}")
+            stored = states.specs.get(f"{slot}.{extent.param}")
             if stored is None:
                 continue
-            if stored.spec.numel != numels[extent.param]:
+            if stored.numel != infos[extent.param].numel:
                 raise ResumeError(
-                    f"the optimizer state {slot} of {extent.param} has shape {list(stored.spec.shape)}: it has no "
+                    f"the optimizer state {slot} of {extent.param} has shape {list(stored.shape)}: it has no "
                     "value per element and cannot be spread over processes. Continue with the strategy of its save"
                 )
-            states.read_into(
-                stored.spec.name, extent.start, tensor.view(-1)[extent.offset : extent.offset + extent.numel]
-            )
+            states.read_into(stored.name, extent.start, tensor.view(-1)[extent.offset : extent.offset + extent.numel])
         state[slot] = tensor
     for name, value in scalars.items():
         state[name] = _scalar(segment, value)

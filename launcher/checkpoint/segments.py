@@ -1,19 +1,23 @@
 """Where each strategy keeps its state: which elements of which parameter this process holds, and in which tensor.
 
-A checkpoint stores every parameter's master weight and every optimizer state under the parameter's name and in its
-full shape. The strategies differ only in which ranges of those tensors a process holds, so writing and reading for any
-number of processes and any ZeRO stage is the same walk over ranges, without a gather and without a conversion.
+To a reader a checkpoint stores every parameter's master weight and every optimizer state under the parameter's name and
+in its full shape. The strategies differ only in which ranges of those tensors a process holds, so writing and reading
+for any number of processes and any ZeRO stage is the same walk over ranges, without a gather and without a conversion.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from launcher.base.block_io import BLOCK_BYTES
+from launcher.checkpoint.layout import Column, Partition
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Segment:
     owned: tuple[Extent, ...]
     key: Tensor
     """The tensor under which the optimizer keeps the state: `master`, or the parameter that it is a view of."""
+    partition: Partition | None = None
+    """Where every parameter of the segment is cut among all processes (ZeRO-3): this process's row of it."""
 
     @property
     def is_whole(self) -> bool:
@@ -114,8 +120,24 @@ class ParamInfo:
 
 
 @dataclass(frozen=True)
+class Untrained:
+    """A frozen parameter or a persistent buffer: part of the model file, changed by no optimizer step.
+
+    `held` and `owned` are as in a segment, for the flat tensor that `source` gives.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: Callable[[], Tensor]
+    held: tuple[Extent, ...]
+    owned: tuple[Extent, ...]
+    is_buffer: bool = False
+    """A forward pass may change it."""
+
+
+@dataclass(frozen=True)
 class TrainedState:
-    """Everything of this process that an optimizer step changes."""
+    """Everything of this process that an optimizer step changes, and beside it what is frozen."""
 
     params: tuple[ParamInfo, ...]
     segments: tuple[Segment, ...]
@@ -124,6 +146,8 @@ class TrainedState:
     """How the optimizer sees the parameters: `whole`, or which flat pieces of them."""
     forward: dict[str, Tensor] = field(default_factory=dict)
     """Parameters that every process holds whole beside the masters (ZeRO 1 and 2), by name."""
+    frozen: tuple[Untrained, ...] = ()
+    """Parameters that the optimizer does not have."""
 
 
 def collect(model: torch.nn.Module, optimizer: Any, *, rank: int, world_size: int) -> TrainedState:
@@ -137,10 +161,26 @@ def collect(model: torch.nn.Module, optimizer: Any, *, rank: int, world_size: in
     module = getattr(model, "module", model)
     names = {id(p): n for n, p in module.named_parameters()}
     if hasattr(inner, "fp32_partitioned_groups_flat"):
-        return _zero3(inner, names, rank, world_size)
-    if hasattr(inner, "single_partition_of_fp32_groups"):
-        return _zero12(inner, names, rank, world_size)
-    return _replicated(inner, names, rank, world_size)
+        state = _zero3(inner, names, rank, world_size)
+    elif hasattr(inner, "single_partition_of_fp32_groups"):
+        state = _zero12(inner, names, rank, world_size)
+    else:
+        state = _replicated(inner, names, rank, world_size)
+    trained = {info.name for info in state.params}
+    frozen = [(name, param) for name, param in module.named_parameters() if name not in trained]
+    return replace(state, frozen=_frozen(frozen, rank, world_size))
+
+
+def in_file_order(infos: Iterable[ParamInfo]) -> list[ParamInfo]:
+    """By group, since a partition of ZeRO 1 and 2 is a run of a group's elements; parameters that are no whole blocks
+    last, as `layout.plan_files` has them."""
+    return sorted(infos, key=lambda info: (info.numel % BLOCK_BYTES != 0, info.group))
+
+
+def share(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Of what every process holds: the elements that this one writes. Whole blocks, whatever the dtype."""
+    cuts = [i * total // world_size // BLOCK_BYTES * BLOCK_BYTES for i in range(world_size)]
+    return cuts[rank], [*cuts, total][rank + 1]
 
 
 def _cut(params: list[tuple[ParamInfo, int]], low: int, high: int) -> tuple[Extent, ...]:
@@ -174,47 +214,98 @@ def _zero12(optimizer: Any, names: dict[int, str], rank: int, world_size: int) -
 def _zero3(optimizer: Any, names: dict[int, str], rank: int, world_size: int) -> TrainedState:
     infos, segments = [], []
     for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-        group, extents, offset = optimizer.sub_group_to_group_id[i], [], 0
-        for param in optimizer.fp16_groups[i]:
-            info = ParamInfo(names[id(param)], tuple(param.ds_shape), group)
-            infos.append(info)
-            size = param.ds_tensor.ds_numel  # of one process's shard, padded at the parameter's end
-            start = rank * size
-            numel = max(0, min(size, info.numel - start))
-            if numel:
-                extents.append(Extent(info.name, start, numel, offset))
-            offset += size
-        segments.append(Segment(master, optimizer.optimizer, group, tuple(extents), tuple(extents), master))
+        group = optimizer.sub_group_to_group_id[i]
+        found = [
+            (ParamInfo(names[id(param)], tuple(param.ds_shape), group), param.ds_tensor.ds_numel)
+            for param in optimizer.fp16_groups[i]
+        ]
+        infos += [info for info, _ in found]
+        partition = cut_all(str(i), found, world_size)
+        extents = row_extents(partition, rank)
+        segments.append(Segment(master, optimizer.optimizer, group, extents, extents, master, partition))
     return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer, f"zero3 x {world_size}")
 
 
+def cut_all(name: str, params: Iterable[tuple[ParamInfo, int]], world_size: int) -> Partition:
+    """The partition of parameters that every process holds `width` elements of, one parameter after the other."""
+    columns, start = {}, 0
+    for info, width in params:
+        columns[info.name] = Column(info.shape, start, width)
+        start += width
+    return Partition(f"partition-{name}", world_size, columns)
+
+
+def row_extents(partition: Partition, row: int) -> tuple[Extent, ...]:
+    """What a row holds; the last rows may lack elements, where a parameter is no multiple of their number."""
+    found = []
+    for name, column in partition.columns.items():
+        start = row * column.width
+        numel = min(column.width, column.numel - start)
+        if numel > 0:
+            found.append(Extent(name, start, numel, column.start))
+    return tuple(found)
+
+
 def _replicated(optimizer: torch.optim.Optimizer, names: dict[int, str], rank: int, world_size: int) -> TrainedState:
-    infos = []
-    found: list[tuple[ParamInfo, Tensor]] = []
-    for i, group in enumerate(optimizer.param_groups):
-        for param in group["params"]:
-            info = ParamInfo(names[id(param)], tuple(param.shape), i)
-            infos.append(info)
-            found.append((info, param))
-    total, offset, segments = sum(i.numel for i in infos), 0, []
-    low, high = rank * total // world_size, (rank + 1) * total // world_size
-    for info, param in found:
-        start, end = max(low, offset) - offset, min(high, offset + info.numel) - offset
-        owned = (Extent(info.name, start, end - start, start),) if start < end else ()
-        whole = (Extent(info.name, 0, info.numel, 0),)
+    params = {names[id(p)]: (p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    infos = [ParamInfo(name, tuple(param.shape), group) for name, (param, group) in params.items()]
+    offset, segments = 0, []
+    low, high = share(sum(i.numel for i in infos), rank, world_size)
+    for info in in_file_order(_in_model_order(infos, names)):
+        param, _ = params[info.name]
+        whole, owned = _whole(info.name, info.numel, low - offset, high - offset)
         segments.append(Segment(param.detach().view(-1), optimizer, info.group, whole, owned, param))
         offset += info.numel
     return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer, "whole")
 
 
-def _in_model_order(infos: list[ParamInfo], names: dict[int, str]) -> tuple[ParamInfo, ...]:
+def _whole(name: str, numel: int, low: int, high: int) -> tuple[tuple[Extent, ...], tuple[Extent, ...]]:
+    """A tensor that every process holds, and the part of it in [low, high)."""
+    start, end = max(low, 0), min(high, numel)
+    owned = (Extent(name, start, end - start, start),) if start < end else ()
+    return (Extent(name, 0, numel, 0),), owned
+
+
+def _frozen(params: list[tuple[str, Any]], rank: int, world_size: int) -> tuple[Untrained, ...]:
+    """Under ZeRO-3 frozen parameters are partitioned as well; elsewhere every process holds them and writes a share."""
+    found, offset = [], 0
+    low, high = share(sum(param.numel() for _, param in params), rank, world_size)
+    for name, param in params:
+        if hasattr(param, "ds_tensor"):
+            shape = tuple(param.ds_shape)
+            width = param.ds_tensor.ds_numel
+            held = row_extents(Partition(name, world_size, {name: Column(shape, 0, width)}), rank)
+            found.append(Untrained(name, shape, partial(_flat_shard, param), held, held))
+        else:
+            held, owned = _whole(name, param.numel(), low - offset, high - offset)
+            found.append(Untrained(name, tuple(param.shape), partial(_flat, param), held, owned))
+            offset += param.numel()
+    return tuple(found)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(-1)
+
+
+def _flat_shard(param: Any) -> Tensor:
+    shard: Tensor = param.ds_tensor
+    return shard.detach().view(-1)
+
+
+def _in_model_order(infos: Iterable[ParamInfo], names: dict[int, str]) -> tuple[ParamInfo, ...]:
     order = {name: i for i, name in enumerate(names.values())}
     return tuple(sorted(infos, key=lambda info: order[info.name]))
 
 
-def persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that belong to the weights (those that state_dict() would hold)."""
+def persistent_buffers(module: torch.nn.Module, rank: int) -> Iterator[Untrained]:
+    """Buffers that belong to the weights (those that state_dict() would hold); the main process writes its own."""
+    seen = set()
     for prefix, child in module.named_modules():
         for name, buffer in child.named_buffers(recurse=False):
-            if name not in child._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer.detach()
+            if name in child._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            full = f"{prefix}.{name}" if prefix else name
+            whole, _ = _whole(full, buffer.numel(), 0, 0)
+            owned = whole if rank == 0 else ()
+            yield Untrained(full, tuple(buffer.shape), partial(_flat, buffer), whole, owned, is_buffer=True)

@@ -68,7 +68,9 @@ class Writer:
         for path, ranges in by_file.items():
             if ranges:
                 self._edges[folder / path] = [edge for data, offset in ranges for edge in block_io.edges(data, offset)]
-                _write_ranges(folder / path, command["files"][path], ranges, root)
+                # Who writes the head also sets the length, once: all others only write inside it.
+                size = command["files"][path] if path in command["heads"] else None
+                _write_ranges(folder / path, size, ranges, root)
         for path, data in self._statics.items() if command["statics"] else ():
             files.make_dirs((folder / path).parent, within=root)
             files.write_file(folder / path, data, within=root)
@@ -167,7 +169,7 @@ def _holds(target: Path, built: manifest.Manifest) -> bool:
         return False
 
 
-def _write_ranges(path: Path, size: int, ranges: list[tuple[memoryview, int]], root: Path) -> None:
+def _write_ranges(path: Path, size: int | None, ranges: list[tuple[memoryview, int]], root: Path) -> None:
     file = block_io.RangeWriter(path, size, within=root)
     try:
         for data, offset in ranges:

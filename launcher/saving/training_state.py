@@ -13,13 +13,14 @@ from launcher.base import files
 from launcher.base.errors import DamagedCheckpointError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.processes import Processes
+from launcher.base.stored import StoredTensors
 from launcher.checkpoint import rng
 from launcher.checkpoint.engine import to_text
 from launcher.checkpoint.load import load_trained_state
 from launcher.checkpoint.segments import TrainedState, collect
 from launcher.checkpoint.snapshot import SnapshotPlan, plan_snapshot
 from launcher.config.settings import RunConfig
-from launcher.model.build import saved_dtype, stored_name, weights_stem
+from launcher.model.build import saved_dtype, weights_stem
 from launcher.model.optim import Schedule
 
 STATE_VERSION = 1
@@ -49,12 +50,12 @@ class TrainingState:
 
     def __init__(
         self, config: RunConfig, paths: RunPaths, processes: Processes, model: torch.nn.Module, optimizer: Any,
-        schedule: Schedule, scaler: Any, total_steps: int,
+        schedule: Schedule, scaler: Any, total_steps: int, stored: StoredTensors,
     ) -> None:  # fmt: skip
         self._config, self._paths, self._processes = config, paths, processes
         self._module: torch.nn.Module = getattr(model, "module", model)
         self._optimizer, self._schedule, self._total_steps = optimizer, schedule, total_steps
-        self._scaler = scaler
+        self._scaler, self._stored = scaler, stored
         self.progress = ProgressState()
         self.settings: dict[str, Any] = {}
         self.origin: str | None = None  # origin_id of the explicit path that this run started from
@@ -73,7 +74,7 @@ class TrainingState:
         if self._planned is None or self._planned[0] != signature:
             plan = plan_snapshot(
                 self.trained, self._module, dtype=saved_dtype(self._config), weights_stem=weights_stem(self._config),
-                stored_name=stored_name(self._config), only_model=only_model, rank=self._processes.rank,
+                stored=self._stored, only_model=only_model, rank=self._processes.rank,
             )  # fmt: skip
             self._planned = signature, plan
         return self._planned[1]
@@ -181,7 +182,7 @@ class TrainingState:
         state = files.read_json(path.run_state)
         load_trained_state(
             self.trained, self._module, folder, state["optimizer"],
-            weights_stem=weights_stem(self._config), stored_name=stored_name(self._config),
+            weights_stem=weights_stem(self._config), stored=self._stored,
         )  # fmt: skip
         self._refresh_forward_weights()
         self._load_scaler(state["scaler"])

@@ -166,7 +166,9 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     optimizer = build_optimizer(config, built.module)
     schedule = Schedule(config, optimizer, total_steps)
     model, optimizer = accelerator.prepare(built.module, optimizer)
-    state = TrainingState(config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps)
+    state = TrainingState(
+        config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps, built.stored
+    )
     state.settings = settings
     state.origin = point.state.get("origin") if point is not None else None
     checkpointer = Checkpointer(

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from launcher.base import files
 from launcher.base.paths import CheckpointPaths, RunPaths
+from launcher.checkpoint.load import TensorFiles
+from launcher.checkpoint.snapshot import OPTIMIZER_STEM, TORCH_DTYPES
 from tests.distributed.zygote import Zygote
 
 NUM_ROWS = 37
@@ -117,7 +119,18 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     weights = next(folder.glob("*model.safetensors"))
     found = dict(load_file(weights))
     if (folder / "state").exists():
-        found |= {f"optimizer {k}": v for k, v in load_file(folder / "state/optimizer.safetensors").items()}
+        found |= {f"optimizer {name}": tensor for name, tensor in states(folder).items()}
+    return found
+
+
+def states(folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's states and masters of a checkpoint, put together where they are stored in pieces."""
+    stored = TensorFiles(folder, OPTIMIZER_STEM)
+    found = {}
+    for name, spec in stored.specs.items():
+        found[name] = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+        stored.read_into(name, 0, found[name].view(-1))
+    stored.close()
     return found
 
 

@@ -62,7 +62,7 @@ class Group:
         files = plan_files("model", [TensorSpec("w", "F32", (NUMEL,))], {"format": "pt"})
         low, high = rank * NUMEL // world_size, (rank + 1) * NUMEL // world_size
         place = files[0].places[0]
-        plan = SnapshotPlan(files)
+        plan = SnapshotPlan(files, heads=tuple(f.path for f in files if rank == 0))
         plan.add(lambda: self.tensor, low, high, torch.float32, place.path, place.offset + low * 4)
         return plan
 

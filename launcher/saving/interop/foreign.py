@@ -157,9 +157,9 @@ def _weights(folder: Path, model: nn.Module, stored_name: Callable[[str], str]) 
 
 def _stored_weights(folder: Path) -> dict[str, Source]:
     stem = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
-    if paths := list(iter_safetensors(folder, stem)):
-        stored = TensorFiles(paths)
-        return {name: from_file(stored, name) for name in stored.places}
+    if any(iter_safetensors(folder, stem)):
+        stored = TensorFiles(folder, stem)
+        return {name: from_file(stored, name) for name in stored.specs}
     pickled = "adapter_model" if stem == "adapter_model" else "pytorch_model"
     paths = sorted(folder.glob(f"{pickled}.bin")) or sorted(folder.glob(f"{pickled}-*-of-*.bin"))
     if not paths:

@@ -8,8 +8,8 @@ import torch
 
 from launcher.base.errors import DamagedCheckpointError
 from launcher.checkpoint.layout import iter_safetensors
-from launcher.checkpoint.load import MASTER, TORCH_DTYPES, TensorFiles
-from launcher.checkpoint.snapshot import OPTIMIZER_STEM
+from launcher.checkpoint.load import TensorFiles
+from launcher.checkpoint.snapshot import MASTER, OPTIMIZER_STEM, TORCH_DTYPES
 from launcher.model.build import adapter_key
 from launcher.saving.interop.foreign import named_errors
 from launcher.saving.interop.streams import Source, from_file, write_sources
@@ -45,20 +45,19 @@ def model_sources(source: Exported, dtype: torch.dtype | None) -> list[Source]:
     Raises:
         DamagedCheckpointError: the folder has no model.
     """
-    paths = list(iter_safetensors(source.folder, source.stem))
-    if not paths:
+    if not any(iter_safetensors(source.folder, source.stem)):
         raise DamagedCheckpointError(f"{source.folder} holds no {source.stem}.safetensors")
-    stored = TensorFiles(paths)
-    states = TensorFiles(list(iter_safetensors(source.folder, OPTIMIZER_STEM)))
+    stored = TensorFiles(source.folder, source.stem)
+    states = TensorFiles(source.folder, OPTIMIZER_STEM)
     masters = {}
-    for key in states.places:
+    for key in states.specs:
         slot, _, name = key.partition(".")
         if slot == MASTER:
             masters[adapter_key(name) if source.stem == "adapter_model" else name] = key
     found = []
-    for name, place in stored.places.items():
+    for name, spec in stored.specs.items():
         weight = from_file(stored, name)
-        if dtype is not None and TORCH_DTYPES[place.spec.dtype] != dtype and name in masters:
+        if dtype is not None and TORCH_DTYPES[spec.dtype] != dtype and name in masters:
             weight = from_file(states, masters[name]).renamed(name)
         found.append(weight if dtype is None else weight.in_dtype(dtype))
     return found

@@ -13,8 +13,8 @@ from torch import Tensor
 from launcher.base import files
 from launcher.base.errors import DamagedCheckpointError
 from launcher.checkpoint.layout import MAX_SHARD_BYTES, FileLayout, Place, TensorSpec, plan_files, weight_index
-from launcher.checkpoint.load import TORCH_DTYPES, TensorFiles
-from launcher.checkpoint.snapshot import SAFETENSORS_NAMES
+from launcher.checkpoint.load import TensorFiles
+from launcher.checkpoint.snapshot import SAFETENSORS_NAMES, TORCH_DTYPES
 
 CHUNK_ITEMS = 2**22
 
@@ -44,7 +44,7 @@ def from_memory(name: str, tensor: Tensor) -> Source:
 
 def from_file(stored: TensorFiles, name: str) -> Source:
     """A tensor of a safetensors file, read when it is written."""
-    spec = stored.places[name].spec
+    spec = stored.specs[name]
 
     def pieces() -> Iterator[tuple[int, Tensor]]:
         for start in range(0, spec.numel, CHUNK_ITEMS):

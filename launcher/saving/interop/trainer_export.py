@@ -10,6 +10,7 @@ import base64
 import importlib
 import math
 import mmap
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from launcher.base import files
 from launcher.base.errors import ResumeError, UserError
 from launcher.base.paths import CheckpointPaths
 from launcher.checkpoint.engine import to_text
-from launcher.checkpoint.layout import Place, iter_safetensors
-from launcher.checkpoint.load import MASTER, TORCH_DTYPES, TensorFiles
+from launcher.checkpoint.load import TensorFiles
 from launcher.checkpoint.resume import read_state
-from launcher.checkpoint.snapshot import OPTIMIZER_STEM
+from launcher.checkpoint.snapshot import MASTER, OPTIMIZER_STEM, TORCH_DTYPES
 from launcher.saving.interop.foreign import named_errors
 from launcher.saving.interop.serving import model_sources
 from launcher.saving.interop.skeleton import build_skeleton, trainer_groups
@@ -62,7 +62,8 @@ def export_trainer(
             weights = model_sources(source, getattr(torch, dtype or "float32"))
             write_sources(folder, source.stem, weights, max_shard_bytes=max_shard_bytes)
             copy_files(source, folder, dtype=dtype or "float32")
-            _save(_optimizer(source.folder, state["optimizer"], groups, trust_remote_code), folder / "optimizer.pt")
+            defaults = _defaults(state["optimizer"]["name"], trust_remote_code)
+            _save(_optimizer(source.folder, state["optimizer"], groups, defaults, folder), folder / "optimizer.pt")
             _save(_scheduler(state["scheduler"], len(groups)), folder / "scheduler.pt")
             if state["scaler"] and "scale" in state["scaler"]:  # DeepSpeed's own scaler has other fields
                 _save(state["scaler"], folder / "scaler.pt")
@@ -80,13 +81,15 @@ def _save(value: Any, path: Path) -> None:
         files.fsync_file(file.fileno(), path)
 
 
-def _optimizer(folder: Path, saved: dict[str, Any], groups: list[list[str]], trust_remote_code: bool) -> dict[str, Any]:
+def _optimizer(
+    folder: Path, saved: dict[str, Any], groups: list[list[str]], defaults: dict[str, Any], scratch: Path
+) -> dict[str, Any]:
     """The state_dict of a torch optimizer over the Trainer's parameter groups; its tensors stay on disk until written.
 
     Raises:
         ResumeError: the checkpoint's parameters are not the model's.
     """
-    stored = TensorFiles(list(iter_safetensors(folder, OPTIMIZER_STEM)))
+    stored = TensorFiles(folder, OPTIMIZER_STEM)
     names = [name for group in groups for name in group]
     entries = {name: entry for entry in saved["groups"] for name in entry["params"]}
     if set(entries) != set(names):
@@ -98,11 +101,10 @@ def _optimizer(folder: Path, saved: dict[str, Any], groups: list[list[str]], tru
     for i, name in enumerate(names):
         state[i] = {k: torch.tensor(float(v)) for k, v in entries[name]["scalars"].items()}
     number = {name: i for i, name in enumerate(names)}
-    for key, place in stored.places.items():
+    for key in stored.specs:
         slot, _, name = key.partition(".")
         if slot != MASTER:
-            state[number[name]][slot] = _mapped(place)
-    defaults = _defaults(saved["name"], trust_remote_code)
+            state[number[name]][slot] = _mapped(stored, key, scratch)
     param_groups, start = [], 0
     for group in groups:
         like = entries[group[0]] if group else _without_decay(saved["groups"])
@@ -139,13 +141,22 @@ def _defaults(name: str, trust_remote_code: bool) -> dict[str, Any]:
         raise ResumeError(f"the optimizer {name} of this checkpoint cannot be made here: {error}") from error
 
 
-def _mapped(place: Place) -> Tensor:
-    """A stored tensor as memory-mapped pages, so that saving it needs no memory of its own."""
-    with Path(place.path).open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    dtype = TORCH_DTYPES[place.spec.dtype]
-    flat = torch.frombuffer(mapping, dtype=dtype, count=place.spec.numel, offset=place.offset)
-    return flat.view(place.spec.shape)
+def _mapped(stored: TensorFiles, name: str, scratch: Path) -> Tensor:
+    """A stored tensor as memory-mapped pages, so that saving it needs no memory of its own.
+
+    One that lies in pieces is put together in a file without a name in `scratch` first.
+    """
+    spec, place = stored.specs[name], stored.place(name)
+    dtype = TORCH_DTYPES[spec.dtype]
+    if place is not None:
+        with Path(place.path).open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapping, dtype=dtype, count=spec.numel, offset=place.offset).view(spec.shape)
+    with tempfile.TemporaryFile(dir=scratch) as whole:
+        whole.truncate(spec.num_bytes)
+        flat = torch.frombuffer(mmap.mmap(whole.fileno(), spec.num_bytes), dtype=dtype)
+    stored.read_into(name, 0, flat)
+    return flat.view(spec.shape)
 
 
 def _scheduler(saved: dict[str, Any], num_groups: int) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_verify_finds_one_flipped_bit_at_any_position(folder: Path, name: str) -
 def test_a_flipped_version_is_damage_and_not_a_newer_version(folder: Path, bit: int) -> None:
     path = folder / manifest.NAME
     good = path.read_bytes()
-    position = good.index(b'"format_version": 1') + len(b'"format_version": ')
+    position = good.index(b'"format_version": 2') + len(b'"format_version": ')
     bad = bytearray(good)
     bad[position] ^= 1 << bit
     path.write_bytes(bad)
@@ -105,7 +105,7 @@ def test_unknown_files_are_named_and_no_damage(folder: Path) -> None:
     assert manifest.unknown_files(folder, manifest.read(folder)) == ["state/planted.pkl"]
 
 
-@pytest.mark.parametrize("version", [2, 99])
+@pytest.mark.parametrize("version", [3, 99])
 def test_a_newer_format_is_refused_with_the_line_that_mends_it(folder: Path, version: int) -> None:
     raw = json.loads((folder / manifest.NAME).read_text())
     (folder / manifest.NAME).write_text(json.dumps({**raw, "format_version": version, "later": True}))

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from launcher.base.stored import StoredTensor
 from launcher.checkpoint import snapshot
 from launcher.checkpoint.layout import TensorSpec, plan_files
 from launcher.checkpoint.segments import TrainedState
@@ -58,8 +59,9 @@ def test_a_copy_that_fails_beside_the_training_is_not_lost() -> None:
 def test_what_a_forward_pass_may_change_is_copied_first() -> None:
     module = torch.nn.BatchNorm1d(4)
     state = TrainedState((), (), torch.optim.SGD(module.parameters()), "whole")
+    stored = {name: (StoredTensor(name, tuple(buffer.shape), 0),) for name, buffer in module.named_buffers()}
     plan = plan_snapshot(
-        state, module, dtype=torch.float32, weights_stem="model", stored_name=lambda name: name,
+        state, module, dtype=torch.float32, weights_stem="model", stored=stored,
         only_model=True, rank=0,
     )  # fmt: skip
     live: list[Copy] = plan.copies[: plan.num_live]
