@@ -20,9 +20,8 @@ from launcher.agent.machines import Ended, Start, Verdict
 from launcher.agent.outcome import Outcome
 from launcher.agent.requests import Requests
 from launcher.base import files, lock
-from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, MachinesError, RankFailedError, RunLockedError, UserError
+from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, MachinesError, RankFailedError, UserError
 from launcher.base.paths import RunPaths
-from launcher.base.process import host, is_alive
 from launcher.base.secrets import redacted
 from launcher.config.changes import changed_settings
 from launcher.config.settings import RunConfig, run_length
@@ -121,13 +120,10 @@ class _Supervisor:
 
     def _check_free(self) -> None:
         """Refuses at once what the ranks would refuse after ten seconds of imports; waits for ranks that are dying."""
-        deadline = time.monotonic() + lock.DYING_S
-        while (other := lock.holder(self._paths.lock)) is not None:
-            parent = other.get("parent")
-            is_dying = other.get("host") == host() and parent is not None and not is_alive(*parent)
-            if not is_dying or time.monotonic() > deadline or self._requests.is_stop_asked:
-                raise RunLockedError(lock.describe(self._paths.root, other))
-            time.sleep(0.2)
+        lock.wait_until_free(
+            self._paths.lock, lambda text: print(f"launcher: {text}", file=sys.stderr, flush=True),
+            may_wait=lambda: not self._requests.is_stop_asked,
+        )  # fmt: skip
 
     def _write_stop(self) -> None:
         """The ranks look for STOP at every step; the first reason stays."""

@@ -42,6 +42,10 @@ class RunLockedError(UserError):
     """Another live run holds this output_dir; names its host and pid."""
 
 
+class RunLockLostError(LauncherError):
+    """This run stood still for so long that another one took its output_dir over; it must not write there."""
+
+
 class ResumeMismatchError(UserError):
     """The settings differ from the checkpoint's in ways that change the result."""
 

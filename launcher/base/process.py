@@ -70,10 +70,52 @@ def start_ticks(pid: int) -> int | None:
 
 
 def is_alive(pid: int, ticks: int | None) -> bool:
-    """Whether the process that started at `ticks` still runs under this pid."""
+    """Whether the process that started at `ticks` still runs under this pid; one that cannot be seen counts as that."""
     now = start_ticks(pid)
+    if now is None and not Path(f"/proc/{pid}").exists():
+        try:
+            os.kill(pid, 0)
+        except PermissionError:  # another user's, where /proc is mounted with hidepid
+            return True
+        except (ProcessLookupError, OverflowError):
+            return False
     return now is not None and (ticks is None or now == ticks)
 
 
 def host() -> str:
     return socket.gethostname()
+
+
+_INITIAL_NAMESPACE = "pid:[4026531836]"
+"""Of a machine itself, in every kernel (PROC_PID_INIT_INO); containers have others."""
+
+
+def boot_id() -> str | None:
+    """Another one after every start of the machine; containers on one machine share it."""
+    return _first_line("/proc/sys/kernel/random/boot_id")
+
+
+def pid_namespace() -> str | None:
+    """Where this process's pids mean something; None where /proc shows other processes than those of it."""
+    try:
+        return os.readlink("/proc/self/ns/pid") if os.readlink("/proc/self") == str(os.getpid()) else None  # noqa: PTH115
+    except OSError:
+        return None
+
+
+def machine_id() -> str | None:
+    """The same after every start of the machine; images and containers may share it."""
+    return _first_line("/etc/machine-id")
+
+
+def is_same_machine(other_machine_id: str | None, other_namespace: str | None) -> bool:
+    """Whether a process of an earlier boot ran on this machine, for certain: neither it nor we are in a container."""
+    is_bare = other_namespace == pid_namespace() == _INITIAL_NAMESPACE
+    return is_bare and other_machine_id is not None and other_machine_id == machine_id()
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="ascii").strip() or None
+    except (OSError, ValueError):
+        return None

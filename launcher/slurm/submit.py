@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from launcher.base import files, lock
+from launcher.base import files, lock, lock_file
 from launcher.base.errors import RunLockedError, SlurmError, UserError
 from launcher.base.paths import RunPaths
 from launcher.config.rules import leaves
@@ -227,7 +227,7 @@ def _write_files(plan: _Plan, snapshot: Snapshot) -> None:
 def _check_free(run_dir: Path) -> None:
     other = lock.holder(RunPaths(run_dir).lock)
     if other is not None:
-        raise RunLockedError(lock.describe(run_dir, other))
+        raise RunLockedError(lock_file.describe(other))
     job_id = live_jobs([run_dir]).get(run_dir)
     if job_id is not None:
         raise RunLockedError(

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Protocol
 
 from launcher.base import files, lock
-from launcher.base.errors import RunLockedError
+from launcher.base.errors import RunLockLostError
 from launcher.sweep import jobs
 from launcher.sweep.devices import Slot
 from launcher.sweep.jobs import Job, SweepPaths
@@ -88,18 +88,18 @@ def sweep_lock(paths: SweepPaths) -> Iterator[None]:
         RunLockedError: another controller is alive.
     """
     paths.root.mkdir(parents=True, exist_ok=True)
-    other = lock.holder(paths.lock)
-    if other is not None:
-        raise RunLockedError(
-            f"output_dir={paths.root} is in use by a sweep or run on host {other.get('host')}, pid {other.get('pid')}. "
-            "Wait for it, stop it, or set another output_dir=…"
-        )
     held = lock.RunLock(paths.lock)
-    held.acquire([os.getpid()])
+    held.on_lost = _stop_after_loss
+    held.acquire([os.getpid()], lambda text: print(f"launcher: {text}", flush=True))
     try:
         yield
     finally:
         held.release()
+
+
+def _stop_after_loss(error: RunLockLostError) -> None:
+    print(f"launcher: {error}", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)  # every job stops with a save; they have locks of their own
 
 
 @dataclass

@@ -93,7 +93,7 @@ def read_run(root: Path, metric: Metric | None) -> RunStatus:
             setattr(status, name, printable(value) if isinstance(value, str) else value)
     holder = lock.holder(paths.lock)
     if holder is not None:
-        status.state, status.host = RUNNING, str(holder.get("host", status.host or "unknown"))
+        status.state, status.host = RUNNING, holder.host
     elif status.state == RUNNING:
         status.state, status.reason = INTERRUPTED, "crash"
     status.checkpoints = [step for step, _ in paths.checkpoint_dirs()]

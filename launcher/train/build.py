@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
                 )
             files.make_dirs(paths.logs_dir, within=paths.root, mode=0o700)
             files.fsync_path(paths.root)  # else a power cut takes the folder with all its durable checkpoints
-            lock.acquire(pids)
+            lock.acquire(pids, lambda text: print(f"launcher: {text}", file=sys.stderr, flush=True))
             sweep_leftovers(paths)
         except OSError as error:
             raise UserError(f"output_dir={config.output_dir} cannot be written: {error}") from error

@@ -91,6 +91,7 @@ def opened(paths: RunPaths, lock: RunLock, processes: Processes) -> None:
     """output_dir is ours: what the libraries print on the other processes goes to logs/rank-N.log."""
     global _paths, _lock
     _paths, _lock = paths, lock
+    lock.on_lost = fail
     terminal = os.environ.get("LAUNCHER_STDERR")
     if processes.is_main and terminal:  # the agent's own output goes to logs/agent.log
         try:
@@ -123,6 +124,7 @@ def fail(error: BaseException) -> NoReturn:
     _write_report(report)
     if _recorder is not None and _state is not None:
         _recorder.close()
+    if _recorder is not None and (_lock is None or _lock.is_held()):  # else run.json is another run's
         _recorder.update_run(
             state="failed", reason=None if report["is_ours"] else "crash", exit_code=report["exit_code"],
             error=report["message"], step=_state.progress.step, epoch=_state.progress.epoch,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.base.process import host, start_ticks
+from launcher.base.process import boot_id, host, pid_namespace, start_ticks
 from launcher.cli import status
 from launcher.sweep.runs import Metric, MetricsTail, read_run
 from launcher.sweep.table import show_table
@@ -44,7 +44,8 @@ def test_list_in_the_name_of_a_job_is_shown(tmp_path: Path, capsys: pytest.Captu
 
 
 def hold_lock(root: Path, pid: int, ticks: int | None) -> None:
-    (root / ".lock").write_text(json.dumps({"host": host(), "pid": pid, "pids": [[pid, ticks]]}))
+    here = {"host": host(), "boot_id": boot_id(), "pid_namespace": pid_namespace()}
+    (root / ".lock").write_text(json.dumps({**here, "pid": pid, "pids": [[pid, ticks]]}))
 
 
 def test_run_is_read_from_what_it_wrote_last(tmp_path: Path) -> None:
