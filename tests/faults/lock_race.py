@@ -1,8 +1,8 @@
 """Starters that race for one lock: `python -m tests.faults.lock_race FOLDER TRIES STARTERS LINKS LOCK`.
 
 Prints for each try how each of them ended: 0 held the lock alone, 2 was refused, 3 found another holder beside it.
-LINKS is yes, or no: a file system without hard links. flock always fails. LOCK is what lies there: none, stale (of dead processes here), claimed (somebody died taking it over),
-empty (unreadable), elsewhere (a heartbeat that stands still).
+LINKS is yes, or no: a file system without hard links. flock always fails. LOCK is what lies there: none, stale (of dead
+processes here), claimed (somebody died taking it over), empty (unreadable), elsewhere (a heartbeat that stands still).
 """
 
 from __future__ import annotations
