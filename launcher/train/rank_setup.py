@@ -124,11 +124,11 @@ def fail(error: BaseException) -> NoReturn:
     _write_report(report)
     if _recorder is not None and _state is not None:
         _recorder.close()
-    if _recorder is not None and (_lock is None or _lock.is_held()):  # else run.json is another run's
-        _recorder.update_run(
-            state="failed", reason=None if report["is_ours"] else "crash", exit_code=report["exit_code"],
-            error=report["message"], step=_state.progress.step, epoch=_state.progress.epoch,
-        )  # fmt: skip
+        if _lock is None or _lock.is_held():  # else run.json is another run's
+            _recorder.update_run(
+                state="failed", reason=None if report["is_ours"] else "crash", exit_code=report["exit_code"],
+                error=report["message"], step=_state.progress.step, epoch=_state.progress.epoch,
+            )  # fmt: skip
     if not os.environ.get("LAUNCHER_SUPERVISED"):
         text = report["message"] if report["is_ours"] else "\n".join(report["traceback"])
         if rank() == 0 or not report["is_ours"]:
