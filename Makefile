@@ -34,6 +34,7 @@ bench: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/data_page.py
 
 setup: $(VENV)/.dev
 

@@ -15,7 +15,7 @@ TARGET = Path(__file__).with_name("config.md")
 
 _HEAD = """# Settings
 
-Written by `make docs` from `launcher/config.py`; the defaults here are those of the classes. `launcher train --cfg job`
+Written by `make docs` from `launcher/config/settings.py`; the defaults here are those of the classes. `launcher train --cfg job`
 shows what a command really uses, with the choices of the groups in it.
 
 A setting is given as `KEY=VALUE`, a choice as `GROUP=CHOICE`. Settings of type *group* are open: any key can be put

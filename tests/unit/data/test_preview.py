@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import data_page
 from launcher.cli import preview
 
 from .conftest import chat
@@ -58,3 +59,7 @@ def test_held_out_rows_are_shown_when_the_split_is_eval(
         shown[split] = {row["line"] for row in json.loads(capsys.readouterr().out)}
     assert len(shown["eval"]) == 2 and shown["train"] | shown["eval"] == set(range(1, 11))
     assert not shown["train"] & shown["eval"]
+
+
+def test_page_of_the_formats_is_up_to_date() -> None:
+    assert data_page.TARGET.read_text(encoding="utf-8") == data_page.page(), "run: make docs"
