@@ -15,8 +15,8 @@ TARGET = Path(__file__).with_name("config.md")
 
 _HEAD = """# Settings
 
-Written by `make docs` from `launcher/config/settings.py`; the defaults here are those of the classes. `launcher train --cfg job`
-shows what a command really uses, with the choices of the groups in it.
+Written by `make docs` from `launcher/config/settings.py`; the defaults here are those of the classes.
+`launcher train --cfg job` shows what a command really uses, with the choices of the groups in it.
 
 A setting is given as `KEY=VALUE`, a choice as `GROUP=CHOICE`. Settings of type *group* are open: any key can be put
 below them, under the name that their library gives it (`launch.sbatch.partition=gpu`, `model.peft.r=8`).
