@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,41 @@ def load_trained_state(
     finally:
         weights.files.close()
         states.close()
+
+
+@torch.no_grad()
+def load_masters(state: TrainedState, folder: Path, stored: StoredTensors) -> bool:
+    """Fills the masters from a pretrained model's fp32 weights: DeepSpeed made them of weights that were rounded to the
+    dtype of forward. Reads this process's ranges alone.
+
+    Returns:
+        False where the folder holds no fp32 weights, or not under the names that `save_pretrained` gives them: the
+        masters are unchanged then.
+    """
+    weights = _Weights(folder, "model", stored)
+    try:
+        infos = {p.name: p for p in state.params}
+        parts = [weights.parts(p.name, p.shape) for p in state.params]
+        if not any(weights.files.specs[t.name].dtype == "F32" for found in parts for t in found or ()):
+            return False
+        if None in parts:
+            return False
+        for segment in state.segments:
+            for extent in segment.extents:
+                target = segment.master[extent.offset : extent.offset + extent.numel]
+                weights.read_into(extent.param, infos[extent.param].shape, extent.start, target)
+        return True
+    finally:
+        weights.files.close()
+
+
+@torch.no_grad()
+def set_masters(state: TrainedState, tensors: Mapping[str, Tensor]) -> None:
+    """The same from whole fp32 parameters in memory, by name."""
+    for segment in state.segments:
+        for e in segment.extents:
+            flat = tensors[e.param].view(-1)[e.start : e.start + e.numel]
+            segment.master[e.offset : e.offset + e.numel].copy_(flat)
 
 
 def _check_params(state: TrainedState, weights: _Weights, stored: StoredTensors, folder: Path) -> None:

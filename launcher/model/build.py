@@ -6,7 +6,7 @@ import contextlib
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.config.settings import RunConfig
 from launcher.model import _deepspeed, _transformers
 from launcher.model.blueprint import Blueprint
+from launcher.model.identity import local_folder
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class BuiltModel:
     """Of what its checkpoints hold: every parameter and persistent buffer, or an adapter's parameters alone."""
     config: Any
     """As `save_pretrained` would write it."""
+    first_weights: Mapping[str, Tensor] | Path | None
+    """What DeepSpeed's masters are to be made of, since it has got them rounded to `model.dtype`: fp32 parameters by
+    name, or the folder of a pretrained model."""
 
 
 def saved_dtype(config: RunConfig) -> torch.dtype:
@@ -38,10 +42,12 @@ def saved_dtype(config: RunConfig) -> torch.dtype:
     return dtype
 
 
-def _built_dtype(config: RunConfig) -> torch.dtype:
+def _built_dtype(config: RunConfig, *, is_initialised: bool) -> torch.dtype:
     """The dtype to build in. DeepSpeed keeps fp32 masters of its own, and LoRA's base has none; elsewhere the
-    parameters are the masters."""
-    return saved_dtype(config) if config.strategy.zero_stage or config.model.peft else torch.float32
+    parameters are the masters. Weights that are initialised are fp32 first, to be the same under every strategy."""
+    if config.model.peft or (config.strategy.zero_stage and not is_initialised):
+        return saved_dtype(config)
+    return torch.float32
 
 
 def build_model(config: RunConfig, tokenizer: Any, *, resumed_from: Path | None = None) -> BuiltModel:
@@ -67,6 +73,10 @@ def build_model(config: RunConfig, tokenizer: Any, *, resumed_from: Path | None 
         )
     _refuse_layerdrop(config, model.config)
     blueprint = Blueprint.of(model, dtype)
+    first_weights: Mapping[str, Tensor] | Path | None = None
+    if resumed_from is None and config.strategy.zero_stage and dtype != torch.float32 and not settings.peft:
+        name = settings.model_name_or_path
+        first_weights = local_folder(name, settings.revision) if name else _whole(model)
     parameters_are_masters = not config.strategy.zero_stage
     blueprint.apply(model, has_masters=parameters_are_masters and not settings.peft)
     stored = blueprint.stored
@@ -82,7 +92,12 @@ def build_model(config: RunConfig, tokenizer: Any, *, resumed_from: Path | None 
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.peft:
             model.enable_input_require_grads()
-    return BuiltModel(model, stored, blueprint.config)
+    return BuiltModel(model, stored, blueprint.config, first_weights)
+
+
+def _whole(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters as they are now, whatever dtype the model gets later."""
+    return {name: param.detach() for name, param in model.named_parameters()}
 
 
 def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
@@ -95,7 +110,7 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
     arguments: dict[str, Any] = {
         "attn_implementation": settings.attn_implementation,
         "trust_remote_code": settings.trust_remote_code,
-        "dtype": _built_dtype(config),
+        "dtype": _built_dtype(config, is_initialised=checkpoint is None and not settings.model_name_or_path),
     }
     torch.manual_seed(config.seed)
     try:
@@ -112,7 +127,8 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
             model.generation_config = GenerationConfig.from_pretrained(checkpoint)
         return model
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"the model {name} cannot be built: {error}") from error
+        mend = ". Set model.attn_implementation=eager" if "attn_implementation" in str(error) else ""
+        raise UserError(f"the model {name} cannot be built: {error}{mend}") from error
 
 
 def _refuse_layerdrop(config: RunConfig, model_config: Any) -> None:

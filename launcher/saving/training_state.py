@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launcher.base import files
 from launcher.base.errors import DamagedCheckpointError
@@ -16,7 +18,7 @@ from launcher.base.processes import Processes
 from launcher.base.stored import StoredTensors
 from launcher.checkpoint import rng
 from launcher.checkpoint.engine import to_text
-from launcher.checkpoint.load import load_trained_state
+from launcher.checkpoint.load import load_masters, load_trained_state, set_masters
 from launcher.checkpoint.segments import TrainedState, collect
 from launcher.checkpoint.snapshot import SnapshotPlan, plan_snapshot
 from launcher.config.settings import RunConfig
@@ -62,6 +64,13 @@ class TrainingState:
         self.trained: TrainedState = collect(model, optimizer, rank=processes.rank, world_size=processes.world_size)
         self._encoded_history: list[str] = []
         self._planned: tuple[object, SnapshotPlan] | None = None
+
+    def take_first_masters(self, weights: Mapping[str, Tensor] | Path) -> None:
+        """Makes the masters those of the weights that the run begins with: parameters by name, or a model's folder."""
+        if isinstance(weights, Path):
+            load_masters(self.trained, weights, self._stored)
+        else:
+            set_masters(self.trained, weights)
 
     @property
     def step(self) -> int:

@@ -170,6 +170,8 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     state = TrainingState(
         config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps, built.stored
     )
+    if built.first_weights is not None:
+        state.take_first_masters(built.first_weights)
     state.settings = settings
     state.origin = point.state.get("origin") if point is not None else None
     checkpointer = Checkpointer(

@@ -90,8 +90,6 @@ def check(lab: Lab, folder: Path, name: str, strategy: str, dtype: str) -> RunPa
         "model.attn_implementation=eager", "train.train_batch_size=4", "eval.eval_strategy=steps", "eval.eval_steps=2",
         f"data.eval_files=[{lab.folder / 'rows.jsonl'}]", "eval.per_device_eval_batch_size=8",
     ]  # fmt: skip
-    if name == "mamba2":
-        more.remove("model.attn_implementation=eager")
     lab.run(folder / "run", strategy, _SIZES[strategy], *more, "train.max_steps=2")
     run = lab.run(folder / "run", strategy, _SIZES[strategy], *more, "train.max_steps=4")
     measured = {step: line["eval_loss"] for step, line in lines(run, "eval_loss").items()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher.base.errors import ConfigError
+from launcher.base.errors import ConfigError, UserError
 from launcher.config.compose import compose
 from launcher.data.tokenizer import byte_tokenizer
 from launcher.model.build import BuiltModel, build_model, static_files
@@ -84,3 +84,9 @@ def test_layers_left_out_at_random_are_refused_under_zero() -> None:
     config = compose([f"model.config={fields}", "data=arithmetic", "strategy=zero2"])
     with pytest.raises(ConfigError, match=r"layerdrop=0\.5.*strategy=ddp"):
         build_model(config, byte_tokenizer())
+
+
+def test_error_names_the_override_when_an_architecture_lacks_an_attention_implementation(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Set model\.attn_implementation=eager"):
+        build(make_base(tmp_path, "mamba2"))
+    build(make_base(tmp_path, "mamba2"), "model.attn_implementation=eager")

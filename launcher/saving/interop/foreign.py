@@ -15,7 +15,7 @@ from launcher.base.errors import DamagedCheckpointError, LauncherError, ResumeEr
 from launcher.checkpoint.layout import iter_safetensors
 from launcher.checkpoint.load import TensorFiles
 from launcher.saving.interop.pickles import load_pickle
-from launcher.saving.interop.skeleton import trained
+from launcher.saving.interop.skeleton import is_adapter, stored_in_parts, trained
 from launcher.saving.interop.streams import Source, from_file, from_memory
 
 
@@ -139,12 +139,19 @@ def _fits(
 
 
 def _weights(folder: Path, model: nn.Module, stored_name: Callable[[str], str]) -> list[Source]:
-    """All tensors of the model file; a tied parameter stands under the name that named_parameters() gives it."""
+    """All tensors of the model file; a tied parameter stands under the name that named_parameters() gives it.
+
+    Parameters that `save_pretrained` stores in parts (a layer's experts) stay in those parts, which `load_state` reads.
+    """
     found = _stored_weights(folder)
+    in_parts = {} if is_adapter(folder) else stored_in_parts(model)
     aliases: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(param), []).append(stored_name(name))
     for name, param in trained(model).items():
+        parts = in_parts.get(name, ())
+        if parts and all(part.name in found and found[part.name].spec.shape == part.shape for part in parts):
+            continue
         wanted = stored_name(name)
         other = next((alias for alias in aliases[id(param)] if alias in found), None)
         if other is None or found[other].spec.shape != tuple(param.shape):

@@ -12,7 +12,8 @@ from launcher.checkpoint.load import TensorFiles
 from launcher.checkpoint.snapshot import MASTER, OPTIMIZER_STEM, TORCH_DTYPES
 from launcher.model.build import adapter_key
 from launcher.saving.interop.foreign import named_errors
-from launcher.saving.interop.streams import Source, from_file, write_sources
+from launcher.saving.interop.skeleton import build_skeleton, stored_in_parts
+from launcher.saving.interop.streams import Source, from_file, part_of_file, write_sources
 from launcher.saving.interop.target import Exported, choose, copy_files, new_folder
 
 
@@ -49,17 +50,30 @@ def model_sources(source: Exported, dtype: torch.dtype | None) -> list[Source]:
         raise DamagedCheckpointError(f"{source.folder} holds no {source.stem}.safetensors")
     stored = TensorFiles(source.folder, source.stem)
     states = TensorFiles(source.folder, OPTIMIZER_STEM)
-    masters = {}
-    for key in states.specs:
-        slot, _, name = key.partition(".")
-        if slot == MASTER:
-            masters[adapter_key(name) if source.stem == "adapter_model" else name] = key
+    needs_masters = dtype is not None and any(TORCH_DTYPES[spec.dtype] != dtype for spec in stored.specs.values())
+    masters = _masters(source, states, set(stored.specs)) if needs_masters else {}
     found = []
     for name, spec in stored.specs.items():
         weight = from_file(stored, name)
         if dtype is not None and TORCH_DTYPES[spec.dtype] != dtype and name in masters:
-            weight = from_file(states, masters[name]).renamed(name)
+            weight = masters[name]
         found.append(weight if dtype is None else weight.in_dtype(dtype))
+    return found
+
+
+def _masters(source: Exported, states: TensorFiles, stored_names: set[str]) -> dict[str, Source]:
+    """The fp32 masters under the names of the model file: an expert's is a part of its layer's."""
+    prefix, is_adapter = f"{MASTER}.", source.stem == "adapter_model"
+    keys = {key.removeprefix(prefix): key for key in states.specs if key.startswith(prefix)}
+    if is_adapter:
+        return {adapter_key(name): from_file(states, key).renamed(adapter_key(name)) for name, key in keys.items()}
+    found = {name: from_file(states, key).renamed(name) for name, key in keys.items() if name in stored_names}
+    others = keys.keys() - stored_names
+    parts = stored_in_parts(build_skeleton(source.folder)) if others else {}
+    for name in others:
+        end = states.specs[keys[name]].numel
+        fitting = [part for part in parts.get(name, ()) if part.start + part.numel <= end]
+        found |= {part.name: part_of_file(states, keys[name], part) for part in fitting}
     return found
 
 

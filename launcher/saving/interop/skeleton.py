@@ -12,8 +12,9 @@ from torch import nn
 
 from launcher.base import files
 from launcher.base.errors import ResumeError
+from launcher.base.stored import StoredTensor
 from launcher.config.settings import RunConfig
-from launcher.model._transformers import no_zero_init
+from launcher.model._transformers import no_zero_init, stored_tensors
 
 _MIN_MODULE_BYTES = 64
 
@@ -74,6 +75,12 @@ def _refuse_giant(config: dict[str, Any], folder: Path) -> None:
     stored = sum((folder / name).lstat().st_size for name in files.list_files(folder))
     if math.prod(counts.values()) > max(1000, stored // _MIN_MODULE_BYTES):
         raise ValueError(f"{counts['layer']} layers with {counts['expert']} experts do not fit into {stored:,} bytes")
+
+
+def stored_in_parts(model: nn.Module) -> dict[str, tuple[StoredTensor, ...]]:
+    """The parameters of a skeleton that the model file holds otherwise than whole under their own names."""
+    stored = stored_tensors(model)
+    return {name: parts for name, parts in stored.items() if [part.name for part in parts] != [name]}
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

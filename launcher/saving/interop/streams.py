@@ -12,6 +12,7 @@ from torch import Tensor
 
 from launcher.base import files
 from launcher.base.errors import DamagedCheckpointError
+from launcher.base.stored import StoredTensor
 from launcher.checkpoint.layout import MAX_SHARD_BYTES, FileLayout, Place, TensorSpec, plan_files, weight_index
 from launcher.checkpoint.load import TensorFiles
 from launcher.checkpoint.snapshot import SAFETENSORS_NAMES, TORCH_DTYPES
@@ -44,15 +45,20 @@ def from_memory(name: str, tensor: Tensor) -> Source:
 
 def from_file(stored: TensorFiles, name: str) -> Source:
     """A tensor of a safetensors file, read when it is written."""
-    spec = stored.specs[name]
+    return part_of_file(stored, name, StoredTensor(name, stored.specs[name].shape, 0))
+
+
+def part_of_file(stored: TensorFiles, name: str, part: StoredTensor) -> Source:
+    """A part of a stored tensor as a tensor of its own."""
+    dtype = stored.specs[name].dtype
 
     def pieces() -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, spec.numel, CHUNK_ITEMS):
-            chunk = torch.empty(min(CHUNK_ITEMS, spec.numel - start), dtype=TORCH_DTYPES[spec.dtype])
-            stored.read_into(name, start, chunk)
+        for start in range(0, part.numel, CHUNK_ITEMS):
+            chunk = torch.empty(min(CHUNK_ITEMS, part.numel - start), dtype=TORCH_DTYPES[dtype])
+            stored.read_into(name, part.start + start, chunk)
             yield start, chunk
 
-    return Source(spec, pieces)
+    return Source(TensorSpec(part.name, dtype, part.shape), pieces)
 
 
 def write_sources(
