@@ -14,6 +14,8 @@ from pathlib import Path
 
 from launcher.agent.command import accelerate_command, num_processes
 from launcher.agent.machines import Ended, OneMachine, Start
+from launcher.base import files
+from launcher.base.environment import without_inherited
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED, die_with_parent, host
@@ -23,6 +25,8 @@ from launcher.config.settings import RunConfig
 
 _SHUTDOWN_S = 5
 """torchrun gives the other ranks so long once one has failed. Requests to stop go through the STOP file instead."""
+_EARLY_S = 1.0
+"""For ranks that are asked to stop before their first step."""
 _POLL_S = 0.1
 _FAILED_RANK = re.compile(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*-(\d+)")
 """In torchrun's summary. `accelerate launch` starts a single process without torchrun: the line below."""
@@ -56,7 +60,7 @@ class Attempt:
             begin = log.tell()
             process = self._popen(start, error_dir, log.fileno())
             try:
-                code = self._watch(process, machines)
+                code = self._watch(process, machines, start)
             finally:
                 with contextlib.suppress(OSError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -71,7 +75,7 @@ class Attempt:
     def _popen(self, start: Start, error_dir: str, log: int) -> subprocess.Popen[bytes]:
         parent = os.getpid()
         env = {
-            **os.environ, **self._env, SUPERVISED: "1", ATTEMPT: start.id,
+            **without_inherited({**os.environ, **self._env}), SUPERVISED: "1", ATTEMPT: start.id,
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
             "LAUNCHER_ERROR_DIR": error_dir, "LAUNCHER_STDERR": f"/proc/{parent}/fd/2",
             **({RESTARTED: "1"} if start.is_restart else {}),
@@ -83,17 +87,24 @@ class Attempt:
             preexec_fn=lambda: die_with_parent(expected_parent=parent),
         )  # fmt: skip
 
-    def _watch(self, process: subprocess.Popen[bytes], machines: OneMachine) -> int:
+    def _watch(self, process: subprocess.Popen[bytes], machines: OneMachine, start: Start) -> int:
         end_at: float | None = None
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(_POLL_S)
             grace_s = machines.grace_s()
+            if machines.is_stop_asked and not self._has_begun(start):
+                grace_s = _EARLY_S  # no step yet: nothing is lost, and nobody looks for STOP before the loop
             if grace_s is not None:
                 end_at = min(time.monotonic() + grace_s, end_at if end_at is not None else float("inf"))
             if end_at is not None and time.monotonic() >= end_at:
                 with contextlib.suppress(OSError):  # the ranks die with it
                     os.killpg(process.pid, signal.SIGKILL)
+
+    def _has_begun(self, start: Start) -> bool:
+        """Whether this start has come to its first step: run.json is its own from there on."""
+        state = files.read_json_or(self._paths.run_state, {})
+        return isinstance(state, dict) and state.get("attempt") == start.id
 
     def _killed(self, output: str) -> dict[int, int]:
         single = _FAILED_SINGLE.search(output)

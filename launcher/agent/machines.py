@@ -94,6 +94,11 @@ class OneMachine:
         """
         return plan()
 
+    @property
+    def is_stop_asked(self) -> bool:
+        """Whether somebody has asked this machine's agent for a stop."""
+        return self._requests.is_stop_asked
+
     def grace_s(self) -> float | None:
         """Passes requests on. So long the ranks of this machine may still run: None without a limit, 0 end them now."""
         if self._requests.is_stop_asked:

@@ -15,7 +15,7 @@ from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.process import host
 from launcher.base.rank_reports import Report, first_failure, in_words, is_connection_loss
-from launcher.base.stop_requests import REASONS
+from launcher.base.stop_requests import read_stop, remove_stop
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,10 @@ def _unexplained(machines: Sequence[Ended], paths: RunPaths) -> str:
 
 def _asked(paths: RunPaths) -> str | None:
     """The reason in the STOP file, which is removed: the ranks did not live to obey it."""
-    try:
-        text = paths.stop_file.read_text(encoding="utf-8").strip()
-        paths.stop_file.unlink()
-    except OSError:
-        return None
-    return text if text in REASONS else "stop_file"
+    reason = read_stop(paths.stop_file)
+    if reason is not None:
+        remove_stop(paths.stop_file)
+    return reason
 
 
 def _complete(

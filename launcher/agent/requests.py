@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -23,7 +24,8 @@ class Requests:
 
     @contextmanager
     def installed(self) -> Iterator[Requests]:
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        before: dict[int, Any] = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal ends no run
         try:
             yield self
         finally:

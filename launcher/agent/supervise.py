@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import os
+import signal
 import sys
 import time
 import uuid
@@ -19,10 +21,12 @@ from launcher.agent.command import free_port
 from launcher.agent.machines import Ended, Start, Verdict
 from launcher.agent.outcome import Outcome
 from launcher.agent.requests import Requests
-from launcher.base import files, lock
+from launcher.base import files, lock, lock_file
 from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, MachinesError, RankFailedError, UserError
 from launcher.base.paths import RunPaths
+from launcher.base.process import is_alive
 from launcher.base.secrets import redacted
+from launcher.base.stop_requests import odd_stop, read_stop, remove_stop
 from launcher.config.changes import changed_settings
 from launcher.config.settings import RunConfig, run_length
 from launcher.hub import send_left_over
@@ -108,7 +112,8 @@ class _Supervisor:
             self._check_free()
             if (finished := self._finished()) is not None:
                 return finished
-            self._paths.stop_file.unlink(missing_ok=True)  # of an earlier run
+            if not remove_stop(self._paths.stop_file):  # of an earlier run
+                print(f"launcher: {odd_stop(self._paths.stop_file)}", file=sys.stderr, flush=True)
         self._newest_before = outcome.newest_checkpoint(self._paths)
         return Start(number, uuid.uuid4().hex, free_port(), is_restart=number > 0)
 
@@ -129,8 +134,20 @@ class _Supervisor:
         """The ranks look for STOP at every step; the first reason stays."""
         if not self._has_written_stop:
             self._has_written_stop = True
-            if not self._paths.stop_file.exists():
+            if read_stop(self._paths.stop_file) is not None:
+                return
+            try:
                 files.replace_file(self._paths.stop_file, self._stop_reason().encode())
+            except OSError:  # a folder of that name, a full disk: the ranks are asked by a signal
+                self._signal_ranks()
+
+    def _signal_ranks(self) -> None:
+        with contextlib.suppress(UserError):
+            other = lock_file.read(self._paths.lock)
+            for process in other.pids if other is not None else ():
+                with contextlib.suppress(OSError):
+                    if is_alive(*process):
+                        os.kill(process[0], signal.SIGTERM)
 
     def _judge(self, start: Start, ended: Sequence[Ended]) -> Verdict:
         """On the first machine: what follows for all from how the ranks ended."""

@@ -9,12 +9,37 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from launcher.base import files
+
 REASONS = ("signal", "stop_file", "preempted", "time_limit", "pruned")
 """In run.json as `reason` (pruned: as `state`); the STOP file's text."""
 SUPERVISED = "LAUNCHER_SUPERVISED"
 """Set by `launcher train`, which removes a stale STOP file itself, before the ranks start."""
 END_TIME = "LAUNCHER_JOB_END_TIME"
 _MARGIN_S = 60.0
+
+
+def read_stop(path: Path) -> str | None:
+    """The reason that a STOP file gives; None where there is none. A folder, a link or a pipe of that name is none."""
+    try:
+        text = files.read_text(path, max_bytes=4096).strip()
+    except (OSError, ValueError):
+        return None
+    return text if text in REASONS else "stop_file"
+
+
+def remove_stop(path: Path) -> bool:
+    """Removes a STOP file, or a link of that name (never what it leads to); False where something else stays."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            path.unlink()
+        except OSError:
+            return False
+    return True
+
+
+def odd_stop(path: Path) -> str:
+    return f"{path} is no file, so it asks for nothing: remove it. To stop this run: SIGTERM to `launcher train`"
 
 
 class StopRequests:
@@ -54,9 +79,8 @@ class StopRequests:
             save_s, step_s: how long the last save and step took, to stop in time before the job's end.
         """
         if self._is_main:
-            with contextlib.suppress(OSError):
-                text = self._stop_file.read_text(encoding="utf-8").strip()
-                return 1 + REASONS.index(text if text in REASONS else "stop_file")
+            if (reason := read_stop(self._stop_file)) is not None:
+                return 1 + REASONS.index(reason)
             if self._end_time is not None and time.time() > self._end_time - save_s - step_s - _MARGIN_S:
                 return 1 + REASONS.index("time_limit")
         return 1 if self._signalled else 0
@@ -68,5 +92,4 @@ class StopRequests:
 
     def clear(self) -> None:
         """Removes the STOP file: it was obeyed."""
-        with contextlib.suppress(OSError):
-            self._stop_file.unlink()
+        remove_stop(self._stop_file)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
+from launcher.base.output import survive_closed_output
 from launcher.cli.arguments import parse_settings
 from launcher.config.compose import Arguments, compose_arguments
 from launcher.config.rules import cache_problems, notices
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     if options.cfg:
         print_config(config)
         return EXIT_DONE
+    survive_closed_output()
     _check_machines(config)
     if problems := list(cache_problems(config)):
         raise ConfigError(problems)

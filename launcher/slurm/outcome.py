@@ -19,7 +19,7 @@ from launcher.base.errors import EXIT_FAILED, EXIT_STOPPED
 from launcher.base.paths import RunPaths
 from launcher.base.process import host
 from launcher.base.rank_reports import first_failure, in_words, read_reports
-from launcher.base.stop_requests import REASONS
+from launcher.base.stop_requests import read_stop, remove_stop
 
 
 def judge(paths: RunPaths, *, attempt: str, began: float, code: int, error_dir: Path) -> tuple[str, str]:
@@ -60,12 +60,10 @@ def judge(paths: RunPaths, *, attempt: str, began: float, code: int, error_dir: 
 
 def _asked(paths: RunPaths) -> str | None:
     """The reason in the STOP file, which is removed: the ranks did not live to obey it."""
-    try:
-        text = paths.stop_file.read_text(encoding="utf-8").strip()
-        paths.stop_file.unlink()
-    except OSError:
-        return None
-    return text if text in REASONS else "stop_file"
+    reason = read_stop(paths.stop_file)
+    if reason is not None:
+        remove_stop(paths.stop_file)
+    return reason
 
 
 def _has_hung(paths: RunPaths, began: float) -> bool:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher.base import files
+from launcher.base.environment import clean_rank, drop_engine_settings, other_engines
 from launcher.base.errors import ConfigError
+from launcher.base.output import survive_closed_output
 from launcher.base.process import die_with_parent
 from launcher.base.rank_reports import Report, make_report, write_report
 from launcher.config.rules import cache_problems
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.train.recorder import Recorder
 
 _recorder: Recorder | None = None
+_notices: list[str] = []
 _state: TrainingState | None = None
 _paths: RunPaths | None = None
 _lock: RunLock | None = None
@@ -39,6 +42,8 @@ def rank() -> int:
 def before_imports() -> None:
     """Before torch and its friends are imported: they read the environment then."""
     die_with_parent(os.getppid())
+    survive_closed_output()
+    _notices.extend(clean_rank(os.environ))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -83,8 +88,16 @@ def check_agent(config: RunConfig, argv: Sequence[str]) -> None:
             f"accelerate launch was given --mixed_precision {precision} but the config means {config.mixed_precision}. "
             "Leave it out, or set model.dtype"
         )
+    for name in other_engines(os.environ):
+        problems.append(
+            f"{name}={os.environ[name]}: accelerate launch was told to use another engine than strategy="
+            f"{config.strategy.name}. Leave it out; ZeRO is chosen by strategy=zero1|zero2|zero3"
+        )
     if problems:
         raise ConfigError(problems)
+    drop_engine_settings(os.environ)
+    for notice in _notices if rank() == 0 else []:
+        print(f"launcher: {notice}", file=sys.stderr, flush=True)
 
 
 def opened(paths: RunPaths, lock: RunLock, processes: Processes) -> None:
@@ -95,7 +108,8 @@ def opened(paths: RunPaths, lock: RunLock, processes: Processes) -> None:
     terminal = os.environ.get("LAUNCHER_STDERR")
     if processes.is_main and terminal:  # the agent's own output goes to logs/agent.log
         try:
-            fd = os.open(terminal, os.O_WRONLY | os.O_APPEND)
+            fd = os.open(terminal, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)  # a pipe that nobody reads: at once
+            os.set_blocking(fd, True)
         except OSError:
             return
         os.dup2(fd, 2)

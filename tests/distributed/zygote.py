@@ -136,7 +136,7 @@ def _become_rank(request: dict[str, Any], rank: int, count: int, port: int) -> N
         if count > 1:
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "zygote",
             }  # fmt: skip
         os.environ |= request["env"]
         if request["folders"]:

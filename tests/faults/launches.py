@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from launcher.base import files
 from launcher.base.paths import RunPaths
@@ -20,10 +20,12 @@ from tests.distributed.zygote import environment
 class Launch:
     """One `launcher train`, its output in a file."""
 
-    def __init__(self, overrides: list[str], output_dir: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, overrides: list[str], output_dir: Path, env: dict[str, str] | None = None, *, reader_gone: bool = False
+    ) -> None:
         self.paths = RunPaths(output_dir)
         self._log = output_dir.with_name(f"{output_dir.name}.log")
-        with self._log.open("ab") as log:
+        with open_pipe_without_reader() if reader_gone else self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "launcher.cli", "train", *overrides, f"output_dir={output_dir}"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -38,7 +40,7 @@ class Launch:
             raise AssertionError(f"still running after {seconds} s\n{self.text()}") from None
 
     def text(self) -> str:
-        return self._log.read_text(errors="replace")
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def wait_for_step(self, step: int) -> None:
         def is_there() -> bool:
@@ -77,6 +79,12 @@ class Launch:
             wait_until(lambda pid=pid: not is_running(pid), f"the death of {pid}", 30.0)  # type: ignore[misc]
 
 
+def open_pipe_without_reader() -> IO[bytes]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "wb")
+
+
 def descendants(pid: int) -> list[int]:
     """Children, and theirs."""
     found: list[int] = []
@@ -96,9 +104,11 @@ def is_running(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def launched(overrides: list[str], output_dir: Path, env: dict[str, str] | None = None) -> Iterator[Launch]:
-    """Ends what is left of it, however the test ends."""
-    launch = Launch(overrides, output_dir, env)
+def launched(
+    overrides: list[str], output_dir: Path, env: dict[str, str] | None = None, *, reader_gone: bool = False
+) -> Iterator[Launch]:
+    """Ends what is left of it, however the test ends. `reader_gone`: its output is a pipe that nobody reads."""
+    launch = Launch(overrides, output_dir, env, reader_gone=reader_gone)
     try:
         yield launch
     finally:

@@ -1,0 +1,47 @@
+"""Output that cannot be written never ends a run: a closed terminal, `… | head -1`. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any, TextIO, cast
+
+
+class SurvivingStream:
+    """A text stream whose writes cannot fail: where nobody reads any more, what follows goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Points the descriptor at nothing; what is in the buffer is lost. A full disk may have room again."""
+        if isinstance(error, BrokenPipeError | ValueError) or getattr(error, "errno", None) == 5:  # EIO: no terminal
+            with contextlib.suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def survive_closed_output() -> None:
+    """Makes this process's own prints survive; a second call changes nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, SurvivingStream):
+            setattr(sys, name, cast(TextIO, SurvivingStream(stream)))
