@@ -43,8 +43,6 @@ def test_nothing_is_said_where_nothing_was_meant(value: str) -> None:
 def test_other_engines_are_named() -> None:
     found = other_engines({"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_MEGATRON_LM": "false"})
     assert found == ["ACCELERATE_USE_FSDP"]
-        "ACCELERATE_USE_FSDP"
-    ]
 
 
 def test_writing_goes_on_when_nobody_reads_any_more() -> None:
