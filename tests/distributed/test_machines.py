@@ -22,6 +22,7 @@ import pytest
 
 from launcher.agent.command import free_port
 from launcher.base import files
+from launcher.base.lock import RunLock
 from tests.distributed.runs import wait_until
 from tests.distributed.zygote import ROOT, environment
 
@@ -255,11 +256,12 @@ def test_a_machine_is_refused_when_its_rank_is_taken_or_its_settings_differ(tmp_
 
 def test_all_are_told_when_output_dir_is_in_use(tmp_path: Path) -> None:
     with machines(tmp_path / "run", [["finish"], ["finish"]]) as run:
-        ticks = int(Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19])
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "pids": [[os.getpid(), ticks]], "job_id": None}
-        (run.root / ".lock").write_text(json.dumps(holder))
+        held = RunLock(run.root / ".lock")
+        held.acquire([os.getpid()])
         run.start()
-        assert run.codes() == [2, 2], run.texts()
+        codes = run.codes()
+        held.release()
+        assert codes == [2, 2], run.texts()
         assert all(f"pid {os.getpid()}" in run.text(rank) for rank in (0, 1))
 
 
