@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from launcher.base import block_io, manifest
+from launcher.base.errors import CheckpointWriteError
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.engine import Phase
 from launcher.checkpoint.writer import Writer
@@ -146,6 +147,24 @@ def test_save_fails_without_an_exception_when_there_is_no_memory_for_the_buffer(
     group.save(2)
     assert group.finish().error is None
     assert _whole(group.paths) == [2]
+
+
+def test_lack_of_memory_is_told_at_the_start_rather_than_at_the_first_save(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(fd: int, offset: int, size: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", no_memory)
+        with pytest.raises(CheckpointWriteError, match=r"bytes cannot be had.*checkpoint=off"):
+            group.members[0].reserve()
+    for member in group.members:
+        member.reserve()
+    buffers = [member._buffer.fd for member in group.members]
+    group.save(1)
+    assert group.finish().error is None
+    assert [member._buffer.fd for member in group.members] == buffers, "the first save took other memory"
 
 
 @pytest.mark.parametrize("is_async", [True, False])
