@@ -12,7 +12,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from launcher import __version__
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, UserError
@@ -113,10 +112,11 @@ def _unexpected(error: Exception) -> str:
     text = redacted("".join(traceback.format_exception(error)))
     if os.environ.get("LAUNCHER_DEBUG"):
         return text
-    where = Path(tempfile.gettempdir()) / f"launcher-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    try:
-        where.write_text(text, encoding="utf-8")
+    try:  # a new file, readable by its owner alone: the folder is everybody's
+        fd, where = tempfile.mkstemp(prefix=f"launcher-error-{time.strftime('%Y%m%d-%H%M%S')}-", suffix=".txt")
+        with os.fdopen(fd, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
     except OSError as failed:
-        return f"{text}\n(this could not be written to {where}: {failed})"
+        return f"{text}\n(this could not be written to a temporary file: {failed})"
     message = redacted(str(error)).partition("\n")[0]
     return f"unexpected {type(error).__name__}: {message}\nThe traceback is in {where}; LAUNCHER_DEBUG=1 shows it here"

@@ -105,7 +105,7 @@ def _show_run(status: RunStatus, *, as_json: bool) -> None:
         _print_json({"kind": "run", **asdict(status)})
         return
     for name, value in run_lines(status):
-        print(f"{name:<12} {value}")
+        print(f"{name:<12} {printable(value)}")
 
 
 def run_lines(status: RunStatus) -> Iterator[tuple[str, str]]:
@@ -182,7 +182,8 @@ def _show_folder(root: Path, *, as_json: bool) -> None:
             f"{status.tokens_per_second:,.0f} tokens/s" if status.tokens_per_second and status.state == RUNNING else ""
         )
         best = f"{status.metric} {short(status.best_metric)}" if status.best_metric is not None else ""
-        print("  ".join(filter(None, (f"{status.state:<11}", status.dir, f"step {steps(status)}", best, speed))))
+        parts = (f"{status.state:<11}", status.dir, f"step {steps(status)}", best, speed)
+        print(printable("  ".join(filter(None, parts))))
     for path, _, statuses in sweeps:
         print(f"sweep        {path}  {count_states(statuses)}")
 
