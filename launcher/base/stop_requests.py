@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -30,11 +29,10 @@ def read_stop(path: Path) -> str | None:
 
 def remove_stop(path: Path) -> bool:
     """Removes a STOP file, or a link of that name (never what it leads to); False where something else stays."""
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            path.unlink()
-        except OSError:
-            return False
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
     return True
 
 
