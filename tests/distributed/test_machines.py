@@ -188,7 +188,9 @@ def test_the_others_end_with_1_when_an_agent_is_killed(tmp_path: Path, killed: i
     with machines(tmp_path / "run", [["stay"]] * 3) as run:
         run.start()
         run.wait_for_start()
-        pids = [int((run.root / f"pid-{rank}").read_text()) for rank in range(3)]
+        files = [run.root / f"pid-{rank}" for rank in range(3)]
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files), "the pids of all ranks", 30)
+        pids = [int(file.read_text()) for file in files]
         run.agents[killed].kill()
         codes = run.codes(40)
         assert [code for rank, code in enumerate(codes) if rank != killed] == [1, 1], run.texts()
