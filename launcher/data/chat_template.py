@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_START, _INNER, _END = "\ufdd0", "\ufdd1", "\ufdd2"
+_START, _INNER, _END, _GENERATED, _GENERATED_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 """Code points that Unicode reserves for a program's own use: no text that is exchanged holds them."""
-MARKS = (_START, _INNER, _END)
-_MARK = re.compile(f"{_START}(\\d+){_INNER}|{_END}")
+RESERVED = re.compile(f"[{_START}-{_GENERATED_END}]")
+"""What no message may hold."""
+_ANY_MARK = re.compile(f"{_START}(\\d+){_INNER}|{_END}|{_GENERATED}|{_GENERATED_END}")
 _MARK_FUNCTION = "launcher_mark_"
 _PROBE = "probe of content"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -147,12 +148,6 @@ def _compile(source: str) -> Any:
             node.lineno = 1
     code = environment.compile(tree, None, None)
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
-
-
-_GENERATED, _GENERATED_END = "\ufdd3", "\ufdd4"
-_ANY_MARK = re.compile(f"{_START}(\\d+){_INNER}|{_END}|{_GENERATED}|{_GENERATED_END}")
-RESERVED = re.compile(f"[{_START}-{_GENERATED_END}]")
-"""What no message may hold."""
 
 
 def _read_marks(rendered: str, num_messages: int) -> tuple[str, list[list[tuple[int, int]]], list[tuple[int, int]]]:

@@ -34,6 +34,10 @@ def group(tmp_path: Path) -> Iterator[Group]:
     made.close()
 
 
+def _no_memory(fd: int, offset: int, size: int) -> None:
+    raise OSError(12, "Cannot allocate memory")
+
+
 def _whole(paths: RunPaths) -> list[int]:
     return [step for step, folder in paths.checkpoint_dirs() if manifest.verify(folder) == []]
 
@@ -136,11 +140,8 @@ def test_save_fails_without_an_exception_when_no_writer_can_start(
 def test_save_fails_without_an_exception_when_there_is_no_memory_for_the_buffer(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(fd: int, offset: int, size: int) -> None:
-        raise OSError(12, "Cannot allocate memory")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", no_memory)
+        patch.setattr(os, "posix_fallocate", _no_memory)
         group.save(1)
         result = group.finish()
         assert result.error is not None and "Cannot allocate memory" in result.error
@@ -152,11 +153,8 @@ def test_save_fails_without_an_exception_when_there_is_no_memory_for_the_buffer(
 def test_lack_of_memory_is_told_at_the_start_rather_than_at_the_first_save(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(fd: int, offset: int, size: int) -> None:
-        raise OSError(12, "Cannot allocate memory")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", no_memory)
+        patch.setattr(os, "posix_fallocate", _no_memory)
         with pytest.raises(CheckpointWriteError, match=r"bytes cannot be had.*checkpoint=off"):
             group.members[0].reserve()
     for member in group.members:
