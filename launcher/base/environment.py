@@ -53,6 +53,12 @@ def clean_rank(env: MutableMapping[str, str]) -> list[str]:
     return notices
 
 
+def changing_variables(env: Mapping[str, str]) -> list[str]:
+    """Those set here that `without_inherited` or `clean_rank` would take out, but for what Slurm gives each task."""
+    kept = without_inherited(env)
+    return sorted(name for name in env if name not in kept and not (name.startswith("PMI") and "SLURM_JOB_ID" in env))
+
+
 def other_engines(env: Mapping[str, str]) -> list[str]:
     """Variables by which Accelerate would train with another engine than `strategy` names."""
     return [name for name in _OTHER_ENGINES if env.get(name, "").lower() in ("1", "true", "yes", "on")]

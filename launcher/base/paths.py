@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,17 @@ _CODE_DIR = Path(__file__).resolve().parent.parent
 def conf_dir() -> Path:
     """The packaged conf/: beside the package in a checkout, inside it in a wheel."""
     return _packaged("conf")
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/launcher`, else ~/.cache/launcher."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher"
+
+
+def constraints_path() -> Path:
+    """The versions that this release is tested with: constraints.txt, beside the package or inside it in a wheel."""
+    inside = _CODE_DIR / "constraints.txt"
+    return inside if inside.is_file() else _CODE_DIR.parent / "constraints.txt"
 
 
 def slurm_templates_dir() -> Path:

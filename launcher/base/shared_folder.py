@@ -10,16 +10,31 @@ import contextlib
 import time
 import uuid
 from pathlib import Path
+from typing import Any, Protocol
 
 from launcher.base.errors import UserError
 from launcher.base.process import host
-from launcher.base.processes import Processes
 
 _WAIT_S = 10.0
 """Network file systems show new files late. A name that was never looked up before is not cached as missing."""
 
 
-def check_shared(folder: Path, processes: Processes) -> None:
+class Group(Protocol):
+    """Processes that talk: those of a run (`launcher.base.processes.Processes`), or one of each machine before it."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def is_main(self) -> bool: ...
+    @property
+    def is_local_main(self) -> bool: ...
+    def broadcast(self, value: Any) -> Any: ...
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+def check_shared(folder: Path, processes: Group) -> None:
     """Every process reads what the main one wrote, and the main one what each machine wrote. Collective; no file stays.
 
     Raises:

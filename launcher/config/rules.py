@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.base.paths import checkpoint_step
+from launcher.base.paths import checkpoint_step, default_cache_dir
 from launcher.base.secrets import is_secret, refusal
 from launcher.config import sbatch
 from launcher.config.optimizers import optimizer_problems
@@ -133,8 +133,7 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
 
 def cache_problems(config: RunConfig) -> Iterator[str]:
     """Asked where a run starts, not wherever settings are read: a cache need not be writable to show them."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else base / "launcher"
+    folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
     tokens = folder.absolute() / "tokens"
     above = next(p for p in (tokens, *tokens.parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

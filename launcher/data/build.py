@@ -13,10 +13,11 @@ from typing import Any, overload
 import numpy as np
 
 from launcher.base.errors import ConfigError, DataError, LauncherError
+from launcher.base.paths import default_cache_dir
 from launcher.config.schema import did_you_mean
 from launcher.config.settings import DataConfig, RunConfig, expand_files
 from launcher.data.cache import FORMAT_VERSION, TokenStore, build_store, open_store
-from launcher.data.file_hashes import FileHashes, default_cache_dir
+from launcher.data.file_hashes import FileHashes
 from launcher.data.formats import Formatter
 from launcher.data.rows import TokenRows, pack, row_lengths
 from launcher.data.sources import FileSource, GeneratorSource, HubSource, Source

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,3 @@ class FileHashes:
     def _read(self) -> dict[str, Any]:
         value = read_json_or(self._path, {})
         return value if isinstance(value, dict) else {}
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/launcher`, else ~/.cache/launcher."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher"

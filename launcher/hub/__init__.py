@@ -13,6 +13,7 @@ from launcher.base.paths import RunPaths
 
 if TYPE_CHECKING:
     from launcher.config.settings import RunConfig
+    from launcher.hub.login import LoginState
 
 
 class Hub(Protocol):
@@ -57,6 +58,13 @@ class NoHub:
 
     def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
         return []
+
+
+def login_state() -> LoginState:
+    """Whether the Hub answers, and as whom. Waits at most a few seconds; never raises."""
+    from launcher.hub.login import login_state as ask
+
+    return ask()
 
 
 def build_hub(config: RunConfig, paths: RunPaths) -> Hub:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.base.errors import UserError
+from launcher.cli import init
+
 _ROOT = Path(__file__).parents[2]
 
 
@@ -55,3 +58,40 @@ def test_constraints_pin_every_direct_dependency_at_what_is_tested() -> None:
         name = requirement.split(";")[0].split("[")[0]
         name = "".join(c if c.isalnum() or c in "-_." else " " for c in name).split()[0].lower()
         assert version(name).partition("+")[0] == pins[name], name
+
+
+def test_init_makes_a_project_that_composes_when_only_the_wheel_is_there(unpacked: Path, tmp_path: Path) -> None:
+    told = run(sys.executable, "-m", "launcher.cli", "init", "my", cwd=tmp_path, path=unpacked)
+    assert "cd my && make train" in told
+    printed = run(
+        sys.executable,
+        "-m",
+        "launcher.cli",
+        "train",
+        "--cfg",
+        "job",
+        "experiment=mine",
+        cwd=tmp_path / "my",
+        path=unpacked,
+    )
+    assert "_target_: mine.Contains" in printed and "output_dir: outputs/mine" in printed
+    assert {p.name for p in (tmp_path / "my").iterdir()} == {
+        ".gitignore",
+        "Makefile",
+        "README.md",
+        "conf",
+        "data",
+        "mine.py",
+    }
+
+
+@pytest.mark.parametrize("name", ["taken", "file", "/proc/my"])
+def test_init_changes_nothing_when_the_folder_is_not_its_own(name: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="DIR="):
+        init.create(tmp_path / name)
+    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["notes.txt"] and (
+        tmp_path / "file"
+    ).read_text() == "mine"
