@@ -33,8 +33,8 @@ def build_product(settings: dict[str, Any]) -> Run:
     config = parse_config(settings)
     accelerator = build_accelerator(config)
     processes = Processes()
-    paths, _ = open_output_dir(config, processes)
-    return build_run(config, accelerator, processes, paths)
+    paths, lock = open_output_dir(config, processes)
+    return build_run(config, accelerator, processes, paths, lock)
 
 
 def finish(spec: dict[str, Any], found: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ free_port() { # below the range from which the kernel takes ports for outgoing c
   echo "$port"
 }
 
-run_ranks() { # the verdict: finished, pruned, interrupted REASON, failed CODE, crashed
+run_ranks() { # the verdict: finished, pruned, interrupted REASON, unsaved REASON, failed CODE, crashed
   local again=1 code ranks began
   ((requeues + $1)) && export LAUNCHER_RESTARTED=1 # resume_from_checkpoint=never or a path was obeyed at the first start
   export LAUNCHER_ATTEMPT=$SLURM_JOB_ID-$starts-$1
@@ -158,26 +158,27 @@ job_info() { # scontrol's, and where the controller is away for a while, as soon
   until scontrol -o show job "$job"; do sleep 10; done
 }
 
+ended=75 # of this job: stopped and saved; 1 where the save of a stop failed
 requeue() { # the ranks have saved what they could and ended
   local info next
   trap - TERM USR1
   info=$(job_info)
   if [[ $info =~ " Restarts="([0-9]+) ]] && ((BASH_REMATCH[1] > starts)); then
     say "Slurm has requeued job $job"
-    exit 75
+    exit "$ended"
   fi
   if [[ $info != *" JobState=RUNNING "* && $info != *" Reason=TimeLimit "* ]]; then
     say "job $job was cancelled: not requeued. To go on, submit again"
-    exit 75
+    exit "$ended"
   fi
   if ((requeues >= max_requeues)); then
     say "launch.max_requeues=$max_requeues is reached: not requeued. To go on, submit again"
-    exit 75
+    exit "$ended"
   fi
   if scontrol requeue "$job"; then
     say "requeued job $job ($((requeues + 1)) of launch.max_requeues=$max_requeues)"
     sleep 600 # Slurm ends this script; one that ended by itself would count as the end of the job
-    exit 75
+    exit "$ended"
   fi
   if next=$(env -u SLURM_RESTART_COUNT sbatch --parsable --dependency="afterany:$job" \
     ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} "$script" $((requeues + 1))); then
@@ -187,7 +188,7 @@ requeue() { # the ranks have saved what they could and ended
   else
     say "job $job may not be requeued, and no job may follow it. To go on, submit again"
   fi
-  exit 75
+  exit "$ended"
 }
 
 # ---------------------------------------------------------------- the job
@@ -209,6 +210,8 @@ for ((n = 0; ; n++)); do
     finished | pruned) say "job $job: $verdict"; exit 0 ;;
     "interrupted stop_file") say "stopped by $run_dir/STOP. To go on, submit again"; exit 75 ;;
     interrupted*) say "stopped and saved: ${verdict#* }"; requeue ;;
+    "unsaved stop_file") say "stopped by $run_dir/STOP, and its save failed. To go on, submit again"; exit 1 ;;
+    unsaved*) say "stopped, but its save failed: ${verdict#* }"; ended=1; requeue ;;
     failed*) exit "${verdict#* }" ;;
   esac
   [[ $(job_info) == *" JobState=RUNNING "* ]] || requeue

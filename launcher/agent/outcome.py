@@ -44,6 +44,8 @@ def judge(paths: RunPaths, attempt: str, machines: Sequence[Ended], *, is_killed
     if is_mine and run.get("state") == "finished":
         return Outcome("finished", None, EXIT_DONE)
     if is_mine and run.get("state") in ("interrupted", "pruned"):
+        if run.get("exit_code") == EXIT_FAILED:  # stopped on request, and its save failed
+            return Outcome(run["state"], run.get("reason"), EXIT_FAILED, str(run.get("error")))
         return Outcome(run["state"], run.get("reason"), EXIT_STOPPED)
     outcome = _failed(paths, machines, is_killed=is_killed)
     _complete(paths, run if is_mine else {}, run, attempt, outcome, machines)

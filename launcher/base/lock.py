@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 from launcher.base import lock_file
 from launcher.base.errors import LauncherError, RunLockedError, RunLockLostError, UserError
@@ -59,6 +60,24 @@ def wait_until_free(path: Path, say: Callable[[str], None], may_wait: Callable[[
         time.sleep(_POLL_S)
 
 
+def is_holder(path: Path, own: str) -> bool:
+    """Whether the lock at `path` has the id `own`, read anew."""
+    try:
+        if (other := lock_file.read(path)) is None:
+            time.sleep(_POLL_S)  # a network file system may lose a name for a moment
+            other = lock_file.read(path)
+        return other is not None and other.id == own
+    except UserError:
+        return not lock_file.is_odd(path)  # it cannot be read now: nothing is known
+
+
+class Fence(TypedDict):
+    """A lock, and the id that it must have: as plain data."""
+
+    path: str
+    id: str
+
+
 class RunLock:
     """Held by the main process from before the first read of output_dir until its end."""
 
@@ -86,15 +105,17 @@ class RunLock:
 
     def is_held(self) -> bool:
         """Whether the lock is still this run's, read anew: to be asked before anything is committed."""
-        if not self._is_lost:
-            try:
-                if (other := lock_file.read(self._path)) is None:
-                    time.sleep(_POLL_S)  # a network file system may lose a name for a moment
-                    other = lock_file.read(self._path)
-                self._is_lost = other is None or other.id != self._id
-            except UserError:
-                self._is_lost = lock_file.is_odd(self._path)  # else it cannot be read now: nothing is known
+        self._is_lost = self._is_lost or not is_holder(self._path, self._id)
         return not self._is_lost
+
+    def check(self) -> None:
+        """Raises: RunLockLostError, where another run has taken the lock over."""
+        if not self.is_held():
+            raise self.loss()
+
+    def fence(self) -> Fence:
+        """For a process of this run that commits in its name: the same question as `is_held`."""
+        return {"path": str(self._path), "id": self._id}
 
     def loss(self) -> RunLockLostError:
         """What to tell where the lock is no longer held."""

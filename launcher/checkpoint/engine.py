@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from launcher.base.errors import CheckpointWriteError
+from launcher.base.lock import Fence
 from launcher.base.processes import Processes
 from launcher.checkpoint import snapshot
 from launcher.checkpoint.snapshot import HostCopies, SnapshotPlan
@@ -68,14 +69,15 @@ class Checkpointer:
         plan: gives the snapshot plan; called at each save, when the optimizer has its state.
         statics: files that are the same in every checkpoint, by relative path (main process).
         hang_timeout_s: a writer that did nothing for so long is ended, and its save fails.
+        fence: the run's lock (main process): without it nothing is committed, deleted or discarded.
     """
 
     def __init__(
         self, processes: Processes, plan: Callable[[], SnapshotPlan], statics: dict[str, bytes], *, zero_stage: int,
-        is_async: bool, device: torch.device, hang_timeout_s: float = math.inf,
+        is_async: bool, device: torch.device, hang_timeout_s: float = math.inf, fence: Fence | None = None,
     ) -> None:  # fmt: skip
         self._processes, self._make_plan = processes, plan
-        self._zero_stage, self._hang_timeout_s = zero_stage, hang_timeout_s
+        self._zero_stage, self._hang_timeout_s, self._fence = zero_stage, hang_timeout_s, fence
         self._cuda = device.type == "cuda"
         self._buffer = SnapshotBuffer()
         self._statics = statics
@@ -161,6 +163,7 @@ class Checkpointer:
         commit = {
             "cmd": "commit", "step": step, "dir": str(folder), "target": str(target),
             "world_size": self._processes.world_size, "zero_stage": self._zero_stage, "files": list(sizes),
+            "fence": self._fence,
         }  # fmt: skip
         self.phase = Phase.WRITING
         self._flight = _InFlight(step, started, 0.0, sizes, commit)
@@ -302,7 +305,7 @@ class Checkpointer:
         self._num_outstanding += 1
         try:
             self._writer.start()  # where it died
-            self._writer.send(command)
+            self._writer.send({**command, "fence": self._fence})
         except (OSError, WriterDied):
             self._num_outstanding = 0
 

@@ -14,6 +14,7 @@ the snapshot buffer (a memfd) with its rank, takes a JSON command per line on st
     {"cmd": "retain", "step", "expired": [folder]}        → {"event": "retained"}
     {"cmd": "discard", "step", "dir"}                     → {"event": "discarded"}
 
+The last three change what a run keeps; with "fence": {path, id} they are refused where that lock has another id.
 A failure answers {"event": "failed", "step", "error", "errno"}; the writer lives on. It dies with its rank.
 Every answer also says whether the command `is_starved`.
 After a crash at any point only `.tmp-checkpoint-*` and `.tmp-deleted-*` can remain besides whole checkpoints.
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import block_io, files, manifest
+from launcher.base.lock import is_holder
 from launcher.base.process import die_with_parent, use_resting_cores, yield_cores
 
 DELETED_PREFIX = ".tmp-deleted-"
@@ -102,6 +104,7 @@ class Writer:
         if files.is_taken(target):
             if not _holds(target, built):
                 raise FileExistsError(f"{target} exists already and is not of this run: move it away")
+            _check_fence(command)
             files.remove_tree(folder)  # the attempt before was committed after all, as its writer was ended
             return {**committed, "seconds": time.monotonic() - started}
         missing = [p for p in command["files"] if p not in {f.path for f in built.files}]
@@ -110,6 +113,7 @@ class Writer:
         files.write_file(folder / manifest.NAME, built.to_json(), within=folder.parent)
         for inner in sorted({folder / parent for f in built.files for parent in Path(f.path).parents}, reverse=True):
             files.fsync_dir(inner)
+        _check_fence(command)  # as late as possible
         files.rename(folder, target)
         return {**committed, "seconds": time.monotonic() - started}
 
@@ -119,6 +123,7 @@ class Writer:
         Retention chooses no link; one that took a folder's place since then is deleted itself, not what it leads to.
         """
         for name in command["expired"]:
+            _check_fence(command)
             path = Path(name)
             hidden = path.with_name(f"{DELETED_PREFIX}{path.name}")
             with contextlib.suppress(FileNotFoundError):
@@ -128,6 +133,7 @@ class Writer:
 
     def discard(self, command: dict[str, Any]) -> dict[str, Any]:
         """Removes the temporary folder of a save that failed."""
+        _check_fence(command)  # else it may be another run's of that name
         files.remove_tree(Path(command["dir"]))
         return {"event": "discarded", "step": command["step"]}
 
@@ -159,6 +165,13 @@ class Writer:
                     "errno": number,
                 }
             ]
+
+
+def _check_fence(command: dict[str, Any]) -> None:
+    """Raises: PermissionError, where another run has taken this run's lock over since the command was given."""
+    fence = command.get("fence")
+    if fence is not None and not is_holder(Path(fence["path"]), fence["id"]):
+        raise PermissionError(f"{fence['path']} is no longer this run's lock")
 
 
 def _holds(target: Path, built: manifest.Manifest) -> bool:

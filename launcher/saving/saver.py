@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from launcher.base import files
 from launcher.base.errors import CheckpointWriteError
 from launcher.base.files import free_bytes
+from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
 from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult, raise_failed
@@ -44,6 +45,7 @@ class Saver:
 
     Args:
         save_state: `accelerator.save_state`.
+        lock: held by the main process. Without it nothing is begun any more; the writer asks again before a commit.
         alive: called while waiting for a save, for the watchdog.
         is_stopping: whether somebody has asked for a stop, so that no wait may last.
         saved_step: the step of the checkpoint that this start continues from, 0 if it is not of this run.
@@ -51,11 +53,12 @@ class Saver:
 
     def __init__(
         self, config: RunConfig, paths: RunPaths, processes: Processes, state: TrainingState,
-        checkpointer: Checkpointer, save_state: Callable[[str], Any], *, schedule: SaveSchedule, outlet: Outlet,
-        hub: Hub, alive: Callable[[], None], is_stopping: Callable[[], bool], total_steps: int, saved_step: int,
+        checkpointer: Checkpointer, save_state: Callable[[str], Any], *, lock: RunLock, schedule: SaveSchedule,
+        outlet: Outlet, hub: Hub, alive: Callable[[], None], is_stopping: Callable[[], bool],
+        total_steps: int, saved_step: int,
     ) -> None:  # fmt: skip
         self._config, self._paths, self._processes = config, paths, processes
-        self._state, self.checkpointer, self._save_state = state, checkpointer, save_state
+        self._state, self.checkpointer, self._save_state, self._lock = state, checkpointer, save_state, lock
         self._schedule, self._outlet, self._hub = schedule, outlet, hub
         self._alive, self._is_stopping = alive, is_stopping
         self._total_steps = total_steps
@@ -64,6 +67,7 @@ class Saver:
         self._evaluated: tuple[int, float | None] = (-1, None)
         self._previous_best: tuple[float | None, int | None] = (None, None)
         self._last_write_s: float | None = None
+        self._last_error: str | None = None
         self._is_reserved = False
 
     @property
@@ -145,6 +149,16 @@ class Saver:
                 return
             self._processes.on_main(self.checkpointer.settle)
 
+    def lost(self) -> str | None:
+        """What is lost where this step was to be saved and is not, and from where the run goes on. Collective."""
+        if not self.is_on or self.is_whole:
+            return None
+        step, newest = self._state.step, self._processes.on_main(lambda: max(our_steps(self._paths), default=None))
+        lost = "no checkpoint is here, so all steps of this start are lost: the same command begins where this one did"
+        if newest is not None:
+            lost = f"the steps after {newest} are lost: the same command goes on from checkpoint-{newest}"
+        return f"step {step} could not be saved: {self._last_error}. {lost[0].upper()}{lost[1:]}"
+
     def wait(self, *, is_urgent: bool = False) -> None:
         """Waits until no save is in flight, or until its writer turns out to stand still (`checkpointer.phase`)."""
         started = told = time.monotonic()
@@ -178,6 +192,7 @@ class Saver:
         """
         self.checkpointer.use_plan(self._state.plan(only_model=True))
         error = self._processes.on_main(self._lack_of_room)
+        self._processes.on_main(self._lock.check)
         if error is None:
             self.checkpointer.save(self._state.step, {}, target)
             result = self.checkpointer.wait(self._alive, lambda: True)
@@ -187,6 +202,10 @@ class Saver:
                 f"training reached step {self._state.step} but its model could not be written: {error}. The earlier "
                 "checkpoints are whole: make room and run the same command again to finish"
             )
+
+    def check_lock(self) -> None:
+        """Main process. Raises: RunLockLostError, where output_dir is another run's now."""
+        self._lock.check()
 
     def close(self) -> None:
         """Ends the writer, once it has done all it was told."""
@@ -202,7 +221,12 @@ class Saver:
         )
 
     def _hindrance(self) -> SaveResult | None:
-        """Why this step's save cannot even begin, as its result; main process."""
+        """Why this step's save cannot even begin, as its result; main process.
+
+        Raises:
+            RunLockLostError: output_dir is another run's now.
+        """
+        self._lock.check()
         if self.is_name_taken():
             name = self._paths.checkpoint_dir(self._state.step).name
             return SaveResult(self._state.step, 0.0, error=f"{name} is there already and is not of this run")
@@ -253,6 +277,8 @@ class Saver:
         self._schedule.ended(result)
         p = self._state.progress
         if result.error is not None:
+            self._processes.on_main(self._lock.check)
+            self._last_error = result.error
             if p.best_step == result.step:
                 p.best_metric, p.best_step = self._previous_best
             if self.saved_step == result.step:

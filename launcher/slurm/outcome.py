@@ -1,13 +1,14 @@
 """How one start of the ranks ended: the batch script asks, acts on the answer, and run.json is completed. No torch.
 
 `python -m launcher.slurm.outcome RUN_DIR --attempt ID --began SECONDS --code N` prints one of
-`finished`, `pruned`, `interrupted REASON`, `failed CODE` (an error of the user's input or one that a restart does not
-cure), `crashed`; why, on stderr.
+`finished`, `pruned`, `interrupted REASON`, `unsaved REASON` (stopped on request, and its save failed), `failed CODE`
+(an error of the user's input, or one that a restart does not cure), `crashed`; why, on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from launcher.base import files
 from launcher.base.errors import EXIT_FAILED, EXIT_STOPPED
-from launcher.base.paths import RunPaths
+from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.process import host
 from launcher.base.rank_reports import first_failure, in_words, read_reports
 from launcher.base.stop_requests import read_stop, remove_stop
@@ -35,6 +36,8 @@ def judge(paths: RunPaths, *, attempt: str, began: float, code: int, error_dir: 
         error_dir: the ranks' reports.
     """
     run = files.read_json_or(paths.run_state, {})
+    if run.get("attempt") == attempt and run["state"] == "interrupted" and run.get("exit_code") == EXIT_FAILED:
+        return _unsaved(paths, run)
     if run.get("attempt") == attempt and run["state"] in ("finished", "pruned", "interrupted"):
         return " ".join(filter(None, (run["state"], run.get("reason")))), ""
     error = first_failure(read_reports(error_dir), has_silent_death=_has_hung(paths, began))
@@ -58,6 +61,26 @@ def judge(paths: RunPaths, *, attempt: str, began: float, code: int, error_dir: 
     return "crashed", text
 
 
+def _unsaved(paths: RunPaths, run: dict[str, Any]) -> tuple[str, str]:
+    """Of a stop whose save failed: the job may go on from the checkpoint before, but not lose the same steps for ever.
+
+    slurm/unsaved.json holds the newest checkpoint's step. Where it was the same at such a stop before, or where the
+    disk does not even take this note, the job ends.
+    """
+    note, told = paths.slurm_dir / "unsaved.json", str(run.get("error"))
+    steps = [step for step, folder in paths.checkpoint_dirs() if CheckpointPaths(folder).manifest.is_file()]
+    now = {"newest_checkpoint": max(steps, default=0)}
+    try:
+        if files.read_json_or(note, {}) != now:
+            files.write_json(note, now)
+            return f"unsaved {run.get('reason')}", told
+        why = f"{told}. It was the same at the stop before, and no checkpoint has come since: not requeued"
+    except OSError as error:
+        why = f"{told}. Nothing can be written to {paths.root}: {error}; not requeued"
+    _complete(paths, run, state="failed", reason=None, exit_code=EXIT_FAILED, error=why)
+    return f"failed {EXIT_FAILED}", why
+
+
 def _asked(paths: RunPaths) -> str | None:
     """The reason in the STOP file, which is removed: the ranks did not live to obey it."""
     reason = read_stop(paths.stop_file)
@@ -73,7 +96,8 @@ def _has_hung(paths: RunPaths, began: float) -> bool:
 
 def _complete(paths: RunPaths, run: dict[str, Any], **fields: Any) -> None:
     known = {"host": host(), "job_id": os.environ.get("SLURM_JOB_ID"), "step": 0, "updated_at": time.time()}
-    files.write_json(paths.run_state, {**known, **run, **fields})
+    with contextlib.suppress(OSError):  # a full disk
+        files.write_json(paths.run_state, {**known, **run, **fields})
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import files
-from launcher.base.errors import EXIT_STOPPED
+from launcher.base.errors import EXIT_FAILED, EXIT_STOPPED
 from launcher.base.paths import RunPaths
 from launcher.base.process import host, is_alive
 from launcher.sweep.runs import FAILED, FINISHED, INTERRUPTED, PENDING, PRUNED, RUNNING, Metric, RunStatus, read_run
@@ -105,7 +105,7 @@ def read_job(output_dir: Path, metric: Metric | None) -> RunStatus:
     """How a job stands: run.json is the authority, and where a job ended before it wrote one, its exit code."""
     status = read_run(output_dir, metric)
     record = files.read_json_or(job_record(output_dir), {})
-    exit_code = record.get("exit_code")
+    exit_code, of_run = record.get("exit_code"), status.exit_code
     status.exit_code = status.exit_code if exit_code is None else exit_code
     if job_process(output_dir) is not None:
         status.state = RUNNING
@@ -115,6 +115,8 @@ def read_job(output_dir: Path, metric: Metric | None) -> RunStatus:
         status.state = INTERRUPTED
     elif exit_code == 0 and status.state == PENDING:
         status.state = FINISHED
+    elif status.state == INTERRUPTED and exit_code == of_run == EXIT_FAILED:
+        pass  # stopped on request, and its save failed: it goes on from the checkpoint before
     elif exit_code not in (None, 0, EXIT_STOPPED) and exit_code > 0:
         status.state = FAILED
     return status

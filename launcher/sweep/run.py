@@ -10,7 +10,7 @@ from launcher.sweep.controller import Listed, LocalController, Source, StopReque
 from launcher.sweep.devices import make_slots
 from launcher.sweep.jobs import Job, SweepTable, needs_run, read_job
 from launcher.sweep.plan import SweepPlan, make_plan
-from launcher.sweep.runs import FAILED, FINISHED, PRUNED, RunStatus
+from launcher.sweep.runs import FAILED, FINISHED, INTERRUPTED, PRUNED, RunStatus
 from launcher.sweep.table import count_states, show_table
 
 _AGENT_VARIABLES = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
@@ -123,9 +123,10 @@ def _pending(plan: SweepPlan, planned: Mapping[str, Job], num_slots: int) -> lis
 
 
 def exit_code(plan: SweepPlan, statuses: Mapping[str, RunStatus], num_stops: int) -> int:
-    """1 if a job failed or was killed, 75 if all that is left stopped with a save, 0 if all are done."""
+    """1 if a job failed, was killed or could not save at its stop; 75 if all that is left stopped with a save; 0 if all
+    are done."""
     unfinished = [status for status in statuses.values() if status.state not in (FINISHED, PRUNED)]
-    if num_stops > 1:
+    if num_stops > 1 or any(s.state == INTERRUPTED and s.exit_code == EXIT_FAILED for s in unfinished):
         return EXIT_FAILED
     if num_stops and (unfinished or plan.sweeper == "optuna"):
         return EXIT_STOPPED

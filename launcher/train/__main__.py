@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
+from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from launcher.config.compose import compose_arguments
 from launcher.train import rank_setup
 
@@ -27,20 +28,23 @@ def main() -> None:
         processes = Processes()
         paths, lock = open_output_dir(config, processes)
         rank_setup.opened(paths, lock, processes)
-        run = build_run(config, accelerator, processes, paths)
+        run = build_run(config, accelerator, processes, paths, lock)
         rank_setup.training_began(run.recorder, run.state)
+        code = EXIT_DONE
         reason = fit(run)
         if reason is None:
             finish(run, paths)
-        else:
-            interrupted(run, reason)
+        elif interrupted(run, reason) != EXIT_STOPPED:
+            code = EXIT_FAILED
         run.close()
         lock.release()
+        if code:
+            processes.barrier()  # an agent ends the others once one has failed
     except BaseException as error:
         rank_setup.fail(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the process group's and CUDA's destructors can hang; everything of ours is closed
+    os._exit(code)  # the process group's and CUDA's destructors can hang; everything of ours is closed
 
 
 if __name__ == "__main__":

@@ -130,7 +130,9 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
     }
 
 
-def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths) -> Run:
+def build_run(
+    config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths, lock: RunLock
+) -> Run:
     """Data, model, optimizer, state; resumed where there is something to resume from. Collective."""
     processes.on_main(lambda: None if paths.config.exists() else write_settings(config, paths))
     stop = StopRequests(paths.stop_file, is_main=processes.is_main)
@@ -177,7 +179,7 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     checkpointer = Checkpointer(
         processes, lambda: state.plan(config.checkpoint.save_only_model), statics,
         zero_stage=config.strategy.zero_stage, is_async=config.checkpoint.async_save, device=accelerator.device,
-        hang_timeout_s=config.launch.hang_timeout_s,
+        hang_timeout_s=config.launch.hang_timeout_s, fence=lock.fence() if processes.is_main else None,
     )  # fmt: skip
     accelerator.attach(state, checkpointer)
     if point is not None:
@@ -195,7 +197,7 @@ def build_run(config: RunConfig, accelerator: LauncherAccelerator, processes: Pr
     hub = build_hub(config, paths) if processes.is_main else NoHub()
     watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
     saver = Saver(
-        config, paths, processes, state, checkpointer, accelerator.save_state,
+        config, paths, processes, state, checkpointer, accelerator.save_state, lock=lock,
         schedule=SaveSchedule(config, len(data.train)), outlet=recorder, hub=hub, alive=watchdog.alive,
         is_stopping=lambda: stop.reason_code(0.0, 0.0) > 0, total_steps=total_steps,
         saved_step=point.step if point is not None and point.folder.parent == paths.root else 0,

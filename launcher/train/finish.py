@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.base import files, manifest
-from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, CheckpointWriteError
+from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointWriteError
 from launcher.base.paths import RunPaths
 from launcher.train.loop import Run, is_stopped_early
 
@@ -19,6 +19,7 @@ def finish(run: Run, paths: RunPaths) -> None:
         )
     source, is_temporary = final_model(run, paths)
     run.watchdog.pause()
+    run.processes.on_main(run.saver.check_lock)
     run.processes.on_main(lambda: publish(source, paths.root, is_temporary=is_temporary))
     p = run.state.progress
     run.recorder.update_run(
@@ -30,17 +31,30 @@ def finish(run: Run, paths: RunPaths) -> None:
     run.recorder.say(f"finished {run.step} steps; the model is in {paths.root}")
 
 
-def interrupted(run: Run, reason: str) -> None:
-    """After a stop on request."""
+def interrupted(run: Run, reason: str) -> int:
+    """After a stop on request. Collective.
+
+    Returns:
+        The exit code: EXIT_STOPPED says that it was saved, so one whose step could not be saved ends with EXIT_FAILED.
+        A pruned run is not to go on: nothing of it is lost.
+    """
     run.watchdog.pause()
-    state = "pruned" if reason == "pruned" else "interrupted"
+    run.processes.on_main(run.saver.check_lock)
+    is_pruned = reason == "pruned"
+    lost = None if is_pruned else run.saver.lost()
+    error = {} if lost is None else {"error": f"stopped on request ({reason}), but {lost}"}
+    code = EXIT_STOPPED if lost is None else EXIT_FAILED
     run.recorder.update_run(
-        state=state, reason=None if state == "pruned" else reason, exit_code=EXIT_STOPPED, step=run.step,
-        epoch=run.state.progress.epoch,
+        state="pruned" if is_pruned else "interrupted", reason=None if is_pruned else reason, exit_code=code,
+        step=run.step, epoch=run.state.progress.epoch, **error,
     )  # fmt: skip
     say_all(run, run.hub.finish(None, max_wait_s=0.0))
     run.recorder.update_run(hub=run.hub.status())
-    run.recorder.say(f"stopped at step {run.step} of {run.total_steps}; run the same command again to continue")
+    if lost is not None:
+        run.recorder.say(f"WARNING {lost}")
+    else:
+        run.recorder.say(f"stopped at step {run.step} of {run.total_steps}; run the same command again to continue")
+    return code
 
 
 def say_all(run: Run, lines: list[str]) -> None:

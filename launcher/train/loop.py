@@ -77,7 +77,7 @@ def fit(run: Run) -> str | None:
     """Trains to the end or to a request to stop. Collective.
 
     Returns:
-        None at the end, else the reason in REASONS for which the run stopped (and saved).
+        None at the end, else the reason in REASONS for which the run stopped (and saved, or tried to).
     """
     run.hub.start()
     catch_up(run)
@@ -233,7 +233,5 @@ def stop(run: Run, reason: str) -> str:
     run.recorder.say(f"step {run.step}: stopping ({reason})")
     if run.saver.is_on:
         run.saver.save_and_wait()
-        if not run.saver.is_whole:
-            run.recorder.say(f"WARNING step {run.step} could not be saved: the next start goes on from the one before")
     run.stop.clear()
     return reason

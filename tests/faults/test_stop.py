@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import time
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.base import manifest
-from tests.distributed.runs import Lab, different, settings, write_rows
+from launcher.base import files, manifest
+from launcher.base.paths import RunPaths
+from tests.distributed.runs import Lab, different, lines, log_text, settings, wait_until, write_rows
 from tests.faults.launches import launched
 
 
@@ -51,6 +54,42 @@ def test_signal_is_not_lost_when_stop_is_a_folder_and_nobody_reads_the_output(tm
         assert state["state"] == "interrupted" and state["reason"] == "signal"
         assert manifest.verify(run_dir / f"checkpoint-{state['step']}") == []
     assert (run_dir / "STOP" / "mine").read_text() == "kept"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("strategy", "count"), [("zero2", 3), pytest.param("single", 1, marks=pytest.mark.slow)])
+def test_stop_ends_with_1_and_names_what_is_lost_when_its_save_fails_twice(
+    lab: Lab, tmp_path: Path, strategy: str, count: int
+) -> None:
+    """75 would say that it is saved. The next start goes on from the checkpoint before, bit for bit."""
+    run, more = RunPaths(tmp_path / "run"), ("checkpoint.async_save=false", "train.max_steps=40")
+    faults = [{"kind": "sleep", "seconds": 0.05}, {"kind": "quota", "rank": 0, "step": 12, "bytes": 30_000}]
+    pids = lab.start(run.root, strategy, count, *more, env={"FAULTS": json.dumps(faults)})
+    wait_until(lambda: max(lines(run), default=0) >= 14, "step 14")
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    codes = lab.zygote.wait()
+    assert 1 in codes and set(codes) <= {1, -9}, log_text(run.root)
+    state = files.read_json(run.run_state)
+    assert (state["state"], state["reason"], state["exit_code"]) == ("interrupted", "signal", 1)
+    assert f"step {state['step']} could not be saved: " in state["error"] and os.strerror(errno.EFBIG) in state["error"]
+    assert "The steps after 10 are lost: the same command goes on from checkpoint-10" in state["error"]
+    assert state["error"].partition("but ")[2] in log_text(run.root)
+    assert [step for step, _ in run.checkpoint_dirs()] == [10] and not run.stop_file.exists()
+    plain = lab.run(tmp_path / "plain", strategy, count, *more)
+    lab.run(run.root, strategy, count, *more)
+    assert different(plain.checkpoint_dir(40), run.checkpoint_dir(40)) == []
+    assert "error" not in files.read_json(run.run_state)
+
+
+def test_stop_ends_with_0_when_nothing_was_to_be_saved(lab: Lab, tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "run")
+    slow = {"FAULTS": json.dumps([{"kind": "sleep", "seconds": 0.05}])}
+    pids = lab.start(run.root, "single", 1, "checkpoint=off", "train.max_steps=2000", env=slow)
+    wait_until(lambda: max(lines(run), default=0) >= 3, "step 3")
+    os.kill(pids[0], signal.SIGTERM)
+    assert lab.zygote.wait() == [0], log_text(run.root)
+    assert files.read_json(run.run_state)["exit_code"] == 75
 
 
 def test_weights_are_the_same_when_the_environment_says_to_accumulate(lab: Lab, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from launcher.base.lock import Fence
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.engine import Checkpointer, SaveResult
 from launcher.checkpoint.layout import TensorSpec, plan_files
@@ -45,7 +46,10 @@ class FakeProcesses:
 class Group:
     """All processes of a fake run, in one."""
 
-    def __init__(self, root: Path, world_size: int, *, is_async: bool = True, hang_timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, root: Path, world_size: int, *, is_async: bool = True, hang_timeout_s: float = 600.0,
+        fence: Fence | None = None,
+    ) -> None:  # fmt: skip
         self.paths = RunPaths(root)
         self.tensor = torch.arange(NUMEL, dtype=torch.float32)
         processes = [FakeProcesses(rank, world_size) for rank in range(world_size)]
@@ -54,6 +58,7 @@ class Group:
                 processes[rank], lambda rank=rank: self._plan(rank, world_size),  # type: ignore[arg-type,misc]
                 {"config.json": b"{}"} if rank == 0 else {}, zero_stage=0, is_async=is_async,
                 device=torch.device("cpu"), hang_timeout_s=hang_timeout_s,
+                fence=fence if rank == 0 else None,
             )
             for rank in range(world_size)
         ]  # fmt: skip

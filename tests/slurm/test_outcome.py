@@ -105,3 +105,31 @@ def test_killed_while_stopping_counts_as_stopped(paths: RunPaths) -> None:
     assert verdict(paths) == "interrupted preempted"
     assert (run_json(paths)["state"], run_json(paths)["reason"]) == ("interrupted", "preempted")
     assert not paths.stop_file.exists()
+
+
+@pytest.mark.parametrize("reason", ["preempted", "time_limit", "signal", "stop_file"])
+def test_job_is_not_requeued_for_ever_when_the_saves_of_its_stops_fail(paths: RunPaths, reason: str) -> None:
+    (paths.root / "slurm").mkdir()
+    told = "step 8 could not be saved: disk full. The steps after 5 are lost"
+
+    def stopped(newest: int) -> str:
+        for step in range(5, newest + 1, 5):
+            paths.checkpoint_dir(step).mkdir(exist_ok=True)
+            (paths.checkpoint_dir(step) / "manifest.json").touch()
+        write_run(paths, state="interrupted", reason=reason, exit_code=1, error=told)
+        return verdict(paths)
+
+    assert stopped(5) == f"unsaved {reason}"
+    assert run_json(paths)["state"] == "interrupted"
+    assert stopped(10) == f"unsaved {reason}", "a checkpoint has come since"
+    assert stopped(10) == "failed 1"
+    state = run_json(paths)
+    assert (state["state"], state["exit_code"]) == ("failed", 1) and told in state["error"]
+    assert "no checkpoint has come since" in state["error"]
+
+
+def test_job_ends_when_not_even_a_note_can_be_written(paths: RunPaths) -> None:
+    write_run(paths, state="interrupted", reason="preempted", exit_code=1, error="disk full")
+    (paths.root / "slurm").write_text("no folder")
+    assert verdict(paths) == "failed 1"
+    assert "disk full. Nothing can be written" in run_json(paths)["error"]

@@ -13,6 +13,8 @@ import pytest
 
 from launcher.base.process import boot_id, host, pid_namespace, start_ticks
 from launcher.cli import status
+from launcher.sweep.jobs import read_job
+from launcher.sweep.run import exit_code
 from launcher.sweep.runs import Metric, MetricsTail, read_run
 from launcher.sweep.table import show_table
 from tests.sweep.runner import ROOT, SweepRunner
@@ -161,3 +163,15 @@ def test_somebody_elses_sweep_json_makes_no_sweep(
     (tmp_path / "sweep.json").write_text(content)
     assert status.main([str(tmp_path)]) == 0
     assert "no runs and no sweeps" in capsys.readouterr().out
+
+
+def test_job_whose_stop_could_not_save_goes_on_and_one_that_failed_does_not(tmp_path: Path) -> None:
+    unsaved = make_run(tmp_path / "a", state="interrupted", reason="signal", exit_code=1)
+    refused = make_run(tmp_path / "b", state="interrupted", reason="signal", exit_code=75)
+    found = {}
+    for folder, code in ((unsaved, 1), (refused, 2)):
+        (folder / "logs").mkdir()
+        (folder / "logs/job.json").write_text(json.dumps({"host": host(), "exit_code": code}))
+        found[folder] = read_job(folder, LOSS)
+    assert (found[unsaved].state, found[refused].state) == ("interrupted", "failed")
+    assert exit_code(Any, {"a": found[unsaved]}, num_stops=1) == 1  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.agent import outcome
 from launcher.agent.command import accelerate_command
 from launcher.agent.supervise import check_unchanged, is_finished, run
 from launcher.base.errors import UserError
@@ -131,3 +132,12 @@ def test_setting_that_the_old_version_did_not_know_had_its_default() -> None:
     assert changed_settings(before, RunConfig(train=TrainConfig(on_nonfinite="skip"))) == [
         "train.on_nonfinite: 'stop' in the run, 'skip' now"
     ]
+
+
+def test_stop_whose_save_failed_is_no_success(tmp_path: Path) -> None:
+    """And no crash either: run.json keeps who asked, the agent ends with 1 and says what is lost."""
+    told = {"attempt": "a", "state": "interrupted", "reason": "signal", "exit_code": 1, "error": "steps are lost"}
+    RunPaths(tmp_path).run_state.write_text(json.dumps(told))
+    found = outcome.judge(RunPaths(tmp_path), "a", [])
+    assert (found.state, found.reason, found.exit_code, found.text) == ("interrupted", "signal", 1, "steps are lost")
+    assert json.loads(RunPaths(tmp_path).run_state.read_text()) == told

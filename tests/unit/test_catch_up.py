@@ -37,8 +37,8 @@ def run_at(step: int, history: list[dict[str, Any]]) -> Any:
     state: Any = SimpleNamespace(progress=progress, step=step)
     unused: Any = None
     saver = Saver(
-        config, RunPaths(unused), unused, state, unused, unused, schedule=SaveSchedule(config, 64), outlet=NoRecorder(),
-        hub=unused, alive=unused, is_stopping=unused, total_steps=100, saved_step=step,
+        config, RunPaths(unused), unused, state, unused, unused, lock=unused, schedule=SaveSchedule(config, 64),
+        outlet=NoRecorder(), hub=unused, alive=unused, is_stopping=unused, total_steps=100, saved_step=step,
     )  # fmt: skip
     return SimpleNamespace(
         config=config, step=step, total_steps=100, state=state, evaluator=CountedEvaluator(config, state), saver=saver,

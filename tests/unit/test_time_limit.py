@@ -41,8 +41,8 @@ def saver_of(folder: Path, num_bytes: int) -> Saver:
     checkpointer: Any = SimpleNamespace(plan=SimpleNamespace(total_bytes=num_bytes))
     config = RunConfig()
     return Saver(
-        config, unused, unused, unused, checkpointer, unused, schedule=SaveSchedule(config, 64), outlet=outlet,
-        hub=unused, alive=unused, is_stopping=unused, total_steps=100, saved_step=0,
+        config, unused, unused, unused, checkpointer, unused, lock=unused, schedule=SaveSchedule(config, 64),
+        outlet=outlet, hub=unused, alive=unused, is_stopping=unused, total_steps=100, saved_step=0,
     )  # fmt: skip
 
 
