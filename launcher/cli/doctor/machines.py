@@ -78,7 +78,7 @@ def _compare(group: Meeting, folder: Path) -> Iterator[Finding]:
                       "jobs and times in logs are off by as much", "timedatectl set-ntp true")  # fmt: skip
     else:
         yield Finding("clocks", OK, f"at most {abs(skew_s):.2f} s apart")
-    is_new = not folder.exists()
+    is_new = any(group.gather(not folder.exists()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_shared(folder, group)
@@ -86,10 +86,10 @@ def _compare(group: Meeting, folder: Path) -> Iterator[Finding]:
         yield Finding("shared folder", ERROR, str(error), "output_dir=/SHARED/…")
     else:
         yield Finding("shared folder", OK, f"{folder} is one folder for all machines")
-    finally:
-        with contextlib.suppress(OSError):  # its own where the machines do not share it
-            if is_new:
-                folder.rmdir()
+    group.gather(None)  # all have read it
+    if is_new:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 class Meeting:

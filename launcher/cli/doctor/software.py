@@ -37,7 +37,7 @@ def python_and_packages(config: RunConfig) -> Iterator[Finding]:
             untested.append(f"{requirement.name} {found} (tested with {pinned})")
     if missing or wrong:
         names = " ".join(f"'{r}'" for r in _requirements() if any(r.name in text for text in (*missing, *wrong)))
-        text = "; ".join(filter(None, [missing and f"missing: {', '.join(missing)}", ", ".join(wrong)]))
+        text = "; ".join(filter(None, [f"missing: {', '.join(missing)}" if missing else "", ", ".join(wrong)]))
         yield Finding("packages", ERROR, text, f"{sys.executable} -m pip install {names}")
     if untested:
         yield Finding("packages", WARNING, "works in principle: " + ", ".join(untested),
