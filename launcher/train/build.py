@@ -29,6 +29,7 @@ from launcher.data import StepSampler, build_data, build_tokenizer
 from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.model.build import build_model, static_files
 from launcher.model.identity import agreed_identity
+from launcher.model.loss import build_loss
 from launcher.model.optim import Schedule, build_optimizer
 from launcher.model.packing_check import check_packing
 from launcher.model.stop_tokens import end_generation_with
@@ -108,6 +109,7 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
         "train.max_grad_norm": config.train.max_grad_norm,
         "train.mixed_precision": config.mixed_precision,
         "train.on_nonfinite": config.train.on_nonfinite,
+        "train.fused_loss": config.train.fused_loss,
         "model.model_name_or_path": Path(name).name if name else None,
         "model.revision": config.model.revision,
         "model.base": agreed_identity(config, processes),
@@ -193,6 +195,9 @@ def build_run(
         is_flash = "flash" in config.model.attn_implementation  # it takes no fp32
         with accelerator.autocast() if is_flash else contextlib.nullcontext():
             check_packing(model, len(tokenizer), accelerator.device, built.config.model_type)
+    loss, loss_notices = build_loss(
+        accelerator.unwrap_model(model), accelerator.device, is_fused=config.train.fused_loss
+    )
     recorder = build_recorder(config, accelerator, processes, paths, state, total_steps)
     hub = build_hub(config, paths) if processes.is_main else NoHub()
     watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
@@ -204,12 +209,21 @@ def build_run(
     )  # fmt: skip
     train_step = TrainStep(
         config, processes, accelerator, model, optimizer, schedule, data.train, sampler, tokenizer.pad_token_id,
-        before_update=checkpointer.finish_snapshot,
+        loss, before_update=checkpointer.finish_snapshot,
     )  # fmt: skip
     evaluator = Evaluator(
-        config, processes, accelerator, model, tokenizer, data, build_metric(config), watchdog, total_steps=total_steps
+        config,
+        processes,
+        accelerator,
+        model,
+        tokenizer,
+        data,
+        loss,
+        build_metric(config),
+        watchdog,
+        total_steps=total_steps,
     )
-    for notice in [*notices, *data.notices]:
+    for notice in [*notices, *data.notices, *loss_notices]:
         recorder.say(notice)
     return Run(
         config=config, processes=processes, state=state, train_step=train_step, evaluator=evaluator, saver=saver,

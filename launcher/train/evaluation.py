@@ -11,7 +11,7 @@ import torch
 from launcher.base.processes import Processes
 from launcher.config.settings import RunConfig
 from launcher.data import Data, EvalContext, collate
-from launcher.model.build import summed_loss
+from launcher.model.loss import LossFunction
 from launcher.saving.save_schedule import crosses_epoch
 from launcher.train.watchdog import Watchdog
 
@@ -29,11 +29,11 @@ class Evaluator:
 
     def __init__(
         self, config: RunConfig, processes: Processes, accelerator: Any, model: Any, tokenizer: Any, data: Data,
-        metric: Metric | None, watchdog: Watchdog, *, total_steps: int,
+        loss: LossFunction, metric: Metric | None, watchdog: Watchdog, *, total_steps: int,
     ) -> None:  # fmt: skip
         self._config, self._processes, self._accelerator = config, processes, accelerator
         self._model, self._tokenizer, self._data = model, tokenizer, data
-        self._metric, self._watchdog, self._total_steps = metric, watchdog, total_steps
+        self._loss, self._metric, self._watchdog, self._total_steps = loss, metric, watchdog, total_steps
 
     def is_due(self, step: int) -> bool:
         """Whether `eval.eval_strategy` asks for an evaluation after a step; the last step always has one."""
@@ -64,7 +64,7 @@ class Evaluator:
                 batch = collate(rows, ids, self._tokenizer.pad_token_id)
                 batch = {k: v.to(self._accelerator.device) for k, v in batch.items()}
                 with self._accelerator.autocast():
-                    loss, count, _ = summed_loss(self._model, batch)
+                    loss, count, _ = self._loss(self._model, batch)
                 loss_sum, labelled = loss_sum + float(loss), labelled + float(count)
                 self._watchdog.alive()
             loss_total, count_total = self._processes.sum([loss_sum, labelled])

@@ -14,7 +14,7 @@ from launcher.base.processes import Processes
 from launcher.checkpoint import rng
 from launcher.config.settings import RunConfig
 from launcher.data import StepSampler, TokenRows, collate, split_step
-from launcher.model.build import router_coefficient, summed_loss
+from launcher.model.loss import LossFunction, router_coefficient
 from launcher.model.optim import Schedule
 
 
@@ -41,12 +41,12 @@ class TrainStep:
 
     def __init__(
         self, config: RunConfig, processes: Processes, accelerator: Any, model: Any, optimizer: Any, schedule: Schedule,
-        rows: TokenRows, sampler: StepSampler, pad_token_id: int, before_update: Callable[[], None],
+        rows: TokenRows, sampler: StepSampler, pad_token_id: int, loss: LossFunction, before_update: Callable[[], None],
     ) -> None:  # fmt: skip
         self._config, self._processes, self.accelerator = config, processes, accelerator
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self._rows, self._sampler, self._pad_token_id = rows, sampler, pad_token_id
-        self._before_update = before_update
+        self._loss, self._before_update = loss, before_update
         self._router_coefficient = router_coefficient(model)
 
     def epoch_after(self, step: int) -> float:
@@ -70,7 +70,7 @@ class TrainStep:
             is_last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._no_sync():
                 with self.accelerator.autocast():
-                    loss, _, router = summed_loss(self.model, batch)
+                    loss, _, router = self._loss(self.model, batch)
                 # Gradients are averaged over the processes; the mean is over the labelled tokens of the whole step.
                 total = loss * (world_size / num_labelled)
                 if router is not None:  # a mean over the micro-batch: by its share of the step's tokens

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from launcher.model import loss
+
 
 def _faults() -> list[dict[str, Any]]:
     """Those of this rank."""
@@ -34,15 +36,16 @@ class FaultyAdamW(torch.optim.AdamW):
         self.param_groups[0]["is_first"] = True
         self._nans = [fault["step"] for fault in _faults() if fault["kind"] == "nan"]
         if self._nans:
-            self._cross_entropy = torch.nn.functional.cross_entropy
-            torch.nn.functional.cross_entropy = self._spoiled  # type: ignore[assignment]
+            self._summed_loss = loss.summed_loss
+            loss.summed_loss = self._spoiled  # `build_loss` takes it from there, and is called later
 
-    def _spoiled(self, logits: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
-        loss = self._cross_entropy(logits, *args, **settings)
+    def _spoiled(self, model: Any, batch: Any, **settings: Any) -> loss.Losses:
+        found = self._summed_loss(model, batch, **settings)
         if self._num_steps + 1 in self._nans:
             self._nans.remove(self._num_steps + 1)
-            loss = loss + torch.sqrt((logits * 0).sum())  # 0, with the derivative inf · 0
-        return loss
+            spoiled = found.loss_sum + torch.sqrt(found.loss_sum * 0)  # 0, with the derivative inf · 0
+            return found._replace(loss_sum=spoiled)
+        return found
 
     def step(self, closure: Any = None) -> Any:
         if any(group.get("is_first") and group["params"] for group in self.param_groups):  # DeepSpeed steps each alone

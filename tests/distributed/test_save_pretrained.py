@@ -15,7 +15,7 @@ from launcher.base.paths import RunPaths
 from launcher.config.compose import compose
 from launcher.data import build_data, build_tokenizer, collate
 from launcher.data.tokenizer import byte_tokenizer
-from launcher.model.build import summed_loss
+from launcher.model.loss import summed_loss
 from tests.architectures import ARCHITECTURES, model_config
 from tests.distributed.runs import Lab, lines
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from launcher.model.build import summed_loss
+from launcher.model import fused_head
+from launcher.model.build import _with_lora
+from launcher.model.loss import LossFunction, build_loss, summed_loss
 
 
 def tiny() -> LlamaForCausalLM:
@@ -53,3 +58,101 @@ def test_gradient_is_zero_and_present_when_nothing_is_labelled() -> None:
     loss.backward()
     assert loss.item() == 0 and int(count) == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------- head and loss in one
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_HEADS: dict[str, dict[str, Any]] = {
+    "llama": {}, "tied": {"model_type": "llama", "tie_word_embeddings": True}, "phi": {},  # phi's head has a bias
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 1.5}, "cohere": {"logit_scale": 0.0625},
+    "granite": {"logits_scaling": 8.0}, "mamba": {"state_size": 4}, "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4},
+    "qwen3_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": True,
+        "head_dim": 8,
+    },
+}  # fmt: skip
+
+
+def build(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    fields = {"model_type": kind, **_SIZES, **_HEADS[kind]}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype).eval()
+
+
+def gradients(model: Any, loss: LossFunction, rows: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    found = loss(model, rows)
+    total = found.loss_sum if found.router_loss is None else found.loss_sum + found.router_loss
+    (total * 0.37).backward()
+    return found.loss_sum.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: Any, rows: dict[str, torch.Tensor], relative: float, loss_relative: float = 1e-6) -> None:
+    """Against whole logits: the loss, and every gradient in units of the largest of its kind."""
+    whole, expected = gradients(model, summed_loss, rows)
+    loss, notices = build_loss(model, torch.device("cpu"), is_fused=True)
+    assert notices == []
+    fused, found = gradients(model, loss, rows)
+    assert abs(fused - whole) <= loss_relative * abs(whole)
+    assert found.keys() == expected.keys()
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    for name, grad in found.items():
+        assert float((grad - expected[name]).abs().max()) <= relative * scale, name
+
+
+@pytest.mark.parametrize("kind", _HEADS)
+def test_fused_loss_is_that_of_whole_logits_when_a_model_ends_like(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setitem(fused_head._CHUNK_POSITIONS, "cpu", 4)  # several chunks, the last one shorter
+    rows = batch([7, 4, 9], 9)
+    if kind == "mamba":
+        rows.pop("attention_mask")
+    assert_same(build(kind), rows, 1e-6)
+
+
+def test_fused_loss_is_that_of_whole_logits_when_forward_is_bfloat16() -> None:
+    model, rows = build("llama", torch.bfloat16), batch([7, 4, 9], 9)
+    assert_same(model, rows, 2e-2, loss_relative=1e-6)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_fused_loss_is_that_of_whole_logits_when_lora_is_on(target: str) -> None:
+    adapted = _with_lora(build("llama"), {"target_modules": [target], "r": 2, "init_lora_weights": False})
+    assert_same(adapted, batch([7, 4, 9], 9), 1e-6)
+
+
+def test_gradient_is_zero_and_present_when_nothing_is_labelled_and_head_is_fused() -> None:
+    model, rows = build("phi"), batch([5], 5)
+    rows["labels"][:] = -100
+    loss, _ = build_loss(model, torch.device("cpu"), is_fused=True)
+    found = loss(model, rows)
+    found.loss_sum.backward()
+    assert found.loss_sum.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_logits_stay_whole_when_forward_does_something_else_after_the_head() -> None:
+    class Shifted(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits + torch.arange(31)
+            return outputs
+
+    model, rows = Shifted(tiny().config).eval(), batch([7, 4, 9], 9)
+    expected = summed_loss(model, rows).loss_sum.item()
+    loss, notices = build_loss(model, torch.device("cpu"), is_fused=True)
+    assert len(notices) == 1 and "whole" in notices[0]
+    assert loss(model, rows).loss_sum.item() == expected
+
+
+def test_logits_are_there_as_before_when_no_loss_is_asked_for() -> None:
+    model, ids = build("gemma2"), torch.tensor([[3, 4, 5]])
+    before = model(input_ids=ids).logits
+    build_loss(model, torch.device("cpu"), is_fused=True)
+    assert model(input_ids=ids).logits.equal(before)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)

@@ -94,3 +94,12 @@ def test_optimizer_is_refused_with_the_key_when_it_does_not_exist() -> None:
     wrong.optim.name = "torch.optim.Adamm"
     with pytest.raises(ConfigError, match=r"optim\.name=torch\.optim\.Adamm"):
         build_optimizer(wrong, model())
+
+
+def test_update_is_one_kernel_unless_another_way_is_asked_for() -> None:
+    assert build_optimizer(config(), model()).defaults["fused"] is True
+    asked = config()
+    asked.optim.kwargs = {"foreach": True}
+    assert not build_optimizer(asked, model()).defaults["fused"]
+    asked.optim.name, asked.optim.kwargs = "torch.optim.Adadelta", {}  # it has no such kernel
+    assert "fused" not in build_optimizer(asked, model()).defaults

@@ -1,0 +1,242 @@
+"""The head and the cross entropy as one operation, over labelled positions only and in chunks: the logits of a batch,
+often its largest tensor, are never there as a whole."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NO_LOSS = -100
+_CHUNK_POSITIONS = {"cpu": 256, "cuda": 2048}
+_LARGEST = 9.9
+"""Logits of up to sinh(9.9) = 10,000 are looked at, far beyond any cap."""
+_TOLERANCE = 1e-6
+LABELS = "fused_head_labels"
+"""The keyword of `forward` that asks for the loss instead of logits."""
+
+
+@dataclass(frozen=True)
+class AfterHead:
+    """What a model makes of its head's output: z = cap · tanh(scale · y / cap), or scale · y without a cap.
+
+    Gemma has a cap, Cohere and Granite a scale.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def backward_(self, grad: Tensor, after: Tensor | None) -> Tensor:
+        """From the gradient of what `apply_` gave to that of its input.
+
+        Args:
+            after: what `apply_` gave; only needed with a cap. It is overwritten.
+        """
+        if self.cap is not None:
+            assert after is not None
+            grad.mul_(after.div_(self.cap).square_().neg_().add_(1.0))
+        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+
+    @classmethod
+    def seen(cls, before: Tensor, after: Tensor) -> AfterHead | None:
+        """What turns `before` (as `_probe` makes it) into `after`; None where it is something else."""
+        scale = float(after[1, -1] / before[1, -1])
+        largest = float(after.max())
+        cap = largest if largest < 0.999 * scale * float(before.max()) else None
+        if abs(scale - 1.0) < _TOLERANCE:
+            scale = 1.0
+        found = cls(scale, cap)
+        is_same = torch.allclose(found.apply_(before.clone()), after, rtol=10 * _TOLERANCE, atol=_TOLERANCE)
+        return found if is_same else None
+
+
+def _probe(vocab_size: int, device: torch.device) -> Tensor:
+    """Two rows of logits: from -10,000 to 10,000, dense near 0; and small ones, of which a cap leaves the scale."""
+    spread = torch.linspace(-_LARGEST, _LARGEST, vocab_size, device=device).sinh()
+    return torch.stack([spread, torch.linspace(-1e-3, 1e-3, vocab_size, device=device)])
+
+
+class _Stand(nn.Module):
+    """Stands where the head stands: keeps what the head is given, and gives what it was told to."""
+
+    def __init__(self, head: Any, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, "weight", getattr(head, "weight", None))  # Mamba asks for its dtype
+        self._answer = answer
+        self.given: list[Tensor] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.given.append(hidden)
+        return self._answer(hidden)
+
+
+def maybe_fuse_head(model: Any, device: torch.device) -> bool:
+    """Teaches a causal model's `forward` to give the loss itself, where that is exact: the model is tried.
+
+    A stand-in for the head shows what the forward pass does with logits. Where that is neither nothing, nor a scale,
+    nor a soft cap, or where the head is not called exactly once on every position, the model stays as it is.
+    After this, `model(**inputs, fused_head_labels=labels_BT)` returns {"loss": summed cross entropy in fp32,
+    "aux_loss": the router loss or None}; without that keyword nothing changes. Every process must call it.
+
+    Args:
+        model: prepared and unwrapped; under peft its base model.
+    """
+    head = model.get_output_embeddings()
+    where = next(
+        ((module, name) for module in model.modules() for name, child in module.named_children() if child is head), None
+    )
+    if head is None or where is None:
+        return False
+    after = _try(model, where, device)
+    if after is None:
+        return False
+    is_linear = type(head).forward is nn.Linear.forward
+    if is_linear:
+        _teach_linear(head, after)
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.pop(LABELS, None)
+        if labels is None:
+            return whole(*args, **kwargs)
+        stand = _Stand(head, lambda hidden: hidden.new_empty((hidden.shape[0], 0, 1)))
+        outputs = _with_stand(where, stand, lambda: whole(*args, **kwargs))
+        (hidden,) = stand.given
+        targets = labels[:, 1:]
+        is_labelled = targets != NO_LOSS
+        chosen, targets = hidden[:, :-1][is_labelled], targets[is_labelled]
+        if is_linear:
+            loss = head(chosen, targets)
+        else:  # LoRA on the head: one call, since processes under ZeRO-3 must make the same number of calls
+            logits = after.apply_(head(chosen).float().clone())
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return {"loss": loss, "aux_loss": getattr(outputs, "aux_loss", None)}
+
+    model.forward = forward
+    return True
+
+
+def _with_stand(where: tuple[nn.Module, str], stand: nn.Module, action: Callable[[], Any]) -> Any:
+    owner, name = where
+    head = owner._modules[name]
+    owner._modules[name] = stand
+    try:
+        return action()
+    finally:
+        owner._modules[name] = head
+
+
+def _try(model: Any, where: tuple[nn.Module, str], device: torch.device) -> AfterHead | None:
+    vocab_size = model.config.get_text_config().vocab_size
+    probe = _probe(vocab_size, device)
+    stand = _Stand(where[0]._modules[where[1]], lambda hidden: probe.unsqueeze(0).clone())
+    ids = torch.zeros((1, len(probe)), dtype=torch.long, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = _with_stand(where, stand, lambda: model(input_ids=ids, use_cache=False))
+        logits = outputs.logits
+        if len(stand.given) != 1 or stand.given[0].shape[:2] != ids.shape or logits.shape != (1, *probe.shape):
+            return None
+        return AfterHead.seen(probe, logits[0].float())
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError):
+        return None  # a forward of another kind, whose whole logits work all the same
+    finally:
+        model.train(was_training)
+
+
+def _teach_linear(head: nn.Linear, after: AfterHead) -> None:
+    """`head(hidden_NH, targets_N)` gives the summed loss. It stays a call of the module, whose hooks gather the weight
+    under ZeRO-3."""
+    plain = head.forward
+
+    def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return plain(hidden)
+        loss: Tensor = _FusedHead.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, targets, after, torch.is_grad_enabled()
+        )
+        return loss
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
+
+
+class _FusedHead(torch.autograd.Function):
+    """Summed cross entropy of `hidden_NH @ weight_VH.T + bias_V`. Gradients are made in the forward pass, while a
+    chunk's logits are there, as Liger does (arXiv 2410.10989): three matrix products, none of them twice.
+
+    Logits have the dtype that forward has; softmax, loss and the sum of the weight's gradients over chunks are fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, needs: bool
+    ) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        size = _CHUNK_POSITIONS.get(kind, 2048)
+        loss = torch.zeros((), dtype=torch.float64 if kind != "mps" else torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs and hidden.requires_grad else None
+        needs_weight, needs_bias = needs and weight.requires_grad, needs and bias is not None and bias.requires_grad
+        grad_weight: Tensor | None = None
+        grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if needs_bias else None
+        with torch.autocast(kind, enabled=False):
+            used = weight.to(dtype)
+            for start in range(0, len(targets), size):
+                part, chosen = hidden[start : start + size].to(dtype), targets[start : start + size]
+                logits = torch.mm(part, used.t()).float()
+                if bias is not None:
+                    logits += bias
+                after.apply_(logits)
+                log_probs = logits.log_softmax(-1)
+                loss -= log_probs.gather(1, chosen[:, None]).sum(dtype=loss.dtype)
+                if grad_hidden is None and not needs_weight and not needs_bias:
+                    continue
+                grad = log_probs.exp_()
+                grad[torch.arange(len(chosen), device=grad.device), chosen] -= 1.0
+                grad = after.backward_(grad, logits if after.cap is not None else None)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + size] = torch.mm(grad, used)
+                if needs_weight:
+                    grad_weight = _added(grad_weight, grad, part)
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return loss.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        scale, (weight_dtype, bias_dtype) = grads[0], ctx.dtypes
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight.mul_(scale).to(weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(scale).to(bias_dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def _added(total: Tensor | None, grad_NV: Tensor, hidden_NH: Tensor) -> Tensor:
+    """The weight's gradient with one more chunk, in fp32."""
+    if total is None:
+        return torch.mm(grad_NV.t(), hidden_NH).float()
+    if grad_NV.dtype == torch.float32:
+        return total.addmm_(grad_NV.t(), hidden_NH)
+    return total.add_(torch.mm(grad_NV.t(), hidden_NH))

@@ -1,0 +1,72 @@
+"""The loss that is trained on: summed over the labelled positions, exact however rows are padded, packed and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from launcher.model.fused_head import LABELS, NO_LOSS, maybe_fuse_head
+
+
+class Losses(NamedTuple):
+    """What a forward pass gives: the summed cross entropy (fp32 scalar, with graph), the number of labelled positions
+    (int64 scalar), and the router loss of a mixture of experts whose config asks for it (mean, not scaled)."""
+
+    loss_sum: Tensor
+    num_labelled: Tensor
+    router_loss: Tensor | None
+
+
+def summed_loss(model: nn.Module, batch: dict[str, Tensor], *, is_fused: bool = False) -> Losses:
+    """Forward pass and the summed cross entropy over the labelled positions.
+
+    Args:
+        batch: input_ids_BT, attention_mask_BT, labels_BT (-100: no loss), position_ids_BT where packed.
+        is_fused: the model was taught to give its loss (`fused_head.maybe_fuse_head`).
+    """
+    labels = batch["labels"][:, 1:]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    is_labelled = labels != NO_LOSS
+    if is_fused:
+        found = model(**inputs, use_cache=False, **{LABELS: batch["labels"]})
+        loss, router_loss = found["loss"], found["aux_loss"]
+    else:
+        outputs = model(**inputs, use_cache=False)
+        # Only labelled positions are widened to fp32: most of a chat's positions carry no loss.
+        chosen = outputs.logits[:, :-1][is_labelled].float()
+        loss = nn.functional.cross_entropy(chosen, labels[is_labelled], reduction="sum")
+        router_loss = getattr(outputs, "aux_loss", None)
+    return Losses(loss, is_labelled.sum(), router_loss if isinstance(router_loss, Tensor) else None)
+
+
+LossFunction = Callable[[nn.Module, dict[str, Tensor]], Losses]
+
+
+def build_loss(model: Any, device: torch.device, *, is_fused: bool) -> tuple[LossFunction, list[str]]:
+    """The loss of a prepared, unwrapped model, and notices. Collective.
+
+    Args:
+        is_fused: whether head and loss are to be one operation where that is exact.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    has_fused = is_fused and maybe_fuse_head(base, device)
+    notices = []
+    if is_fused and not has_fused:
+        notices.append(
+            f"{base.config.model_type}: its forward pass does not end with its head, so all logits of a micro-batch "
+            "are held at once (train.fused_loss has no effect)"
+        )
+    return partial(summed_loss, is_fused=has_fused), notices
+
+
+def router_coefficient(model: nn.Module) -> float:
+    """By how much transformers scales a model's router loss before it adds it (`output_router_logits=true`)."""
+    settings = getattr(model, "module", model).config
+    for name in ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient"):
+        if isinstance(value := getattr(settings, name, None), (int, float)):
+            return float(value)
+    return 0.0
