@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
 from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def visible_gpus() -> list[str]:
@@ -25,5 +28,37 @@ def visible_gpus() -> list[str]:
 
 
 def num_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """Cores of this process's affinity mask (Slurm and taskset set it), within its cgroups' quotas (containers)."""
+    allowed = len(os.sched_getaffinity(0))
+    quotas = [quota for folder in _own_cgroups() if (quota := _quota(folder)) is not None]
+    return max(1, min([allowed, *(math.ceil(quota) for quota in quotas)]))
+
+
+def _own_cgroups() -> list[Path]:
+    """The folders of this process's cgroup and of those around it, version 2 and version 1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = _CGROUPS / controllers if controllers else _CGROUPS
+        own = root / name.lstrip("/")
+        found += [folder for folder in (own, *own.parents) if folder == root or root in folder.parents]
+    return found
+
+
+def _quota(folder: Path) -> float | None:
+    """Cores' worth of time that a cgroup may use; None where it has no limit."""
+    try:
+        if (both := folder / "cpu.max").is_file():
+            quota, period = both.read_text(encoding="ascii").split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="ascii")
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="ascii")
+        return int(quota) / int(period) if quota.strip() not in ("max", "-1") else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None

@@ -38,6 +38,12 @@ class DataError(UserError):
     """Rows or files of the data set cannot be used; names file and line."""
 
 
+class StopAskedError(LauncherError):
+    """Somebody asked to stop while something long was at work; the message is the reason."""
+
+    exit_code = EXIT_STOPPED
+
+
 class RunLockedError(UserError):
     """Another live run holds this output_dir; names its host and pid."""
 

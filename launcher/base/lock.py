@@ -90,16 +90,19 @@ class RunLock:
         self.on_lost: Callable[[RunLockLostError], None] | None = None
         """Called once, from a thread, where another run has taken the lock over."""
 
-    def acquire(self, pids: list[int], say: Callable[[str], None] = lambda text: None) -> None:
+    def acquire(
+        self, pids: list[int], say: Callable[[str], None] = lambda text: None, alive: Callable[[], None] = lambda: None
+    ) -> None:
         """Waits for a holder on this machine that is dying, and for the heartbeat of one elsewhere.
 
         Args:
             pids: all processes of this run on this machine; the lock is stale when none of them lives.
+            alive: called while it waits; what it raises ends that.
 
         Raises:
             RunLockedError: another run is alive. UserError: something that is not a lock is in its place.
         """
-        _take(self._path, self._id, pids, Waiting(say), {})
+        _take(self._path, self._id, pids, Waiting(say), {}, alive)
         self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
         self._thread.start()
 
@@ -168,7 +171,10 @@ class RunLock:
                 _remove_own(claim, own)
 
 
-def _take(path: Path, own: str, pids: list[int], waiting: Waiting, claims: dict[Path, Waiting]) -> None:
+def _take(
+    path: Path, own: str, pids: list[int], waiting: Waiting, claims: dict[Path, Waiting],
+    alive: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Returns when the lock at `path` has our id.
 
     Args:
@@ -182,6 +188,7 @@ def _take(path: Path, own: str, pids: list[int], waiting: Waiting, claims: dict[
             return
         if waiting.is_gone(other) and _replace(path, other, own, pids, claims):
             return
+        alive()
         time.sleep(_POLL_S)
 
 

@@ -16,7 +16,7 @@ _UNSUPPORTED = "!there is no such setting here; leave it out"
 _IGNORED = {
     "rows are tokenised before the run and read from memory": "dataloader_drop_last dataloader_num_workers "
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
-    "dataloader_multiprocessing_context dataset_num_proc dataset_kwargs preprocessing_num_workers",
+    "dataloader_multiprocessing_context dataset_kwargs",
     "every column that is no conversation or text is ignored": "remove_unused_columns label_names",
     "rows are shuffled by seed, each once in an epoch": "shuffle_dataset train_sampling_strategy group_by_length "
     "length_column_name",
@@ -66,6 +66,7 @@ _HINTS = {
     # SFTConfig, and TRL's ModelConfig and ScriptArguments
     "model_init_kwargs": "!set model.dtype, model.attn_implementation and so on, each by itself",
     "router_aux_loss_coef": "!it is read from the model's own config", "chat_template_path": "data.chat_template",
+    "preprocessing_num_workers": "data.dataset_num_proc", "dataset_processes": "data.dataset_num_proc",
     "dataset_text_field": "data.columns.text", "eos_token": "model.eos_token",
     "pad_token": "!padding bears no loss, so any token will do: leave it out", "max_seq_length": "data.max_length",
     "assistant_only_loss": "data.completion_only_loss", "use_peft": "model/peft=lora",

@@ -72,6 +72,7 @@ class DataConfig:
     chat_template: str | None = opt(None, "a Jinja file or text instead of the tokenizer's own")
     on_bad_row: str = opt("stop", "a row that cannot be used", choices=("stop", "skip"))
     cache_dir: str | None = opt(None, "tokenised data, by content; default ~/.cache/launcher")
+    dataset_num_proc: int | None = opt(None, "processes that tokenise; default: all cores of the node", minimum=1)
 
 
 @dataclass

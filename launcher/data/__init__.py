@@ -4,6 +4,10 @@ from launcher.data.build import Data, build_data
 from launcher.data.evaluation import EvalContext
 from launcher.data.rows import TokenRows, collate
 from launcher.data.sampler import StepSampler, split_step
+from launcher.data.tokenising_display import TokenisingDisplay
 from launcher.data.tokenizer import build_tokenizer
 
-__all__ = ["Data", "EvalContext", "StepSampler", "TokenRows", "build_data", "build_tokenizer", "collate", "split_step"]
+__all__ = [
+    "Data", "EvalContext", "StepSampler", "TokenRows", "TokenisingDisplay", "build_data", "build_tokenizer", "collate",
+    "split_step",
+]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from launcher.base.devices import num_cores
 from launcher.base.errors import ConfigError, DataError, LauncherError
 from launcher.base.paths import default_cache_dir
 from launcher.config.schema import did_you_mean
@@ -20,7 +21,8 @@ from launcher.data.cache import FORMAT_VERSION, TokenStore, build_store, open_st
 from launcher.data.file_hashes import FileHashes
 from launcher.data.formats import Formatter
 from launcher.data.rows import TokenRows, pack, row_lengths
-from launcher.data.sources import FileSource, GeneratorSource, HubSource, Source
+from launcher.data.sources import FileSource, GeneratorSource, HubSource, Source, rows_of
+from launcher.data.tokenising_display import TokenisingDisplay
 from launcher.data.tokenizer import tokenizer_key
 
 _SOURCE_KEYS = ("train_files", "dataset_name", "dataset_config", "train_split", "generator", "weight")
@@ -47,7 +49,10 @@ class _Plan:
     eval_fraction: float | None
 
 
-def build_data(config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Callable[[], None]) -> Data:
+def build_data(
+    config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Callable[[], None],
+    display: TokenisingDisplay | None = None,
+) -> Data:  # fmt: skip
     """Tokenises what is not in the cache yet, then maps it.
 
     Collective: every process calls it. One process per host builds (`is_builder`); every process calls `wait`, a
@@ -58,6 +63,7 @@ def build_data(config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Cal
         tokenizer: from `build_tokenizer`.
         is_builder: whether this is the local main process.
         wait: returns once every process has called it.
+        display: of the builder.
 
     Raises:
         DataError: rows or files cannot be used; every bad row is named with file and line.
@@ -72,7 +78,7 @@ def build_data(config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Cal
         sources = [*plan.train, *([plan.eval] if plan.eval else [])]
         folders = _folders(config.data, sources, tokenizer, cache_dir)
         if is_builder:
-            _build_all(folders, sources, formatter, config.data.on_bad_row)
+            _build_all(folders, sources, formatter, config.data, display)
     except LauncherError:
         if is_builder:
             wait()
@@ -109,12 +115,18 @@ def _cache_dir(data: DataConfig) -> Path:
     return Path(data.cache_dir or default_cache_dir()).expanduser()
 
 
-def _build_all(folders: list[Path], sources: list[Source], formatter: Formatter, on_bad_row: str) -> None:
+def _build_all(
+    folders: list[Path], sources: list[Source], formatter: Formatter, data: DataConfig,
+    display: TokenisingDisplay | None,
+) -> None:  # fmt: skip
     """Builds every store, so that the bad rows of all sources are reported together."""
     problems = []
     for folder, source in zip(folders, sources, strict=True):
         try:
-            build_store(folder, source, formatter, on_bad_row=on_bad_row)
+            build_store(
+                folder, source, formatter, on_bad_row=data.on_bad_row,
+                num_workers=data.dataset_num_proc or num_cores(), display=display,
+            )  # fmt: skip
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -361,7 +373,7 @@ class _RawRows(Sequence[dict[str, Any]]):
 def _read(source: Source, numbers: np.ndarray) -> Iterator[dict[str, Any]]:
     wanted = iter(numbers.tolist())
     following = next(wanted, None)
-    for number, row in enumerate(source.rows()):
+    for number, row in enumerate(rows_of(source)):
         if following is None:
             return
         if number == following:

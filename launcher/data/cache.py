@@ -3,51 +3,38 @@
     <cache_dir>/tokens/<key>/  meta.json  tokens.bin  mask.bin  offsets.bin  labelled.bin  numbers.bin
 
 A folder is written under a temporary name, made durable and renamed, so one with the right name is whole unless its
-disk lied; `is_whole` reads it all again before a run trusts it. Builders on one host take turns (flock); elsewhere the
-first rename wins and the others throw their copy away.
+disk lied; `is_whole` reads it all again before a run trusts it. Of all processes that share the cache one builds, under
+a lock with a heartbeat; the others wait for it. Should two build all the same, the first rename wins.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import uuid
+from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launcher.base.errors import DataError
-from launcher.base.files import fsync_dir, open_append, read_json_or, remove_tree, rename, write_file
+from launcher.base.errors import DataError, RunLockedError
+from launcher.base.files import fsync_dir, read_json_or, remove_tree, rename, write_file
+from launcher.base.lock import RunLock, holder
+from launcher.data.encoding import BuildReport, encode_in_order
 from launcher.data.file_hashes import FileHashes
-from launcher.data.formats import Encoded, Formatter
-from launcher.data.normalise import BadRowError
-from launcher.data.sources import RawRow, Source
+from launcher.data.formats import Formatter
+from launcher.data.readers import Meter
+from launcher.data.sources import Source
+from launcher.data.tokenising_display import TokenisingDisplay
 
 FORMAT_VERSION = 2
-MAX_PROBLEMS_SHOWN = 20
-_BATCH_ROWS = 512
+_POLL_S = 0.5
 _DTYPES = {"mask": "bool", "offsets": "int64", "labelled": "int64", "numbers": "int64"}
-
-
-@dataclass
-class BuildReport:
-    """What happened to the rows of one source; kept with them, so that a cached start reports it too."""
-
-    num_read: int = 0
-    num_kept: int = 0
-    num_bad: int = 0
-    num_truncated: int = 0
-    num_unlabelled: int = 0  # nothing left to learn from within max_length: left out
-    num_rewritten: int = 0  # the chat template changed the assistant's words
-    num_endless: int = 0  # what is learnt from has no special token at its end, and was not cut
-    end_tokens: dict[str, int] = field(default_factory=dict)  # id of a special token → rows that end with it
-    problems: list[str] = field(default_factory=list)  # the first MAX_PROBLEMS_SHOWN
 
 
 @dataclass(frozen=True)
@@ -91,28 +78,68 @@ def is_whole(folder: Path) -> bool:
     return all(hashes.sha256(folder / name) == entry["sha256"] for name, entry in files.items())
 
 
-def build_store(folder: Path, source: Source, formatter: Formatter, *, on_bad_row: str) -> None:
+def build_store(
+    folder: Path, source: Source, formatter: Formatter, *, on_bad_row: str, num_workers: int = 1,
+    display: TokenisingDisplay | None = None,
+) -> None:  # fmt: skip
     """Makes sure that a whole store lies at `folder`, tokenising the source where there is none.
 
     After a crash only a folder `.tmp-…` can remain beside it, which the next build of the same key removes.
 
+    Args:
+        num_workers: processes that tokenise; what they make is the same for any number.
+        display: shows how far it is; what its `alive` raises ends the work.
+
     Raises:
-        DataError: rows cannot be used and on_bad_row=stop; none can be used; the source cannot be read.
-        ConfigError: a setting does not fit the data.
+        DataError: rows cannot be used and on_bad_row=stop; none can be used; the source cannot be read; a worker was
+            killed. ConfigError: a setting does not fit the data.
     """
+    display = display or TokenisingDisplay()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(f"{folder.name}.lock")):
+    if is_whole(folder):
+        return
+    with _only_builder(folder, source.name, display) as lock:
         if is_whole(folder):
             return
-        for left in folder.parent.glob(f".tmp-{folder.name}-{os.uname().nodename}-*"):
-            remove_tree(left)  # under the lock: nobody on this host writes there
+        for left in folder.parent.glob(f".tmp-{folder.name}-*"):
+            remove_tree(left)  # under the lock: nobody writes there
         temporary = folder.with_name(f".tmp-{folder.name}-{os.uname().nodename}-{uuid.uuid4().hex[:8]}")
         temporary.mkdir()
         try:
-            _write_store(temporary, source, formatter, on_bad_row)
+            _write_store(temporary, source, formatter, on_bad_row, num_workers, display)
             _publish(temporary, folder)
+        except OSError as error:
+            if lock.is_held():
+                raise
+            raise DataError(
+                f"tokenising {source.name} stood still for more than a minute and was taken over by another process: "
+                "run the same command again"
+            ) from error
         finally:
+            display.close()
             remove_tree(temporary)
+
+
+@contextlib.contextmanager
+def _only_builder(folder: Path, name: str, display: TokenisingDisplay) -> Iterator[RunLock]:
+    """Held by one process of all machines that share the cache; taken over where its holder is gone."""
+    path, is_told = folder.with_name(f"{folder.name}.builder"), False
+    while True:
+        lock = RunLock(path)
+        try:
+            lock.acquire([os.getpid()], alive=display.alive)
+            break
+        except RunLockedError:
+            other = holder(path)
+            if other is not None and not is_told:
+                is_told = True
+                who = f"host {other.host}, pid {other.pid}"
+                display.say(f"{name}: waiting for {who}, which is tokenising it into the same cache")
+            display.pause(_POLL_S)
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def _publish(temporary: Path, folder: Path) -> None:
@@ -129,67 +156,34 @@ def _publish(temporary: Path, folder: Path) -> None:
             raise
 
 
-def _write_store(folder: Path, source: Source, formatter: Formatter, on_bad_row: str) -> None:
-    report = BuildReport()
+def _write_store(
+    folder: Path, source: Source, formatter: Formatter, on_bad_row: str, num_workers: int, display: TokenisingDisplay
+) -> None:
+    report, meter = BuildReport(), Meter()
     dtype = "uint16" if len(formatter.tokenizer) <= 1 << 16 else "uint32"
-    offsets, labelled, numbers = [0], [], []
+    offsets, labelled, numbers = array("q", [0]), array("q"), array("q")
+    alive = display.begin(source.name, meter, report)
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "mask.bin").open("wb") as mask_file:
-        for number, encoded in _encode_all(source, formatter, report):
-            tokens_file.write(encoded.tokens.astype(dtype).tobytes())
-            mask_file.write(encoded.mask.tobytes())
-            offsets.append(offsets[-1] + len(encoded.tokens))
-            labelled.append(int(encoded.mask.sum()))
-            numbers.append(number)
+        for batch in encode_in_order(source.batches(meter), formatter, num_workers, alive):
+            tokens_file.write(batch.tokens.tobytes())
+            mask_file.write(batch.mask.tobytes())
+            offsets.extend((offsets[-1] + np.cumsum(batch.lengths, dtype=np.int64)).tolist())
+            labelled.extend(batch.labelled)
+            numbers.extend([report.num_read + number for number in batch.numbers])
+            report.add(batch.report)
         for file in (tokens_file, mask_file):
             file.flush()
             os.fsync(file.fileno())
-    report.num_kept = len(labelled)
+    display.end(offsets[-1])
     _stop_on_bad_rows(source, report, on_bad_row)
     for name, values in (("offsets", offsets), ("labelled", labelled), ("numbers", numbers)):
-        write_file(folder / f"{name}.bin", np.asarray(values, dtype=np.int64).tobytes())
+        write_file(folder / f"{name}.bin", values.tobytes())
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.glob("*.bin"))
     }
     meta = {"format_version": FORMAT_VERSION, "dtype": dtype, "report": asdict(report), "files": files}
     write_file(folder / "meta.json", json.dumps(meta, indent=2).encode())
     fsync_dir(folder)
-
-
-def _encode_all(source: Source, formatter: Formatter, report: BuildReport) -> Iterator[tuple[int, Encoded]]:
-    """The usable rows with their number, everything else counted in the report."""
-    for batch in _batches(source.rows()):
-        readable = [(row.where, row.value) for row in batch if row.value is not None]
-        encoded = iter(formatter.encode(readable))
-        for row in batch:
-            number = report.num_read
-            report.num_read += 1
-            result = BadRowError(row.problem) if row.value is None else next(encoded)
-            if isinstance(result, BadRowError):
-                report.num_bad += 1
-                if len(report.problems) < MAX_PROBLEMS_SHOWN:
-                    report.problems.append(f"{row.where}: {result}")
-                continue
-            report.num_truncated += result.is_truncated
-            report.num_rewritten += result.is_rewritten
-            if result.end_token is not None:
-                report.end_tokens[str(result.end_token)] = report.end_tokens.get(str(result.end_token), 0) + 1
-            else:
-                report.num_endless += not result.is_truncated
-            if result.mask.any():
-                yield number, result
-            else:
-                report.num_unlabelled += 1
-
-
-def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
-    batch: list[RawRow] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == _BATCH_ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _stop_on_bad_rows(source: Source, report: BuildReport, on_bad_row: str) -> None:
@@ -206,14 +200,6 @@ def _stop_on_bad_rows(source: Source, report: BuildReport, on_bad_row: str) -> N
         if report.num_unlabelled:
             reasons += f", {report.num_unlabelled} have no token to learn from within data.max_length"
         raise DataError(f"{source.name}: no row is left to use ({report.num_read} read{reasons})\n{listed}".rstrip())
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process of this host at a time; the kernel lets go when its holder dies."""
-    with open_append(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _map(path: Path, dtype: Any) -> np.ndarray:

@@ -7,8 +7,10 @@ Nothing gets a second BOS or EOS. Loss falls on completions and on assistant tur
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from launcher.data.normalise import (
     tools_of,
 )
 
+_MANY_SPANS = 32
 _MEND = (
     "Set data.chat_template=FILE.jinja to one that marks the assistant's words with "
     "{% generation %} … {% endgeneration %}"
@@ -98,6 +101,10 @@ class Formatter:
                 results.append(problem)
         encoded = iter(self._encode_rendered(rendered))
         return [next(encoded) if result is None else result for result in results]
+
+    def forget(self) -> None:
+        """Drops what was learnt from earlier rows, so that the next ones do not depend on them."""
+        self._headers.clear()
 
     # ------------------------------------------------------------------ render
 
@@ -189,9 +196,7 @@ class Formatter:
         """
         pieces = chat.turns[i]
         if chat.generated is not None:
-            return [
-                (max(a, low), min(b, high)) for low, high in pieces for a, b in chat.generated if a < high and low < b
-            ]
+            return [part for low, high in pieces for part in _within(chat.generated, low, high)]
         if not pieces:
             return [] if _is_empty(turns[i]) else [self._span_by_prefix(row, turns, chat, i)]
         _refuse_swallowed_turns(turns, chat, i)
@@ -270,8 +275,13 @@ class Formatter:
         mask = np.full(len(ids), item.spans is None)
         if prompt_ids is not None:
             mask[: _common_length(prompt_ids, ids)] = False
-        for start, end in item.spans or []:
-            if self.tokenizer.is_fast:
+        spans = item.spans or []
+        is_fast = self.tokenizer.is_fast
+        find = _spans_at_once(batch, place, len(item.text)) if is_fast and len(spans) > _MANY_SPANS else None
+        for start, end in spans:
+            if find is not None:
+                mask[find(start, end)] = True
+            elif is_fast:
                 mask[_token_span(batch, place, start, end, len(item.text))] = True
             else:  # a slow tokenizer knows no characters: compare with the tokens of each beginning
                 pieces = [item.text[:start], item.text[:end]]
@@ -318,6 +328,14 @@ def _text(row: dict[str, Any], key: str) -> str:
     return value
 
 
+def _within(spans: list[tuple[int, int]], low: int, high: int) -> Iterator[tuple[int, int]]:
+    """What of these spans, which follow each other, lies in [low, high)."""
+    for a, b in spans[bisect_right(spans, low, key=itemgetter(1)) :]:
+        if a >= high:
+            return
+        yield max(a, low), min(b, high)
+
+
 def _with_text_arguments(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same with the arguments of calls as JSON text, which is what DeepSeek's template takes."""
     changed = []
@@ -354,13 +372,17 @@ def _refuse_swallowed_turns(turns: list[dict[str, Any]], chat: Conversation, i: 
 
 def _is_rewritten(text: str, turns: list[dict[str, Any]]) -> bool:
     """Whether some of an assistant's words are missing from the text: some templates drop `<think>` parts."""
+    at = 0  # most templates keep the order: then no part of the text is searched twice
     for turn in turns:
         if turn["role"] != "assistant":
             continue
-        words = [text_of_content(turn.get("content") or "", "content"), turn.get("reasoning_content") or ""]
+        words = [turn.get("reasoning_content") or "", text_of_content(turn.get("content") or "", "content")]
         words += [call["function"]["name"] for call in turn.get("tool_calls") or []]
-        if any(part.strip() not in text for part in words):
-            return True
+        for part in filter(None, map(str.strip, words)):
+            found = text.find(part, at)
+            if found < 0 and part not in text:
+                return True
+            at = max(at, found)
     return False
 
 
@@ -383,6 +405,26 @@ def _token_span(batch: Any, place: int, start: int, end: int, length: int) -> sl
         after = len(batch["input_ids"][place])
     last = next(token for c in reversed(range(start, end)) if (token := batch.char_to_token(place, c)) is not None)
     return slice(first, max(after, last + 1))
+
+
+def _spans_at_once(batch: Any, place: int, length: int) -> Callable[[int, int], slice]:
+    """`_token_span` for a row with many spans: each question to the tokenizer takes time that grows with the row."""
+    offsets = np.asarray(batch[place].offsets, dtype=np.int64).reshape(-1, 2)
+    num_tokens, widths = len(offsets), np.maximum(offsets[:, 1] - offsets[:, 0], 0)
+    tokens = np.repeat(np.arange(num_tokens), widths)
+    characters = offsets[tokens, 0] + np.arange(len(tokens)) - np.repeat(np.cumsum(widths) - widths, widths)
+    first_token = np.full(length + 1, -1, dtype=np.int64)  # of each character
+    first_token[characters[::-1]] = tokens[::-1]
+    places = np.flatnonzero(first_token >= 0)  # characters that have one
+
+    def find(start: int, end: int) -> slice:
+        low, high = np.searchsorted(places, [start, end]).tolist()
+        if low == high:
+            return slice(0, 0)
+        after = int(first_token[places[high]]) if high < len(places) else num_tokens
+        return slice(int(first_token[places[low]]), max(after, int(first_token[places[high - 1]]) + 1))
+
+    return find
 
 
 def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -12,9 +12,11 @@ import numpy as np
 from launcher.config.settings import RunConfig
 from launcher.data.build import Data, build_data, build_formatter, sources_of
 from launcher.data.formats import Encoded, Formatter
+from launcher.data.readers import RawRow
 from launcher.data.rows import NO_LOSS, TokenRows
 from launcher.data.sampler import StepSampler, split_step
-from launcher.data.sources import RawRow
+from launcher.data.sources import rows_of
+from launcher.data.tokenising_display import TokenisingDisplay
 
 _MAX_STEPS_MEASURED = 200
 
@@ -58,14 +60,14 @@ def preview(
     Raises:
         DataError, ConfigError: as `build_data`.
     """
-    data = build_data(config, tokenizer, is_builder=True, wait=lambda: None)
+    data = build_data(config, tokenizer, is_builder=True, wait=lambda: None, display=TokenisingDisplay(is_shown=True))
     formatter = build_formatter(config.data, tokenizer)
     shown: list[PreviewRow] = []
     for source, numbers in sources_of(config, tokenizer, split):
         if len(shown) >= num_rows:
             break
         wanted = set(numbers[: num_rows - len(shown)].tolist())
-        rows = (row for number, row in enumerate(source.rows()) if number in wanted)
+        rows = (row for number, row in enumerate(rows_of(source)) if number in wanted)
         for _, row in zip(wanted, rows, strict=False):
             shown.append(_row(formatter, tokenizer, row))
     rows_of_split = data.train if split == "train" else data.eval

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import gzip
 import hashlib
 import inspect
-import io
 import json
-import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +13,7 @@ from typing import Any, Protocol
 from launcher.base.errors import DataError
 from launcher.data.file_hashes import FileHashes
 from launcher.data.normalise import without_nulls
-
-_PARQUET_BATCH_ROWS = 256
-_BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it was read, with where it stands; `problem` says why there is no value."""
-
-    where: str
-    value: dict[str, Any] | None
-    problem: str | None = None
+from launcher.data.readers import Batch, Meter, RawRow, ReadRows, file_batches, grouped, kind_of
 
 
 class Source(Protocol):
@@ -43,12 +26,21 @@ class Source(Protocol):
     def content_key(self, hashes: FileHashes) -> str:
         """Changes whenever the rows change."""
 
-    def rows(self) -> Iterator[RawRow]:
+    def batches(self, meter: Meter) -> Iterator[Batch]:
         """Every row in a fixed order, unusable ones included.
+
+        Args:
+            meter: told how far the reading is.
 
         Raises:
             DataError: the source as a whole cannot be read.
         """
+
+
+def rows_of(source: Source) -> Iterator[RawRow]:
+    """Every row of a source, one by one."""
+    for batch in source.batches(Meter()):
+        yield from batch.rows()
 
 
 @dataclass(frozen=True)
@@ -63,14 +55,12 @@ class FileSource:
         return first if len(self.paths) < 2 else f"{first} and {len(self.paths) - 1} more"
 
     def content_key(self, hashes: FileHashes) -> str:
-        return ",".join(f"{_kind(path)}:{hashes.sha256(path)}" for path in self.paths)
+        return ",".join(f"{kind_of(path)}:{hashes.sha256(path)}" for path in self.paths)
 
-    def rows(self) -> Iterator[RawRow]:
+    def batches(self, meter: Meter) -> Iterator[Batch]:
+        meter.total = sum(path.stat().st_size for path in self.paths)
         for path in self.paths:
-            try:
-                yield from {"parquet": _parquet_rows, "csv": _csv_rows, "json": _json_rows}[_kind(path)](path)
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error}") from error
+            yield from file_batches(path, meter)
 
 
 @dataclass(frozen=True)
@@ -89,9 +79,13 @@ class HubSource:
     def content_key(self, hashes: FileHashes) -> str:
         return f"hub:{self._load()._fingerprint}"
 
-    def rows(self) -> Iterator[RawRow]:
-        for number, row in enumerate(self._load(), start=1):
-            yield RawRow(f"{self.name}:{number}", without_nulls(row))
+    def batches(self, meter: Meter) -> Iterator[Batch]:
+        rows = self._load()
+        meter.total = len(rows)
+        named = ((RawRow(f"{self.name}:{i}", without_nulls(row)), _size_of(row)) for i, row in enumerate(rows, start=1))
+        for group in grouped(named):
+            meter.done += len(group)
+            yield ReadRows(group)
 
     def _load(self) -> Any:
         import datasets
@@ -131,13 +125,18 @@ class GeneratorSource:
         code = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
         return f"generator:{json.dumps(self.spec, sort_keys=True, default=str)}:{self.split}:{code}"
 
-    def rows(self) -> Iterator[RawRow]:
-        for number, row in enumerate(self._make()(self.split), start=1):
-            where = f"{self.name}:{number}"
-            is_row = isinstance(row, dict)
-            yield RawRow(
-                where, row if is_row else None, None if is_row else f"must be a dict (got {type(row).__name__})"
-            )
+    def batches(self, meter: Meter) -> Iterator[Batch]:
+        rows = self._make()(self.split)
+        named = ((self._row(number, row), _size_of(row)) for number, row in enumerate(rows, start=1))
+        for group in grouped(named):
+            meter.done += len(group)
+            yield ReadRows(group)
+
+    def _row(self, number: int, row: Any) -> RawRow:
+        where = f"{self.name}:{number}"
+        if isinstance(row, dict):
+            return RawRow(where, row)
+        return RawRow(where, None, f"must be a dict (got {type(row).__name__})")
 
     def _make(self) -> Callable[[str], Iterable[Any]]:
         from hydra.utils import instantiate
@@ -149,118 +148,10 @@ class GeneratorSource:
         return make
 
 
-_PACKED = (".gz", ".zst")
-_KINDS = {".parquet": "parquet", ".csv": "csv"}
-"""Everything else is JSON."""
-
-
-def _kind(path: Path) -> str:
-    return _KINDS.get(Path(_unpacked_name(path)).suffix, "json")
-
-
-def _unpacked_name(path: Path) -> str:
-    name = path.name.lower()
-    for packed in _PACKED:
-        name = name.removesuffix(packed)
-    return name
-
-
-def _json_rows(path: Path) -> Iterator[RawRow]:
-    """One row per line; blank lines are no rows. A file that is one JSON array gives its elements."""
-    number = 0
-    try:
-        with _open(path) as file:
-            head = file.read(4096).removeprefix(_BOM).lstrip()
-        with _open(path) as file:
-            if _is_array(path, head):
-                yield from _array_rows(path, file.read())
-                return
-            if _is_one_object(path, head):
-                yield _json_row(f"{path}:1", file.read().removeprefix(_BOM))
-                return
-            for number, line in enumerate(file, start=1):
-                text = line.removeprefix(_BOM) if number == 1 else line
-                if text.strip():
-                    yield _json_row(f"{path}:{number}", text)
-    except (EOFError, zlib.error, OSError) as error:  # a file that was cut off or damaged
-        raise DataError(f"{path} cannot be read after line {number}: {error}") from error
-
-
-def _is_array(path: Path, head: bytes) -> bool:
-    """Whether a file is one JSON array; in JSON Lines a line may be a list by mistake."""
-    is_json = _unpacked_name(path).endswith(".json")
-    return head.startswith(b"[") and (is_json or head[1:].lstrip().startswith(b"{"))
-
-
-def _is_one_object(path: Path, head: bytes) -> bool:
-    """Whether a .json file is one object over several lines."""
-    return _unpacked_name(path).endswith(".json") and head.split(b"\n", 1)[0].strip() == b"{"
-
-
-def _json_row(where: str, line: bytes) -> RawRow:
-    try:
-        return _row(where, json.loads(line))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError; too many levels
-        return RawRow(where, None, f"invalid JSON: {error}")
-
-
-def _array_rows(path: Path, content: bytes) -> Iterator[RawRow]:
-    try:
-        rows = json.loads(content.removeprefix(_BOM))
-    except (ValueError, RecursionError) as error:
-        yield RawRow(f"{path}:{getattr(error, 'lineno', 1)}", None, f"invalid JSON: {error}")
-        return
-    for number, value in enumerate(rows, start=1):
-        yield _row(f"{path}:[{number}]", value)
-
-
-def _row(where: str, value: Any) -> RawRow:
+def _size_of(value: Any) -> int:
+    """About how many bytes of text a row holds."""
+    if isinstance(value, str):
+        return len(value)
     if isinstance(value, dict):
-        return RawRow(where, value)
-    return RawRow(where, None, f"must be a JSON object (got {type(value).__name__})")
-
-
-def _csv_rows(path: Path) -> Iterator[RawRow]:
-    """The first line names the columns; an empty cell is no value."""
-    csv.field_size_limit(sys.maxsize)
-    number = 1
-    try:
-        with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
-            reader = csv.DictReader(text, strict=True)
-            for value in reader:
-                number = reader.line_num
-                if None in value or None in value.values():
-                    wanted = len(reader.fieldnames or [])
-                    yield RawRow(f"{path}:{number}", None, f"has not as many cells as the header ({wanted})")
-                else:
-                    yield RawRow(f"{path}:{number}", {key: cell for key, cell in value.items() if cell != ""})
-    except (csv.Error, UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
-        raise DataError(f"{path} cannot be read as CSV after line {number}: {error}") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[RawRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with _open(path) as stream, pq.ParquetFile(stream) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield RawRow(f"{path}:{number}", without_nulls(value))
-    except (pa.ArrowException, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as Parquet (after row {number}): {error}") from error
-
-
-def _open(path: Path) -> contextlib.AbstractContextManager[Any]:
-    """The bytes of a file, unpacked; seekable where Parquet needs that."""
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if name.endswith(".zst"):
-        import pyarrow as pa
-
-        stream = pa.input_stream(str(path), compression="zstd")
-        return io.BytesIO(stream.read()) if _kind(path) == "parquet" else io.BufferedReader(stream)
-    return path.open("rb")
+        return sum(map(_size_of, value.values()))
+    return sum(map(_size_of, value)) if isinstance(value, list) else 8

@@ -132,6 +132,8 @@ def fail(error: BaseException) -> NoReturn:
     What is left: logs/error-rank-N.json (the agents show the earliest), run.json with the step that was reached.
     """
     if isinstance(error, SystemExit) and error.code in (0, None):
+        if _lock is not None:
+            _lock.release()
         os._exit(0)
     step = _state.progress.step if _state is not None else None
     report = make_report(error, rank=rank(), training_began=_state is not None, step=step)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import time
 from itertools import groupby
 from typing import Any
 
 import pytest
 
 from launcher.base.errors import ConfigError
+from launcher.data import formats
 from launcher.data.formats import BadRowError, Encoded, Formatter
 
 from .conftest import PLAIN_TEMPLATE, REWRITING_TEMPLATE, chat
@@ -268,3 +271,33 @@ def test_bad_row_when_template_refuses_it(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(BadRowError, match="chat template refused it: roles must alternate"):
         encode(tokenizer, chat("hi", "yo"))
+
+
+@pytest.mark.parametrize("kind", ["byte", "word"])
+def test_spans_are_the_same_when_found_all_at_once(tokenizer: Any, word_tokenizer: Any, kind: str) -> None:
+    """Tokens of part of a character, characters without a token, spans of nothing, spans at both ends."""
+    chosen = tokenizer if kind == "byte" else word_tokenizer
+    draw = random.Random(1)
+    for text in ("red é😀  green\n\n  blue ", "", "   ", " sky is   ", "😀" * 5, "red" * 40):
+        batch = chosen([text], add_special_tokens=True)
+        find = formats._spans_at_once(batch, 0, len(text))
+        spans = [(a, b) for a in range(len(text)) for b in range(a + 1, len(text) + 1)]
+        for start, end in draw.sample(spans, min(len(spans), 200)):
+            assert find(start, end) == formats._token_span(batch, 0, start, end, len(text)), (text, start, end)
+
+
+def test_time_grows_with_the_row_when_there_are_many_turns(tokenizer: Any) -> None:
+    """Four times the turns: four times the work, not sixteen times."""
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    formatter = Formatter(tokenizer, 10**9, None)
+
+    def seconds(num_turns: int) -> float:
+        row = chat(*("q" if i % 2 == 0 else f"answer {i} " * 3 for i in range(num_turns)))
+        began = time.process_time()
+        (encoded,) = formatter.encode([("x", row)])
+        assert isinstance(encoded, Encoded) and encoded.mask.sum() > 10 * num_turns
+        return time.process_time() - began
+
+    seconds(10)
+    short, long = (min(seconds(num) for _ in range(2)) for num in (500, 2000))
+    assert long < 8 * short

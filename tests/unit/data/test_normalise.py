@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from launcher.base.errors import DataError
 from launcher.data.formats import Encoded, Formatter
 from launcher.data.normalise import BadRowError
-from launcher.data.sources import FileSource
+from launcher.data.sources import FileSource, rows_of
 from launcher.data.tokenizer import byte_tokenizer
 
 from .conftest import chat
@@ -155,10 +156,10 @@ def test_nulls_of_other_rows_are_left_out_when_rows_come_from_a_table(tmp_path: 
     calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"a": 1}, {"b": 2})]
     rows = [tool_row([call]) for call in calls]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    read = [r.value for r in FileSource((tmp_path / "rows.parquet",)).rows()]
+    read = [r.value for r in rows_of(FileSource((tmp_path / "rows.parquet",)))]
     assert read[0] is not None and read[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
     (tmp_path / "rows.jsonl").write_text(json.dumps(tool_row([{"function": {"name": "f", "arguments": {"a": None}}}])))
-    (own,) = [r.value for r in FileSource((tmp_path / "rows.jsonl",)).rows()]
+    (own,) = [r.value for r in rows_of(FileSource((tmp_path / "rows.jsonl",)))]
     assert own is not None and own["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
 
 
@@ -197,13 +198,13 @@ FILES: dict[str, Callable[[Path], Any]] = {
 def test_rows_are_the_same_from_every_kind_of_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     FILES[name](path)
-    found = list(FileSource((path,)).rows())
+    found = list(rows_of(FileSource((path,))))
     assert [row.value for row in found] == ROWS and all(str(path) in row.where for row in found)
 
 
 def test_one_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(json.dumps(ROWS[0], indent=2))
-    assert [row.value for row in FileSource((tmp_path / "one.json",)).rows()] == ROWS[:1]
+    assert [row.value for row in rows_of(FileSource((tmp_path / "one.json",)))] == ROWS[:1]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.parquet.gz"])
@@ -212,15 +213,56 @@ def test_a_file_that_was_cut_off_is_named(name: str, tmp_path: Path) -> None:
     FILES[name.removesuffix(".gz")](tmp_path / "whole")
     path.write_bytes(gzip.compress((tmp_path / "whole").read_bytes())[:-12])
     with pytest.raises(DataError, match=name):
-        list(FileSource((path,)).rows())
+        list(rows_of(FileSource((path,))))
 
 
 def test_odd_rows_are_named_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n' + "[" * 100_000 + '\n{"text": "\\ud800"}\n"text"\n')
-    found = list(FileSource((path,)).rows())
+    found = list(rows_of(FileSource((path,))))
     assert [row.where for row in found] == [f"{path}:{n}" for n in (1, 2, 3, 4)]
     assert [row.problem is None for row in found] == [True, False, True, False]
     assert found[2].value is not None
     with pytest.raises(BadRowError, match="lone surrogate"):
         encode(found[2].value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('[{"text": "a"}\n,\n{"text": ]', "invalid JSON from line 3 on"),
+        ('[{"text": "a"}', "expecting ',' or ']' after element 1"),
+        ('[{"text": "a"} {"text": "b"}]', "expecting ',' or ']' after element 1"),
+        ('[{"text": "a"},]', "invalid JSON from line 1 on"),
+        ('[{"text": "a"}]\n{"text": "b"}', "'{' follows the array"),
+        ("[", "the file ends inside of it"),
+        ('[{"text": "\\u00', "invalid JSON from line 1 on"),
+    ],
+)
+def test_an_array_that_ends_badly_is_named(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=re.escape(told)):
+        list(rows_of(FileSource((tmp_path / "rows.json",))))
+
+
+def test_an_array_is_streamed_when_it_is_larger_than_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Borders of pieces fall everywhere: in names, numbers, escapes and characters of several bytes."""
+    values: list[Any] = [{"text": "é😀" * n, "n": 10**n, "more": [[], {}, ']},\\"']} for n in range(40)] + [[1], -1.5e3]
+    for indent in (None, 1):
+        (tmp_path / "rows.json").write_text(json.dumps(values, indent=indent, ensure_ascii=indent is None))
+        for size in (1, 2, 7, 64):
+            monkeypatch.setattr("launcher.data.readers._PIECE_BYTES", size)
+            found = [row.value for row in rows_of(FileSource((tmp_path / "rows.json",)))]
+            assert found == [*values[:-2], None, None]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_rows_are_read_when_a_file_is_utf_16(tmp_path: Path, name: str, encoding: str) -> None:
+    """PowerShell's `>` writes it."""
+    text = {"csv": "text\r\né\r\nb\r\n", "json": '[{"text": "é"},\r\n {"text": "b"}]'}
+    content = text.get(name.split(".")[1], '{"text": "é"}\r\n{"text": "b"}\r\n')
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    packed = (mark + content).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(packed) if name.endswith("gz") else packed)
+    assert [row.value for row in rows_of(FileSource((tmp_path / name,)))] == [{"text": "é"}, {"text": "b"}]
