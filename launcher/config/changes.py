@@ -10,7 +10,8 @@ from launcher.config.settings import RunConfig, to_dict
 
 _DECIDING = ("seed", "data", "model", "train", "optim", "scheduler")
 _NOT_DECIDING = (
-    "data.cache_dir", "data.dataset_num_proc", "data.on_bad_row", "data.eval_files", "model.trust_remote_code", "model.gradient_checkpointing",
+    "data.cache_dir", "data.dataset_num_proc", "data.on_bad_row", "data.eval_files", "model.trust_remote_code",
+    "model.gradient_checkpointing",
     "train.logging_steps", "train.max_steps", "train.num_train_epochs", "train.per_device_train_batch_size",
     "train.full_determinism", "train.early_stopping_patience", "train.early_stopping_threshold",
 )  # fmt: skip

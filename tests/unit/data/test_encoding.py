@@ -96,7 +96,7 @@ def kill_workers(number: int) -> int:
     return len(children)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_worker_is_named(tmp_path: Path, write_rows: Write, number: signal.Signals) -> None:
     calls = 0
 
