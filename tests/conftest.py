@@ -37,5 +37,5 @@ def _built_operators(request: pytest.FixtureRequest) -> None:
     if not folders & _STARTS_RANKS or next(_EXTENSIONS_DIR.glob("*/deepspeed_shm_comm.so"), None) is not None:
         return
     _EXTENSIONS_DIR.mkdir(parents=True, exist_ok=True)
-    build = "from launcher.train.accelerator import build_cpu_collectives; build_cpu_collectives()"
+    build = "from launcher.base._deepspeed import build_cpu_collectives; build_cpu_collectives()"
     subprocess.run([sys.executable, "-c", build], check=True, timeout=600, stdout=subprocess.DEVNULL)

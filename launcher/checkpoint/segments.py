@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.base import _deepspeed
+from launcher.base._deepspeed import FlatMaster
 from launcher.base.block_io import BLOCK_BYTES
 from launcher.checkpoint.layout import Column, Partition
 
@@ -160,12 +162,12 @@ def collect(model: torch.nn.Module, optimizer: Any, *, rank: int, world_size: in
     inner = getattr(optimizer, "optimizer", optimizer)
     module = getattr(model, "module", model)
     names = {id(p): n for n, p in module.named_parameters()}
-    if hasattr(inner, "fp32_partitioned_groups_flat"):
-        state = _zero3(inner, names, rank, world_size)
-    elif hasattr(inner, "single_partition_of_fp32_groups"):
-        state = _zero12(inner, names, rank, world_size)
-    else:
+    stage, masters = _deepspeed.flat_masters(inner)
+    if not stage:
         state = _replicated(inner, names, rank, world_size)
+    else:
+        make = _zero3 if stage == 3 else _zero12
+        state = make(masters, _deepspeed.torch_optimizer(inner), names, rank, world_size)
     trained = {info.name for info in state.params}
     frozen = [(name, param) for name, param in module.named_parameters() if name not in trained]
     return replace(state, frozen=_frozen(frozen, rank, world_size))
@@ -193,37 +195,38 @@ def _cut(params: list[tuple[ParamInfo, int]], low: int, high: int) -> tuple[Exte
     return tuple(found)
 
 
-def _zero12(optimizer: Any, names: dict[int, str], rank: int, world_size: int) -> TrainedState:
+def _zero12(
+    masters: list[FlatMaster], optimizer: torch.optim.Optimizer, names: dict[int, str], rank: int, world_size: int
+) -> TrainedState:
     infos, segments, forward = [], [], {}
-    for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
+    for flat in masters:
         layout = []
-        for param, offset in zip(
-            optimizer.round_robin_bit16_groups[i], optimizer.round_robin_bit16_offsets[i], strict=True
-        ):
-            info = ParamInfo(names[id(param)], tuple(param.shape), i)
+        for param, offset in zip(flat.params, flat.offsets, strict=True):
+            info = ParamInfo(names[id(param)], tuple(param.shape), flat.group)
             layout.append((info, offset))
             infos.append(info)
             forward[info.name] = param.detach()
-        low = rank * master.numel()
-        extents = _cut(layout, low, low + master.numel())
-        segments.append(Segment(master, optimizer.optimizer, i, extents, extents, master))
+        low = rank * flat.master.numel()
+        extents = _cut(layout, low, low + flat.master.numel())
+        segments.append(Segment(flat.master, optimizer, flat.group, extents, extents, flat.master))
     partition = f"zero1/zero2 x {world_size}"
-    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer, partition, forward)
+    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer, partition, forward)
 
 
-def _zero3(optimizer: Any, names: dict[int, str], rank: int, world_size: int) -> TrainedState:
+def _zero3(
+    masters: list[FlatMaster], optimizer: torch.optim.Optimizer, names: dict[int, str], rank: int, world_size: int
+) -> TrainedState:
     infos, segments = [], []
-    for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-        group = optimizer.sub_group_to_group_id[i]
+    for i, flat in enumerate(masters):
         found = [
-            (ParamInfo(names[id(param)], tuple(param.ds_shape), group), param.ds_tensor.ds_numel)
-            for param in optimizer.fp16_groups[i]
+            (ParamInfo(names[id(param)], _deepspeed.full_shape(param), flat.group), _deepspeed.shard_numel(param))
+            for param in flat.params
         ]
         infos += [info for info, _ in found]
         partition = cut_all(str(i), found, world_size)
         extents = row_extents(partition, rank)
-        segments.append(Segment(master, optimizer.optimizer, group, extents, extents, master, partition))
-    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer.optimizer, f"zero3 x {world_size}")
+        segments.append(Segment(flat.master, optimizer, flat.group, extents, extents, flat.master, partition))
+    return TrainedState(_in_model_order(infos, names), tuple(segments), optimizer, f"zero3 x {world_size}")
 
 
 def cut_all(name: str, params: Iterable[tuple[ParamInfo, int]], world_size: int) -> Partition:
@@ -271,11 +274,10 @@ def _frozen(params: list[tuple[str, Any]], rank: int, world_size: int) -> tuple[
     found, offset = [], 0
     low, high = share(sum(param.numel() for _, param in params), rank, world_size)
     for name, param in params:
-        if hasattr(param, "ds_tensor"):
-            shape = tuple(param.ds_shape)
-            width = param.ds_tensor.ds_numel
+        if _deepspeed.is_partitioned(param):
+            shape, width = _deepspeed.full_shape(param), _deepspeed.shard_numel(param)
             held = row_extents(Partition(name, world_size, {name: Column(shape, 0, width)}), rank)
-            found.append(Untrained(name, shape, partial(_flat_shard, param), held, held))
+            found.append(Untrained(name, shape, partial(_deepspeed.flat_shard, param), held, held))
         else:
             held, owned = _whole(name, param.numel(), low - offset, high - offset)
             found.append(Untrained(name, tuple(param.shape), partial(_flat, param), held, owned))
@@ -285,11 +287,6 @@ def _frozen(params: list[tuple[str, Any]], rank: int, world_size: int) -> tuple[
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1)
-
-
-def _flat_shard(param: Any) -> Tensor:
-    shard: Tensor = param.ds_tensor
-    return shard.detach().view(-1)
 
 
 def _in_model_order(infos: Iterable[ParamInfo], names: dict[int, str]) -> tuple[ParamInfo, ...]:

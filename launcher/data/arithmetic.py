@@ -101,6 +101,8 @@ class ExactMatch:
     def _generate(self, context: EvalContext, rows: list[dict[str, Any]]) -> list[str]:
         import torch
 
+        from launcher.base._deepspeed import is_partitioned
+
         tokenizer = context.tokenizer
         prompts = [
             tokenizer.apply_chat_template(_prompt(row), tokenize=False, add_generation_prompt=True) for row in rows
@@ -108,7 +110,7 @@ class ExactMatch:
         inputs = tokenizer(
             prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(context.device)
-        is_partitioned = any(hasattr(parameter, "ds_id") for parameter in context.model.parameters())
+        is_partitioned = any(map(is_partitioned, context.model.parameters()))
         with torch.no_grad():
             tokens = context.model.generate(
                 input_ids=inputs["input_ids"],

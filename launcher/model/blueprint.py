@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from launcher.base import _deepspeed
 from launcher.base.stored import StoredTensors
-from launcher.model import _deepspeed, _transformers
+from launcher.model import _transformers
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launcher.base import _deepspeed
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.config.settings import RunConfig
-from launcher.model import _deepspeed, _transformers
+from launcher.model import _transformers
 from launcher.model.blueprint import Blueprint
 from launcher.model.identity import local_folder
 

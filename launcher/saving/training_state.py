@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.base import files
+from launcher.base import _deepspeed, files
 from launcher.base.errors import DamagedCheckpointError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.processes import Processes
@@ -140,7 +140,7 @@ class TrainingState:
         return {"name": self._config.optim.name, "groups": groups, "partition": self.trained.partition}
 
     def _scaler_state(self) -> dict[str, Any] | None:
-        loss_scaler = getattr(self._optimizer_inner(), "loss_scaler", None)
+        loss_scaler = _deepspeed.loss_scaler(self._optimizer_inner())
         if loss_scaler is not None and self._config.mixed_precision == "fp16":
             return {k: v for k, v in vars(loss_scaler).items() if isinstance(v, (int, float, bool))}
         return dict(self._scaler.state_dict()) if self._scaler is not None else None
@@ -193,7 +193,7 @@ class TrainingState:
             self.trained, self._module, folder, state["optimizer"],
             weights_stem=weights_stem(self._config), stored=self._stored,
         )  # fmt: skip
-        self._refresh_forward_weights()
+        _deepspeed.refresh_forward_weights(self._optimizer_inner())
         self._load_scaler(state["scaler"])
         self._schedule.load(state["scheduler"], state["step"])
         history = files.read_json(path.trainer_state, files.MAX_HISTORY_BYTES).get("log_history", [])
@@ -204,21 +204,10 @@ class TrainingState:
         if rng_path.is_file() and state["world_size"] == self._processes.world_size:
             rng.restore(files.read_json(rng_path))
 
-    def _refresh_forward_weights(self) -> None:
-        """Brings ZeRO-3's partitions of the forward weights up to the loaded masters. Collective."""
-        optimizer = self._optimizer_inner()
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            with torch.no_grad():
-                for i in range(len(optimizer.fp32_partitioned_groups_flat)):
-                    optimizer._reassign_or_swap_out_partitioned_parameters(i)
-                if optimizer.persistent_parameters:
-                    optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-                    optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-
     def _load_scaler(self, state: dict[str, Any] | None) -> None:
         if state is None:
             return
-        loss_scaler = getattr(self._optimizer_inner(), "loss_scaler", None)
+        loss_scaler = _deepspeed.loss_scaler(self._optimizer_inner())
         if self._scaler is not None:
             self._scaler.load_state_dict(state)
         elif loss_scaler is not None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from launcher.base import _deepspeed
 from launcher.base.paths import RunPaths
 from launcher.base.processes import COLLECTIVE_TIMEOUT
 from launcher.config.settings import RunConfig
@@ -100,7 +99,7 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         if not has_cuda:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            build_cpu_collectives()
+            _deepspeed.build_cpu_collectives()
         arguments["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, has_cuda))
     else:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
@@ -113,28 +112,6 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
             handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True))
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that an operator was built
         return LauncherAccelerator(kwargs_handlers=handlers, **arguments)
-
-
-def build_cpu_collectives() -> None:
-    """Has DeepSpeed compile (once per machine) and load its shared-memory collectives, safe against kills.
-
-    A process killed while it compiles or loads leaves a `lock` file on which torch waits without a word and without
-    end (torch/utils/file_baton.py). Every load takes that file, also of what is compiled already, so all of ours happen
-    under a kernel lock, which dies with its holder: a `lock` found under it is stale. Later loads in this process take
-    neither.
-    """
-    from deepspeed.comm.torch import build_shm_op
-    from torch.utils.cpp_extension import _get_build_directory
-
-    name = "deepspeed_shm_comm"
-    folder = Path(_get_build_directory(name, False))
-    with (folder.parent / f".{name}.launcher-lock").open("w") as own_lock:
-        fcntl.flock(own_lock, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        if not (folder / f"{name}.so").is_file():
-            print("DeepSpeed compiles an operator, once on this machine: about 30 s", file=sys.stderr, flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that an operator was built
-            build_shm_op()
 
 
 def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:

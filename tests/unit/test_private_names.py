@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,16 +26,12 @@ _NAMES = {
         "transformers.modeling_utils:PreTrainedModel._get_dtype_plan",
         "transformers.modeling_utils:PreTrainedModel._keys_to_ignore_on_save",
     ],
-    "launcher/model/_deepspeed.py": [
+    "launcher/base/_deepspeed.py": [
         "deepspeed.runtime.zero.partition_parameters:Init._zero_init_param",
         "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
-    ],
-    "launcher/train/accelerator.py": [
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters",
         "deepspeed.comm.torch:build_shm_op",
         "torch.utils.cpp_extension:_get_build_directory",
-    ],
-    "launcher/saving/training_state.py": [
-        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters",
     ],
 }
 
@@ -53,16 +51,37 @@ def test_private_name_is_there(used_by: str, name: str) -> None:
     ("cls", "attributes"),
     [
         ("stage_1_and_2:DeepSpeedZeroOptimizer", ("single_partition_of_fp32_groups", "round_robin_bit16_groups",
-                                                  "round_robin_bit16_offsets")),
+                                                  "round_robin_bit16_offsets", "optimizer", "loss_scaler")),
         ("stage3:DeepSpeedZeroOptimizer_Stage3", ("fp32_partitioned_groups_flat", "fp16_groups",
-                                                  "sub_group_to_group_id", "persistent_parameters")),
+                                                  "sub_group_to_group_id", "persistent_parameters", "optimizer",
+                                                  "loss_scaler")),
     ],
 )  # fmt: skip
 def test_zero_optimizers_have_the_attributes_that_state_is_read_from(cls: str, attributes: tuple[str, ...]) -> None:
-    """launcher/checkpoint/segments.py; made in __init__, so looked for in the source."""
+    """launcher/base/_deepspeed.py; made in __init__, so looked for in the source."""
     module, _, name = cls.partition(":")
     source = inspect.getsource(getattr(importlib.import_module(f"deepspeed.runtime.zero.{module}"), name))
     assert [a for a in attributes if f"self.{a}" not in source] == []
+
+
+def test_partitioned_parameters_have_the_attributes_that_state_is_read_from() -> None:
+    source = inspect.getsource(importlib.import_module("deepspeed.runtime.zero.partition_parameters"))
+    for name in ("param.ds_id", "param.ds_shape", "param.ds_tensor", "param.ds_tensor.ds_numel"):
+        assert f"{name} = " in source, name
+
+
+def test_private_names_of_deepspeed_are_in_one_module_only() -> None:
+    """Its public interface is imported by launcher/train/accelerator.py through Accelerate; nothing else is used."""
+    private = re.compile(
+        r"\bds_(id|shape|tensor|numel)\b|fp32_partitioned_groups|single_partition_of_fp32|bit16_groups"
+    )
+    root = Path(__file__).parents[2] / "launcher"
+    foreign = {"saving/interop/zero_shards.py"}  # another tool's files, which hold these names
+    found = {
+        str(path.relative_to(root)) for path in root.rglob("*.py")
+        if private.search(path.read_text()) or re.search(r"^\s*(from|import) deepspeed", path.read_text(), re.M)
+    }  # fmt: skip
+    assert found - foreign == {"base/_deepspeed.py"}
 
 
 def test_ddp_rebuilds_no_buckets_when_it_looks_for_unused_parameters() -> None:
