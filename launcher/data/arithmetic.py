@@ -110,7 +110,7 @@ class ExactMatch:
         inputs = tokenizer(
             prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(context.device)
-        is_partitioned = any(map(is_partitioned, context.model.parameters()))
+        has_parts = any(map(is_partitioned, context.model.parameters()))
         with torch.no_grad():
             tokens = context.model.generate(
                 input_ids=inputs["input_ids"],
@@ -120,7 +120,7 @@ class ExactMatch:
                 use_cache=True,  # training switches it off in the model's config
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
-                synced_gpus=is_partitioned,
+                synced_gpus=has_parts,
             )
         texts: list[str] = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return texts
