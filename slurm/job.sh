@@ -142,6 +142,7 @@ run_ranks() { # the verdict: finished, pruned, interrupted REASON, unsaved REASO
   main_process_port=${main_process_port:-$(free_port "$1")}
   mkdir -p "$LAUNCHER_ERROR_DIR"
   began=$(date +%s)
+  export LAUNCHER_BEGAN=$began # for the timeline
   on_nodes node &
   ranks=$!
   while ((again)); do

@@ -21,6 +21,7 @@ from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED, die_with_parent, host
 from launcher.base.rank_reports import ATTEMPT, make_report, read_reports
 from launcher.base.stop_requests import SUPERVISED
+from launcher.base.timeline import BEGAN
 from launcher.config.settings import RunConfig
 
 _SHUTDOWN_S = 5
@@ -46,8 +47,12 @@ class Attempt:
         local = max(1, num_processes(config) // config.launch.num_machines)
         self._ranks = range(self._machine * local, (self._machine + 1) * local)
 
-    def run(self, start: Start, machines: OneMachine) -> Ended:
-        """Runs the ranks to their end, or ends them where `machines` says so."""
+    def run(self, start: Start, machines: OneMachine, began: float) -> Ended:
+        """Runs the ranks to their end, or ends them where `machines` says so.
+
+        Args:
+            began: when the command that this start belongs to began, seconds since the epoch.
+        """
         try:
             self._paths.logs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             log = self._log.open("ab")
@@ -58,7 +63,7 @@ class Attempt:
         stacks = {rank: self._stack_bytes(rank) for rank in self._ranks}
         with log, tempfile.TemporaryDirectory(prefix="launcher-") as error_dir:
             begin = log.tell()
-            process = self._popen(start, error_dir, log.fileno())
+            process = self._popen(start, error_dir, log.fileno(), began)
             try:
                 code = self._watch(process, machines, start)
             finally:
@@ -72,12 +77,12 @@ class Attempt:
                  if (is_waiting := self._is_waiting(rank, size)) is not None}, output[-4000:],
             )  # fmt: skip
 
-    def _popen(self, start: Start, error_dir: str, log: int) -> subprocess.Popen[bytes]:
+    def _popen(self, start: Start, error_dir: str, log: int, began: float) -> subprocess.Popen[bytes]:
         parent = os.getpid()
         env = {
             **without_inherited({**os.environ, **self._env}), SUPERVISED: "1", ATTEMPT: start.id,
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
-            "LAUNCHER_ERROR_DIR": error_dir, "LAUNCHER_STDERR": f"/proc/{parent}/fd/2",
+            BEGAN: repr(began), "LAUNCHER_ERROR_DIR": error_dir, "LAUNCHER_STDERR": f"/proc/{parent}/fd/2",
             **({RESTARTED: "1"} if start.is_restart else {}),
         }  # fmt: skip
         # A session of its own: Ctrl-C reaches only us, and the ranks learn of it at a step boundary.

@@ -22,11 +22,13 @@ from launcher.agent.machines import Ended, Start, Verdict
 from launcher.agent.outcome import Outcome
 from launcher.agent.requests import Requests
 from launcher.base import files, lock, lock_file
+from launcher.base.end_report import write_end_report
 from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, MachinesError, RankFailedError, UserError
 from launcher.base.paths import RunPaths
 from launcher.base.process import is_alive
 from launcher.base.secrets import redacted
 from launcher.base.stop_requests import odd_stop, read_stop, remove_stop
+from launcher.base.timeline import began_at, note_ended
 from launcher.config.changes import changed_settings
 from launcher.config.settings import RunConfig, run_length
 from launcher.hub import send_left_over
@@ -76,6 +78,7 @@ class _Supervisor:
         self._is_first = config.launch.num_machines == 1 or config.launch.machine_rank == 0
         self._has_written_stop = False
         self._earlier: Outcome | None = None
+        self._began = 0.0
         self._newest_before: int | None = None
 
     def run(self) -> int:
@@ -91,6 +94,8 @@ class _Supervisor:
                     return self._conclude(start)
                 verdict = self._attempt(me, start)
                 if not verdict.is_restart:
+                    if self._is_first and not self._requests.is_kill_asked:
+                        write_end_report(self._paths.root)
                     return self._conclude(verdict)
                 print(f"launcher: {verdict.text}", file=sys.stderr, flush=True)
                 time.sleep(1.0)
@@ -99,7 +104,8 @@ class _Supervisor:
         raise AssertionError("unreachable")
 
     def _attempt(self, me: machines.OneMachine, start: Start) -> Verdict:
-        ended = self._ranks.run(start, me)
+        self._began = time.time() if start.is_restart else began_at()
+        ended = self._ranks.run(start, me, self._began)
         try:
             return me.end(ended, lambda all_ended: self._judge(start, all_ended))
         except MachinesError as error:
@@ -152,6 +158,7 @@ class _Supervisor:
     def _judge(self, start: Start, ended: Sequence[Ended]) -> Verdict:
         """On the first machine: what follows for all from how the ranks ended."""
         found = outcome.judge(self._paths, start.id, ended, is_killed=self._requests.is_kill_asked)
+        note_ended(self._paths, start.id, self._began, vars(found))
         if found.state != "failed":
             return Verdict(found.exit_code, found.text)
         newest, limit = outcome.newest_checkpoint(self._paths), self._config.launch.max_restarts

@@ -131,6 +131,16 @@ class RunPaths:
     def temporary_dir(self, step: int) -> Path:
         return self.root / f".tmp-checkpoint-{step}"
 
+    @property
+    def timeline(self) -> Path:
+        """What the time was spent on, see `base.timeline`."""
+        return self.logs_dir / "timeline.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """What the model wrote in each evaluation by generation: step, prompt, answer, expected."""
+        return self.logs_dir / "samples.jsonl"
+
     def rank_log(self, rank: int) -> Path:
         return self.logs_dir / f"rank-{rank}.log"
 

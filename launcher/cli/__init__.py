@@ -26,6 +26,7 @@ VERBS = {
     "prefetch": "download model and data before a run without internet",
     "push": "send checkpoints to the Hugging Face Hub",
     "status": "what runs, where it is, how fast",
+    "report": "a run or a sweep as one HTML page with plots",
     "doctor": "the machine, versions, devices, and the command that mends what is wrong",
     "init": "a small project of your own in a new folder",
 }

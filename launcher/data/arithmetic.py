@@ -10,6 +10,8 @@ import numpy as np
 from launcher.data.evaluation import EvalContext
 
 _NUMBERS = range(10, 100)  # two digits each
+_NUM_SHOWN = 4
+"""Answers that each evaluation shows."""
 _WORDINGS = {
     "+": ("What is {a} + {b}?", "Add {a} and {b}."),
     "-": ("What is {a} - {b}?", "Reduce {a} by {b}."),
@@ -95,6 +97,9 @@ class ExactMatch:
             batch = own[start : start + context.batch_size]
             answers = self._generate(context, batch or rows[:1])  # ZeRO-3 gathers weights in every call
             matches += sum(_final(answer) == _expected(row) for answer, row in zip(answers, batch, strict=False))
+            for answer, row in zip(answers, batch[: _NUM_SHOWN - start], strict=False) if start < _NUM_SHOWN else ():
+                prompt, expected = _prompt(row)[-1]["content"], _expected(row)
+                context.show(prompt=prompt, answer=answer, expected=expected, is_right=_final(answer) == expected)
         total, count = context.sum_over_processes([float(matches), float(len(own))])
         return {"exact_match": total / max(count, 1.0)}
 

@@ -21,6 +21,8 @@ class EvalContext:
         sum_over_processes: the element-wise sums of a list of numbers over all processes; exact for whole numbers
             below 2^53. A collective.
         batch_size: samples per process and generate call (`eval.per_device_eval_batch_size`).
+        show: takes `prompt`, `answer` and, where they are known, `expected` and `is_right`: a few of them, the same
+            prompts every time, stand in the report. The first process's are kept.
     """
 
     model: Any
@@ -31,3 +33,4 @@ class EvalContext:
     device: Any
     sum_over_processes: Callable[[list[float]], list[float]]
     batch_size: int = 64
+    show: Callable[..., None] = lambda **sample: None

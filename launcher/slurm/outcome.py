@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import files
+from launcher.base.end_report import write_end_report
 from launcher.base.errors import EXIT_FAILED, EXIT_STOPPED
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.process import host
 from launcher.base.rank_reports import first_failure, in_words, read_reports
 from launcher.base.stop_requests import read_stop, remove_stop
+from launcher.base.timeline import note_ended
 
 
 def judge(paths: RunPaths, *, attempt: str, began: float, code: int, error_dir: Path) -> tuple[str, str]:
@@ -111,6 +113,12 @@ def main() -> int:
         RunPaths(given.run_dir), attempt=given.attempt, began=given.began, code=given.code,
         error_dir=Path(os.environ["LAUNCHER_ERROR_DIR"]),
     )  # fmt: skip
+    state, _, reason = verdict.partition(" ")
+    if state in ("crashed", "failed"):
+        state, reason = "failed", "crash" if state == "crashed" else ""
+    ended = {"state": state, "reason": reason or None, "text": why}
+    note_ended(RunPaths(given.run_dir), given.attempt, given.began, ended)
+    write_end_report(given.run_dir)
     if why:
         print(f"launcher: {why}", file=sys.stderr)
     print(verdict)

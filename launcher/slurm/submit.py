@@ -16,6 +16,7 @@ import yaml
 from launcher.base import files, lock, lock_file
 from launcher.base.errors import RunLockedError, SlurmError, UserError
 from launcher.base.paths import RunPaths
+from launcher.base.timeline import Timeline
 from launcher.config.rules import leaves
 from launcher.config.sbatch import meant_option
 from launcher.config.settings import LaunchConfig, RunConfig, to_dict
@@ -80,8 +81,14 @@ def submit_run(config: RunConfig) -> Submission:
     snapshot = _snapshot_of([config])
     _write(plan, snapshot)
     job_id = _sbatch(plan.script)
-    RunPaths(plan.jobs[0].run_dir).slurm_dir.joinpath("job_id").write_text(f"{job_id}\n", encoding="utf-8")
+    _note_queued(plan.jobs[0].run_dir, job_id)
     return Submission(job_id, plan.log.replace("%j", job_id), plan.script, snapshot.notices)
+
+
+def _note_queued(run_dir: Path, job_id: str) -> None:
+    paths = RunPaths(run_dir)
+    paths.slurm_dir.joinpath("job_id").write_text(f"{job_id}\n", encoding="utf-8")
+    Timeline(paths).append("queued", job_id=job_id)
 
 
 def _plan_run(config: RunConfig) -> _Plan:
@@ -141,7 +148,7 @@ def submit_array(
         _write(plan, snapshot)
         array_id = _sbatch(plan.script)
         for task, job in enumerate(plan.jobs):
-            RunPaths(job.run_dir).slurm_dir.joinpath("job_id").write_text(f"{array_id}_{task}\n", encoding="utf-8")
+            _note_queued(job.run_dir, f"{array_id}_{task}")
         notices = () if submissions else snapshot.notices
         submissions.append(Submission(array_id, plan.log.replace("%A", array_id), plan.script, notices))
     return submissions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+from launcher.base.end_report import write_end_report
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, UserError
 from launcher.sweep.controller import Listed, LocalController, Source, StopRequests, sweep_lock, wait_for_old_jobs
 from launcher.sweep.devices import make_slots
@@ -83,6 +84,8 @@ def _run_locally(plan: SweepPlan) -> int:
 def _show_end(plan: SweepPlan, planned: Mapping[str, Job], stop: StopRequests) -> int:
     statuses = {name: read_job(job.output_dir, plan.metric) for name, job in planned.items()}
     show_table(plan.paths.root, statuses, plan.metric)
+    if stop.count < 2:
+        write_end_report(plan.paths.root)
     return exit_code(plan, statuses, stop.count)
 
 

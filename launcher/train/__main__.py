@@ -38,6 +38,7 @@ def main() -> None:
             code = EXIT_FAILED
         run.close()
         lock.release()
+        rank_setup.maybe_report(paths, processes)
         if code:
             processes.barrier()  # an agent ends the others once one has failed
     except BaseException as error:

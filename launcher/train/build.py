@@ -20,6 +20,7 @@ from launcher.base.process import host
 from launcher.base.processes import Processes
 from launcher.base.shared_folder import check_shared
 from launcher.base.stop_requests import REASONS, StopRequests
+from launcher.base.timeline import Timeline
 from launcher.checkpoint import resume
 from launcher.checkpoint.engine import Checkpointer
 from launcher.checkpoint.resume import ResumePoint
@@ -37,14 +38,18 @@ from launcher.saving.interop.importing import import_checkpoint, import_notices
 from launcher.saving.save_schedule import SaveSchedule
 from launcher.saving.saver import Saver
 from launcher.saving.training_state import TrainingState
+from launcher.train.about import about_run
 from launcher.train.accelerator import LauncherAccelerator
 from launcher.train.evaluation import Evaluator, Metric
 from launcher.train.loop import Run
-from launcher.train.metrics import MetricsFile, Progress, RunFile
+from launcher.train.metrics import MetricsFile, Progress, RunFile, SamplesFile
 from launcher.train.recorder import MainRecorder, NoRecorder, Recorder
 from launcher.train.step import TrainStep
 from launcher.train.trackers import Trackers
 from launcher.train.watchdog import Watchdog
+
+_MAX_UNDONE = 500
+"""Losses that are kept of steps which are trained again, to be compared."""
 
 
 def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, RunLock]:
@@ -198,7 +203,11 @@ def build_run(
     loss, loss_notices = build_loss(
         accelerator.unwrap_model(model), accelerator.device, is_fused=config.train.fused_loss
     )
-    recorder = build_recorder(config, accelerator, processes, paths, state, total_steps)
+    about = about_run(
+        built.module, num_rows=len(data.train), num_eval_rows=len(data.eval) if data.eval is not None else None,
+        device=accelerator.device,
+    )  # fmt: skip
+    recorder = build_recorder(config, accelerator, processes, paths, state, total_steps, about)
     hub = build_hub(config, paths) if processes.is_main else NoHub()
     watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
     saver = Saver(
@@ -296,19 +305,22 @@ def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], to
 
 def build_recorder(
     config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths, state: TrainingState,
-    total_steps: int,
+    total_steps: int, about: dict[str, Any],
 ) -> Recorder:  # fmt: skip
     """What writes down and shows the run: on the main process, nothing on the others."""
     if not processes.is_main:
         return NoRecorder()
     metrics, run_file = MetricsFile(paths.metrics), RunFile(paths, processes.world_size)
-    metrics.trim(state.step)
+    timeline = Timeline(paths)
+    if undone := [[line["step"], line["loss"]] for line in metrics.trim(state.step) if "loss" in line]:
+        timeline.append("undone", losses=undone[-_MAX_UNDONE:])
     run_file.update(
         step=state.step, epoch=state.progress.epoch, total_steps=total_steps, length=run_length(config),
-        resumed_from=config.checkpoint.resume_from_checkpoint,
+        resumed_from=config.checkpoint.resume_from_checkpoint, about=about,
     )  # fmt: skip
     trackers = Trackers(accelerator, config, paths, state.step)
-    return MainRecorder(metrics, run_file, trackers, Progress(total_steps, state.step))
+    timeline.append("begin", step=state.step, total_steps=total_steps)
+    return MainRecorder(metrics, run_file, trackers, Progress(total_steps, state.step), timeline, SamplesFile(paths))
 
 
 def build_metric(config: RunConfig) -> Metric | None:

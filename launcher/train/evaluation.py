@@ -34,6 +34,8 @@ class Evaluator:
         self._config, self._processes, self._accelerator = config, processes, accelerator
         self._model, self._tokenizer, self._data = model, tokenizer, data
         self._loss, self._metric, self._watchdog, self._total_steps = loss, metric, watchdog, total_steps
+        self.samples: list[dict[str, Any]] = []
+        """What the metric showed of the last evaluation, on this process."""
 
     def is_due(self, step: int) -> bool:
         """Whether `eval.eval_strategy` asks for an evaluation after a step; the last step always has one."""
@@ -54,6 +56,7 @@ class Evaluator:
         """
         rows = self._data.eval
         assert rows is not None
+        self.samples = []
         size, world = self._config.eval.per_device_eval_batch_size, self._processes.world_size
         self._model.eval()
         loss_sum, labelled = 0.0, 0.0
@@ -81,4 +84,5 @@ class Evaluator:
             model=self._accelerator.unwrap_model(self._model), tokenizer=self._tokenizer, rows=self._data.eval_rows,
             rank=self._processes.rank, world_size=self._processes.world_size, device=self._accelerator.device,
             sum_over_processes=self._processes.sum, batch_size=self._config.eval.per_device_eval_batch_size,
+            show=lambda **sample: self.samples.append(sample),
         )  # fmt: skip

@@ -17,7 +17,8 @@ def finish(run: Run, paths: RunPaths) -> None:
             f"step {run.step}: stopped early, {run.config.checkpoint.metric_key} has not improved for "
             f"{run.state.progress.evals_without_gain} evaluations (train.early_stopping_patience)"
         )
-    source, is_temporary = final_model(run, paths)
+    with run.recorder.during("save"):
+        source, is_temporary = final_model(run, paths)
     run.watchdog.pause()
     run.processes.on_main(run.saver.check_lock)
     run.processes.on_main(lambda: publish(source, paths.root, is_temporary=is_temporary))

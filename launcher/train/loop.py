@@ -14,6 +14,7 @@ from launcher.config.settings import RunConfig
 from launcher.hub import Hub
 from launcher.saving.saver import Saver
 from launcher.saving.training_state import TrainingState
+from launcher.train.about import memory_bytes
 from launcher.train.evaluation import Evaluator
 from launcher.train.recorder import Recorder
 from launcher.train.step import StepSums, TrainStep
@@ -84,13 +85,14 @@ def fit(run: Run) -> str | None:
     while run.step < run.total_steps and not is_stopped_early(run):
         run.watchdog.alive()
         agreed = train(run)
+        run.recorder.advance(run.step, run.state.progress.epoch, run.hub.status)
         run.saver.follow(agreed.num_undone, agreed.num_failed)
         log(run, agreed)
         if agreed.stop_code and run.step < run.total_steps:
             return stop(run, REASONS[agreed.stop_code - 1])
         maybe_evaluate(run)
-        run.saver.maybe_save(is_due=agreed.is_save_due)
-        run.recorder.advance(run.step, run.state.progress.epoch, run.hub.status)
+        with run.recorder.during("save"):
+            run.saver.maybe_save(is_due=agreed.is_save_due)
         for notice in run.hub.poll():
             run.recorder.say(notice)
     return None
@@ -172,7 +174,7 @@ def log(run: Run, agreed: Agreement) -> None:
         "loss": p.loss_sum / p.labelled_tokens if p.labelled_tokens else None,  # every step may have been skipped
         "learning_rate": run.train_step.schedule.learning_rate, "grad_norm": window.grad_norm,
         "tokens_per_second": round(window.num_tokens / max(1e-9, time.monotonic() - window.started), 1),
-        "num_tokens": p.num_tokens,
+        "num_tokens": p.num_tokens, "memory_bytes": memory_bytes(run.train_step.accelerator.device),
     }  # fmt: skip
     if p.router_loss_sum and p.counted_steps:
         line["router_loss"] = p.router_loss_sum / p.counted_steps
@@ -193,7 +195,9 @@ def maybe_evaluate(run: Run) -> None:
     if not run.evaluator.is_due(run.step):
         return
     started = time.monotonic()
-    values = run.evaluator.evaluate()
+    with run.recorder.during("evaluation"):
+        values = run.evaluator.evaluate()
+        run.recorder.sampled(run.step, run.evaluator.samples)
     run.last_eval_s = round(time.monotonic() - started, 3)
     run.window.started += run.last_eval_s  # tokens_per_second is of training
     epoch = round(run.state.progress.epoch, 6)
@@ -232,6 +236,7 @@ def stop(run: Run, reason: str) -> str:
     """Saves and ends, because somebody asked. Collective."""
     run.recorder.say(f"step {run.step}: stopping ({reason})")
     if run.saver.is_on:
-        run.saver.save_and_wait()
+        with run.recorder.during("save"):
+            run.saver.save_and_wait()
     run.stop.clear()
     return reason

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,48 @@ class MetricsFile:
         values = [v for line in files.read_json_lines(self._path) if isinstance(v := line.get(key), (int, float))]
         return values[-1] if values else None
 
-    def trim(self, step: int) -> None:
-        """Removes lines beyond `step`, and one that a crash cut off.
+    def trim(self, step: int) -> list[dict[str, Any]]:
+        """Removes lines beyond `step`, and one that a crash cut off; returns the former.
 
         Raises:
             UserError: it cannot be replaced; the old one is whole.
         """
         if not self._path.is_file():
-            return
+            return []
         try:
-            lines = files.read_json_lines(self._path, is_required=True)  # else a read that fails once empties it
+            lines = list(files.read_json_lines(self._path, is_required=True))  # else a read that fails once empties it
             kept = [line for line in lines if isinstance(at := line.get("step", 0), (int, float)) and at <= step]
+            removed = [line for line in lines if isinstance(at := line.get("step"), (int, float)) and at > step]
             files.replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         except OSError as error:
             raise UserError(
                 f"output_dir={self._path.parent}: {self._path.name} cannot be rewritten: {error}"
             ) from error
+        return removed
+
+
+_MAX_SAMPLES, _MAX_SAMPLE_CHARS, _MAX_SAMPLES_BYTES = 8, 2000, 8 * 2**20
+
+
+class SamplesFile:
+    """logs/samples.jsonl: what the model wrote in each evaluation, of bounded size. Main process only."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+
+    def append(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        lines = [json.dumps({"step": step, **_cut(sample)}) + "\n" for sample in samples[:_MAX_SAMPLES]]
+        if not lines:
+            return
+        with contextlib.suppress(OSError), files.open_append(self._paths.samples, within=self._paths.root) as file:
+            if file.tell() < _MAX_SAMPLES_BYTES:
+                file.write(("\n" + "".join(lines)).encode())  # the line before may have been cut off by a kill
+
+
+def _cut(sample: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: sample.get(key) for key in ("prompt", "answer", "expected", "is_right")}
+    return {key: value[:_MAX_SAMPLE_CHARS] if isinstance(value, str) else value if isinstance(value, bool) else None
+            for key, value in kept.items()}  # fmt: skip
 
 
 _RUN_FILE_S = 5.0

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher.base import files
+from launcher.base.end_report import write_end_report
 from launcher.base.environment import clean_rank, drop_engine_settings, other_engines
 from launcher.base.errors import ConfigError
 from launcher.base.output import survive_closed_output
-from launcher.base.process import die_with_parent
-from launcher.base.rank_reports import Report, make_report, write_report
+from launcher.base.process import RESTARTED, die_with_parent, host
+from launcher.base.rank_reports import ATTEMPT, Report, make_report, write_report
+from launcher.base.stop_requests import SUPERVISED
+from launcher.base.timeline import Timeline, began_at
 from launcher.config.rules import cache_problems
 from launcher.hub.environment import distrust_xet
 
@@ -105,6 +108,12 @@ def opened(paths: RunPaths, lock: RunLock, processes: Processes) -> None:
     global _paths, _lock
     _paths, _lock = paths, lock
     lock.on_lost = fail
+    if processes.is_main:
+        Timeline(paths).append(
+            "start", began=round(began_at(), 3), attempt=os.environ.get(ATTEMPT), host=host(),
+            job_id=os.environ.get("SLURM_JOB_ID"), num_processes=processes.world_size,
+            is_restart=bool(os.environ.get(RESTARTED)) or None, requeues=os.environ.get("SLURM_RESTART_COUNT"),
+        )  # fmt: skip
     terminal = os.environ.get("LAUNCHER_STDERR")
     if processes.is_main and terminal:  # the agent's own output goes to logs/agent.log
         try:
@@ -145,13 +154,24 @@ def fail(error: BaseException) -> NoReturn:
                 state="failed", reason=None if report["is_ours"] else "crash", exit_code=report["exit_code"],
                 error=report["message"], step=_state.progress.step, epoch=_state.progress.epoch,
             )  # fmt: skip
-    if not os.environ.get("LAUNCHER_SUPERVISED"):
+    elif rank() == 0 and _paths is not None and _lock is not None and _lock.is_held():
+        Timeline(_paths).append("end", state="failed", reason=None if report["is_ours"] else "crash")
+    if not os.environ.get(SUPERVISED):
         text = report["message"] if report["is_ours"] else "\n".join(report["traceback"])
         if rank() == 0 or not report["is_ours"]:
             print(f"launcher: rank {rank()}: {text}", file=sys.stderr, flush=True)
     if _lock is not None:
+        was_held = _lock.is_held()
         _lock.release()
+        if was_held and _paths is not None and rank() == 0 and not os.environ.get(SUPERVISED):
+            write_end_report(_paths.root)
     os._exit(report["exit_code"])
+
+
+def maybe_report(paths: RunPaths, processes: Processes) -> None:
+    """report.html, where nobody above does it: under one's own accelerate launch."""
+    if processes.is_main and not os.environ.get(SUPERVISED):
+        write_end_report(paths.root)
 
 
 def _write_report(report: Report) -> None:

@@ -5,10 +5,13 @@ The other processes hold `NoRecorder`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from launcher.train.metrics import MetricsFile, Progress, RunFile
+from launcher.base.timeline import Timeline
+from launcher.train.metrics import MetricsFile, Progress, RunFile, SamplesFile
+from launcher.train.time_spent import Kind, TimeSpent
 from launcher.train.trackers import Trackers
 
 
@@ -21,6 +24,9 @@ class Recorder(Protocol):
     def saved(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl for a committed save."""
 
+    def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """What the model wrote in an evaluation."""
+
     def last(self, key: str) -> Any:
         """The newest value of a key of metrics.jsonl, also of an earlier start."""
 
@@ -30,8 +36,11 @@ class Recorder(Protocol):
     def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None:
         """A step is done: for the display, and from time to time for run.json."""
 
+    def during(self, kind: Kind) -> AbstractContextManager[None]:
+        """What happens inside is an evaluation or a save, not training."""
+
     def update_run(self, **fields: Any) -> None:
-        """Changes run.json now."""
+        """Changes run.json now; with a `state` other than running the run ends."""
 
     def close(self) -> None:
         """Ends the trackers and the display."""
@@ -40,8 +49,13 @@ class Recorder(Protocol):
 class MainRecorder:
     """The main process's. metrics.jsonl is cut to the step that the run goes on from."""
 
-    def __init__(self, metrics: MetricsFile, run_file: RunFile, trackers: Trackers, progress: Progress) -> None:
+    def __init__(
+        self, metrics: MetricsFile, run_file: RunFile, trackers: Trackers, progress: Progress, timeline: Timeline,
+        samples: SamplesFile,
+    ) -> None:  # fmt: skip
         self._metrics, self._run_file, self._trackers, self._progress = metrics, run_file, trackers, progress
+        self._samples = samples
+        self._timeline, self._time_spent = timeline, TimeSpent(timeline)
         if trackers.notice:
             progress.say(trackers.notice)
 
@@ -52,6 +66,10 @@ class MainRecorder:
 
     def saved(self, line: dict[str, Any]) -> None:
         self._metrics.append(line)
+        self._time_spent.saved(line["save_stall_s"])
+
+    def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        self._samples.append(step, samples)
 
     def last(self, key: str) -> Any:
         return self._metrics.last(key)
@@ -61,12 +79,19 @@ class MainRecorder:
 
     def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None:
         self._progress.advance(step)
+        self._time_spent.advance(step)
         self._run_file.advance(step, epoch, hub_status)
 
+    def during(self, kind: Kind) -> AbstractContextManager[None]:
+        return self._time_spent.during(kind)
+
     def update_run(self, **fields: Any) -> None:
+        if fields.get("state", "running") != "running":
+            self._time_spent.end(fields["state"], fields.get("reason"), fields["step"])
         self._run_file.update(**fields)
 
     def close(self) -> None:
+        self._timeline.append("closed")
         self._trackers.close()
         self._progress.close()
 
@@ -76,8 +101,12 @@ class NoRecorder:
 
     def measured(self, line: dict[str, Any]) -> None: ...
     def saved(self, line: dict[str, Any]) -> None: ...
+    def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None: ...
     def last(self, key: str) -> Any: ...
     def say(self, text: str) -> None: ...
     def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None: ...
+    def during(self, kind: Kind) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def update_run(self, **fields: Any) -> None: ...
     def close(self) -> None: ...

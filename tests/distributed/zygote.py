@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
     """What every start of ranks in the tests has in common."""
     return {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "LAUNCHER_REPORT": "0",
     }  # fmt: skip
 
 

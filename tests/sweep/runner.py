@@ -26,7 +26,7 @@ class SweepRunner:
     def start(self, *overrides: str, **env: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(MAIN), *COMMON, f"output_dir={self.root}", *overrides]
         environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LAUNCHER_REPORT": "0", **env}
         process = subprocess.Popen(
             command, cwd=self.root.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

@@ -1,0 +1,78 @@
+"""`launcher report`: a run or a sweep as one HTML file that opens anywhere. Reads files only; imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher.base import files
+from launcher.base.errors import EXIT_DONE, UserError
+from launcher.base.paths import RunPaths
+from launcher.cli.report.page import MAX_BYTES, render
+from launcher.sweep.jobs import is_sweep
+from launcher.sweep.runs import is_run
+
+_POINTS = (1200, 400, 120, 30)
+"""Of each curve; the next smaller number where the page would be too large."""
+_EPILOG = """examples:
+  launcher report outputs/run              writes outputs/run/report.html
+  launcher report outputs/sweep -o page.html
+
+It is also written at each end of a run. One file of at most 2 MB: it needs no network and can be sent to anybody."""
+
+
+def main(argv: list[str]) -> int:
+    """Writes the page and says where; returns the exit code.
+
+    Raises:
+        UserError: there is no run or sweep, or the file cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="launcher report", description="A run or a sweep as one HTML page with plots.", epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, metavar="RUN_OR_SWEEP", help="the output_dir of a run or a sweep")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: RUN_OR_SWEEP/report.html")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing where it was written")
+    options = parser.parse_args(argv)
+    root: Path = options.folder.expanduser()
+    if not (root.is_dir() and (is_sweep(root) or is_run(root))):
+        raise UserError(f"{options.folder} is no run and no sweep. Give the output_dir of one")
+    target = options.output.expanduser() if options.output else RunPaths(root).report
+    write_page(root, target, within=None if options.output else root)
+    if not options.quiet:
+        print(target)
+        print(f"{target.stat().st_size / 1000:,.0f} KB; open it in a browser", file=sys.stderr)
+    return EXIT_DONE
+
+
+def write_page(root: Path, target: Path, *, within: Path | None = None) -> None:
+    """Writes the page of a run or sweep, atomically.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    html = ""
+    for limit in _POINTS:
+        html = render(*_read(root, limit))
+        if len(html.encode()) <= MAX_BYTES:
+            break
+    try:
+        files.replace_file(target, html.encode(), within=within)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error}. Another place: -o FILE") from error
+
+
+def _read(root: Path, limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the template shows, and what the script draws."""
+    if is_sweep(root):
+        from launcher.cli.report.sweep_page import read_page as read_sweep
+
+        page = read_sweep(root.resolve(), limit)
+        return page, {key: page[key] for key in ("curves", "parallel")}
+    from launcher.cli.report.run_page import read_page
+
+    page = read_page(root.resolve(), limit)
+    return page, {key: page[key] for key in ("goodput", "charts", "bands", "total_steps")}
