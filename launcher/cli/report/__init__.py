@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from launcher.base import files
 from launcher.base.errors import EXIT_DONE, UserError
 from launcher.base.paths import RunPaths
+from launcher.cli.report.curves import charts
 from launcher.cli.report.page import MAX_BYTES, render
 from launcher.sweep.jobs import is_sweep
 from launcher.sweep.runs import is_run
@@ -54,25 +54,26 @@ def write_page(root: Path, target: Path, *, within: Path | None = None) -> None:
     Raises:
         UserError: it cannot be written there.
     """
-    html = ""
-    for limit in _POINTS:
-        html = render(*_read(root, limit))
-        if len(html.encode()) <= MAX_BYTES:
-            break
+    html = _render(root.resolve())
     try:
         files.replace_file(target, html.encode(), within=within)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}. Another place: -o FILE") from error
 
 
-def _read(root: Path, limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the template shows, and what the script draws."""
+def _render(root: Path) -> str:
     if is_sweep(root):
-        from launcher.cli.report.sweep_page import read_page as read_sweep
+        from launcher.cli.report import sweep_page
 
-        page = read_sweep(root.resolve(), limit)
-        return page, {key: page[key] for key in ("curves", "parallel")}
-    from launcher.cli.report.run_page import read_page
+        page = sweep_page.read_page(root)
+        return render(page, {key: page[key] for key in ("curves", "parallel")})
+    from launcher.cli.report import run_page
 
-    page = read_page(root.resolve(), limit)
-    return page, {key: page[key] for key in ("goodput", "charts", "bands", "total_steps")}
+    page, metrics = run_page.read_page(root)
+    data = {key: page[key] for key in ("goodput", "bands", "total_steps")}
+    html = ""
+    for limit in _POINTS:
+        html = render(page, {**data, "charts": charts(metrics, limit)})
+        if len(html.encode()) <= MAX_BYTES:
+            break
+    return html

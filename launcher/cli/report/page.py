@@ -31,7 +31,8 @@ def render(page: dict[str, Any], data: dict[str, Any]) -> str:
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    style, script = _read("uplot.css") + _read("report.css"), _read("uplot.js") + "\n" + _read("report.js")
+    style = _read("uplot.css") + _read("report.css")
+    script = f"/* uPlot:\n{_read('uplot.LICENSE')}*/\n{_read('uplot.js')}\n{_read('report.js')}"
     return environment.get_template("page.html").render(
         page=page, data=Markup(_json(data)), style=Markup(style), script=Markup(script),
         style_hash=_hash(style), script_hash=_hash(script),

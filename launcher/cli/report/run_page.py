@@ -16,7 +16,7 @@ from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.secrets import redacted
 from launcher.base.timeline import read_timeline
 from launcher.cli.report import words
-from launcher.cli.report.curves import Metrics, charts, number, read_metrics
+from launcher.cli.report.curves import Metrics, number, read_metrics
 from launcher.cli.report.goodput import KINDS, OFF, Goodput, work_out
 from launcher.cli.status import run_metric
 from launcher.config.settings import RunConfig, to_dict
@@ -29,8 +29,8 @@ _SAMPLE_BYTES = 16 * 2**20
 _MAX_PROMPTS, _MAX_EVALUATIONS = 4, 8
 _KIND_NAMES = {
     "productive": "training", "evaluation": "evaluation", "save": "save stalls", "startup": "start-up",
-    "lost": "trained again after a kill", "queue": "waiting in the queue", "down": "down after a kill",
-    "finish": "publishing at the end", "off": "switched off",
+    "lost": "trained again", "queue": "waiting in the queue", "down": "down after a kill",
+    "finish": "publishing", "off": "switched off",
 }  # fmt: skip
 _STATE_WORDS = {"running": "running", "finished": "finished", "failed": "failed", "pruned": "pruned"}
 
@@ -42,8 +42,8 @@ def text(value: Any, limit: int = _MAX_TEXT) -> str:
     return shown if len(shown) <= limit else shown[:limit] + "…"
 
 
-def read_page(root: Path, limit: int, now: float | None = None) -> dict[str, Any]:
-    """All of it; `limit` bounds the points of a curve."""
+def read_page(root: Path, now: float | None = None) -> tuple[dict[str, Any], Metrics]:
+    """All of it but the curves, and what those are drawn from."""
     paths = RunPaths(root)
     judged_by = run_metric(root)
     status, info, config = read_run(root, judged_by), files.read_json_or(paths.run_state, {}), read_config(paths)
@@ -57,7 +57,7 @@ def read_page(root: Path, limit: int, now: float | None = None) -> dict[str, Any
         saved_step=max((row["step"] for row in checkpoints if row["is_kept"]), default=0),
     )  # fmt: skip
     name = text(config.get("run_name") or root.name, 120)
-    return {
+    page = {
         "kind": "run", "name": name, "title": name, "folder": text(root), "state": state_of(status),
         "state_text": state_text(status), "made_at": datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z"),
         "version": __version__, "subtitle": subtitle(config, info, status),
@@ -65,11 +65,12 @@ def read_page(root: Path, limit: int, now: float | None = None) -> dict[str, Any
         "goodput": goodput_data(goodput) if goodput is not None else None,
         "parts": parts(goodput) if goodput is not None else [],
         "retrained": retrained(lines, metrics, goodput),
-        "charts": charts(metrics, limit), "checkpoints": checkpoints, "best_by": text(judged_by.key, 80),
+        "has_charts": bool(metrics.series), "checkpoints": checkpoints, "best_by": text(judged_by.key, 80),
         "settings": settings_rows(config), "versions": versions(info), "samples": samples(paths),
         "bands": bands(goodput) if goodput is not None else [], "error": text(info.get("error") or "", 2000),
         "total_steps": status.total_steps,
     }  # fmt: skip
+    return page, metrics
 
 
 # --------------------------------------------------------------------------- the head

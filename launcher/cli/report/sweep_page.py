@@ -20,10 +20,11 @@ from launcher.sweep.table import count_states, ranked
 
 _MAX_JOBS, _MAX_CURVES, _MAX_AXES, _MAX_GROUPS = 500, 60, 8, 8
 _MAX_TICKS = 6
+_MAX_POINTS = 150
 
 
-def read_page(root: Path, limit: int) -> dict[str, Any]:
-    """All of it; `limit` bounds the points of a curve."""
+def read_page(root: Path) -> dict[str, Any]:
+    """All of it."""
     table = SweepTable(SweepPaths(root))
     metric = table.metric
     assert metric is not None
@@ -39,7 +40,7 @@ def read_page(root: Path, limit: int) -> dict[str, Any]:
         "made_at": datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z"),
         "subtitle": [f"compared by {text(metric.key, 80)}, {direction} is better"],
         "figures": figures(order, metric), "keys": [text(key, 80) for key in _keys(swept)],
-        "metric": text(metric.key, 80), "rows": rows(order, swept), "curves": curves(root, order, metric, limit),
+        "metric": text(metric.key, 80), "rows": rows(order, swept), "curves": curves(root, order, metric),
         "parallel": parallel(order, swept, metric), "importance": importance(order, swept),
         "num_more": max(0, len(order) - _MAX_JOBS),
     }  # fmt: skip
@@ -89,13 +90,13 @@ def rows(order: Sequence[tuple[str, RunStatus]], swept: Mapping[str, Mapping[str
     ]  # fmt: skip
 
 
-def curves(root: Path, order: Sequence[tuple[str, RunStatus]], metric: Metric, limit: int) -> list[dict[str, Any]]:
+def curves(root: Path, order: Sequence[tuple[str, RunStatus]], metric: Metric) -> list[dict[str, Any]]:
     """The metric of each job over its steps, the best job first."""
     found = []
     for name, status in order[:_MAX_CURVES]:
         points = read_metrics(RunPaths(root / name).metrics).series.get(metric.key, [])
         if points:
-            shown = [[step, float(f"{value:.6g}")] for step, value in thinned(points, min(limit, 200))]
+            shown = [[step, float(f"{value:.6g}")] for step, value in thinned(points, _MAX_POINTS)]
             found.append({"name": text(name, 120), "state": status.state, "points": shown})
     return found
 

@@ -240,7 +240,7 @@ function drawChart(holder, chart) {
     lasts.push([el("b", {}, key), values, format]);
     const isNoisy = isLine && known > 60 && (chart.key === "loss" || chart.key === "grad_norm" || chart.key === "tokens_per_second");
     const line = { stroke: color, width: 2, spanGaps: true, points: { show: !isLine || known < 2, size: 6, fill: color, stroke: color } };
-    if (chart.y.length === 1) line.fill = alpha(color, 0.08);
+    if (chart.y.length === 1 && !chart.key.endsWith("loss")) line.fill = alpha(color, 0.08);
     if (isNoisy) {
       columns.push(values); series.push({ stroke: alpha(color, 0.3), width: 1, spanGaps: true, points: { show: false } });
       columns.push(smoothed(values)); series.push(Object.assign(line, { points: { show: false } }));
@@ -256,13 +256,16 @@ function drawChart(holder, chart) {
   show(null);
   const place = el("div", { class: "plot" }, figure);
   const axis = { stroke: css("soft"), font: "11px Inter, ui-sans-serif, system-ui, sans-serif", grid: { stroke: css("grid"), width: 1 }, ticks: { show: false } };
-  const low = chart.x[0], high = chart.x[chart.x.length - 1];
+  const high = Math.max(1, ...page.charts.map(c => c.x[c.x.length - 1] || 0));
+  const known = chart.y.flat().filter(v => v !== null), least = Math.min(...known), most = Math.max(...known);
+  const isLog = chart.key.endsWith("loss") && least > 0 && most / least > 30;
+  if (isLog) caption.firstChild.append(Object.assign(document.createElement("small"), { textContent: " log" }));
   const plot = new uPlot({
     width: place.clientWidth, height: 190, series, legend: { show: false }, padding: [8, 6, 0, 0],
-    scales: { x: { time: false, range: () => low === high ? [low - 1, high + 1] : [Math.min(low, low === 1 ? 0 : low), high] } },
+    scales: { x: { time: false, range: (u, a, b) => a === null || b - a >= chart.x[chart.x.length - 1] - chart.x[0] ? [0, high] : [a, b] }, y: isLog ? { distr: 3 } : {} },
     axes: [
       Object.assign({}, axis, { grid: { show: false }, size: 26, space: 60, values: (u, ticks) => ticks.map(count) }),
-      Object.assign({}, axis, { size: (u, values) => values ? 12 + 6.4 * Math.max(...values.map(v => String(v).length)) : 40, space: 34, values: (u, ticks) => ticks.map(format) }),
+      Object.assign({}, axis, isLog ? { filter: (u, ticks) => ticks.map(v => Math.abs(Math.log10(v) % 1) < 1e-9 ? v : null) } : {}, { size: (u, values) => values ? 12 + 6.4 * Math.max(...values.map(v => String(v).length)) : 40, space: 34, values: (u, ticks) => ticks.map(v => v === null ? "" : format(v)) }),
     ],
     cursor: { sync: { key: "steps", setSeries: false }, points: { size: 7 }, y: false, drag: { x: true, y: false } },
     hooks: {
