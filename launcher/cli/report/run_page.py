@@ -27,6 +27,7 @@ _MAX_ROWS = 300
 _MAX_TEXT = 600
 _SAMPLE_BYTES = 16 * 2**20
 _MAX_PROMPTS, _MAX_EVALUATIONS = 4, 8
+_VERDICTS = {"True": "right", "False": "wrong"}
 _KIND_NAMES = {
     "productive": "training", "evaluation": "evaluation", "save": "save stalls", "startup": "start-up",
     "lost": "trained again", "queue": "waiting in the queue", "down": "down after a kill",
@@ -91,7 +92,7 @@ def state_text(status: RunStatus) -> str:
 
 def subtitle(config: Mapping[str, Any], info: Mapping[str, Any], status: RunStatus) -> list[str]:
     """Model, data, processes, host, in a few words each."""
-    about = info.get("about") if isinstance(info.get("about"), dict) else {}
+    about = _group(info, "about")
     model, data = _group(config, "model"), _group(config, "data")
     name = model.get("model_name_or_path") or f"{_group(model, 'config').get('model_type', 'model')} from scratch"
     found = [text(name, 80)]
@@ -344,7 +345,7 @@ def samples(paths: RunPaths) -> list[dict[str, Any]]:
         rows = [
             {
                 "step": f"{step:,.0f}", "answer": text(answers[step]["answer"]) or "(nothing)",
-                "verdict": {True: "right", False: "wrong"}.get(answers[step].get("is_right"), ""),
+                "verdict": _VERDICTS.get(str(answers[step].get("is_right")), ""),
             }
             for step in chosen
         ]  # fmt: skip

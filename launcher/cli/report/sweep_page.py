@@ -118,11 +118,11 @@ def parallel(
         axes.append({"name": text(key, 30), "ticks": ticks})
         places.append(place)
     results = [value for _, value in judged if value is not None]
-    ticks, place = _numeric_axis(results, is_log=False)
+    ticks, at_result = _numeric_axis(results, is_log=False)
     axes.append({"name": text(metric.key, 30), "ticks": ticks})
     jobs = []
     for i, (name, _) in enumerate(judged):
-        at = [*(place_of[i] for place_of in places), place[i]]
+        at = [*(place_of[i] for place_of in places), at_result[i]]
         jobs.append({"name": text(name, 160), "at": at, "rank": 1 - i / max(1, len(judged) - 1)})
     return {"axes": axes, "jobs": jobs}
 
@@ -180,7 +180,7 @@ def importance(
     total = math.fsum((value - mean) ** 2 for value in results)
     if len(judged) < 4 or total <= 0:
         return []
-    found = []
+    found: list[tuple[float, str]] = []
     for key in _keys({str(i): job for i, (job, _) in enumerate(judged)}):
         groups = _groups([(job.get(key), value) for job, value in judged])
         num_groups = len(groups)
@@ -188,9 +188,11 @@ def importance(
             continue
         between = math.fsum(len(g) * (math.fsum(g) / len(g) - mean) ** 2 for g in groups)
         share = 1 - (1 - between / total) * (len(judged) - 1) / (len(judged) - num_groups)
-        found.append({"key": text(key, 80), "share": max(0.0, min(1.0, share))})
-    found.sort(key=lambda row: -row["share"])
-    return [{**row, "percent": f"{row['share'] * 100:.0f} %", "width": round(row["share"] * 100, 1)} for row in found]
+        found.append((max(0.0, min(1.0, share)), text(key, 80)))
+    return [
+        {"key": key, "percent": f"{share * 100:.0f} %", "width": round(share * 100, 1)}
+        for share, key in sorted(found, key=lambda row: -row[0])
+    ]
 
 
 def _groups(pairs: Sequence[tuple[str | None, float]]) -> list[list[float]]:
