@@ -79,6 +79,8 @@ class _Attempt:
     ended_at: float | None = None
     """When its processes were gone, where somebody saw it."""
     text: str = ""
+    logged: float = 0.0
+    """The last step that metrics.jsonl had of it: a kill may come before the timeline tells of that."""
     lost_from: float = math.inf
 
     @property
@@ -155,6 +157,8 @@ def _attempts(lines: Iterable[dict[str, Any]]) -> tuple[list[_Attempt], list[flo
                 found.append(open_one)
             _note_end(open_one, line, t)
             open_one.end = open_one.ended_at = t
+        elif event == "undone" and len(found) > 1:
+            found[-2].logged = max(found[-2].logged, _last_step(line))
         elif open_one is not None and open_one.ended_at is None:
             _note(open_one, event, {**line, "t": t})
     return found, queued
@@ -179,6 +183,12 @@ def _note_end(attempt: _Attempt, line: dict[str, Any], t: float) -> None:
         attempt.state, attempt.reason = _text(line, "state"), _text(line, "reason")
     attempt.text = attempt.text or _text(line, "text") or ""
     attempt.end = t
+
+
+def _last_step(line: dict[str, Any]) -> float:
+    losses = line.get("losses")
+    pairs = [pair for pair in losses if isinstance(pair, list) and pair] if isinstance(losses, list) else []
+    return max((_number({"step": pair[0]}, "step", 0) for pair in pairs), default=0.0)
 
 
 def _number(line: dict[str, Any], key: str, default: float) -> float:
@@ -206,7 +216,7 @@ def _find_lost(attempts: Sequence[_Attempt], result: Goodput, saved_step: float 
         points = attempt.points
         if points[-1][1] > resumed:
             attempt.lost_from = _time_of(points, resumed)
-            result.num_retrained += round(points[-1][1] - max(resumed, points[0][1]))
+            result.num_retrained += round(max(points[-1][1], attempt.logged) - max(resumed, points[0][1]))
         elif not attempt.is_clean:  # the step that it was in
             attempt.lost_from = points[-1][0]
         resumed = min(resumed, attempt.begin[1])
