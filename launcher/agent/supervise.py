@@ -17,7 +17,7 @@ import yaml
 
 from launcher.agent import machines, outcome
 from launcher.agent.attempt import Attempt
-from launcher.agent.command import free_port
+from launcher.agent.command import free_port, num_processes
 from launcher.agent.machines import Ended, Start, Verdict
 from launcher.agent.outcome import Outcome
 from launcher.agent.requests import Requests
@@ -105,7 +105,14 @@ class _Supervisor:
 
     def _attempt(self, me: machines.OneMachine, start: Start) -> Verdict:
         self._began = time.time() if start.is_restart else began_at()
+        count, strategy = num_processes(self._config), self._config.strategy.name
+        print(
+            f"launcher: starting {count} process{'es' if count > 1 else ''} ({strategy}) for {self._paths.root}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         ended = self._ranks.run(start, me, self._began)
+        if sys.stderr.isatty():
+            print("\x1b[?25h", end="", file=sys.stderr, flush=True)  # the cursor, where a panel was killed
         try:
             return me.end(ended, lambda all_ended: self._judge(start, all_ended))
         except MachinesError as error:

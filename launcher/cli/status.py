@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -12,20 +15,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.base import files
+from launcher.base import files, words
 from launcher.base.errors import EXIT_DONE, EXIT_USER
 from launcher.base.paths import RunPaths, checkpoint_step
 from launcher.base.text import printable
 from launcher.config.settings import CheckpointConfig
+from launcher.slurm.queue import job_states, submitted_id
 from launcher.sweep.jobs import SweepPaths, SweepTable, is_sweep
-from launcher.sweep.runs import RUNNING, Metric, RunStatus, is_run, read_run
+from launcher.sweep.runs import PENDING, RUNNING, Metric, RunStatus, is_run, read_run
 from launcher.sweep.table import count_states, ranked, short, show_table, steps
 
 _MAX_DEPTH = 4
+_WATCH_S = 2.0
+_STALE_S = 120.0
 _EXAMPLE = """examples:
   launcher status                      every run and sweep below this folder
   launcher status outputs/run          one run
-  launcher status outputs/sweep --json the jobs of a sweep, for a script"""
+  launcher status outputs/sweep --json the jobs of a sweep, for a script
+  launcher status --watch              all of it, again and again, until Ctrl-C"""
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +45,7 @@ def main(argv: list[str]) -> int:
         "dir", nargs="?", default=".", type=Path, metavar="DIR", help="a run, a sweep or a folder of them"
     )
     parser.add_argument("--json", action="store_true", help="for a script")
+    parser.add_argument("--watch", action="store_true", help=f"again every {_WATCH_S:.0f} s, until Ctrl-C")
     options = parser.parse_args(argv)
     root: Path = options.dir.expanduser()
     if not root.is_dir():
@@ -46,13 +54,58 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_USER
-    if is_sweep(root):
-        _show_sweep(root, as_json=options.json)
-    elif is_run(root):
-        _show_run(read_run(root, run_metric(root)), as_json=options.json)
+    if options.watch:
+        _watch(root, as_json=options.json)
     else:
-        _show_folder(root, as_json=options.json)
+        _show(root, as_json=options.json)
     return EXIT_DONE
+
+
+def _show(root: Path, *, as_json: bool) -> None:
+    if is_sweep(root):
+        _show_sweep(root, as_json=as_json)
+    elif is_run(root) or submitted_id(root) is not None:
+        (status,) = with_slurm([read_run(root, run_metric(root))])
+        _show_run(status, as_json=as_json)
+    else:
+        _show_folder(root, as_json=as_json)
+
+
+def _watch(root: Path, *, as_json: bool) -> None:
+    """Shows it again and again: in a terminal in place, so that nothing flickers; else one after the other."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text):
+                _show(root, as_json=as_json)
+            if sys.stdout.isatty():
+                lines = text.getvalue().splitlines()[: shutil.get_terminal_size().lines - 1]
+                print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
+            else:
+                print(text.getvalue(), flush=True)
+            time.sleep(_WATCH_S)
+
+
+def with_slurm(statuses: list[RunStatus]) -> list[RunStatus]:
+    """Adds what Slurm says of their jobs: one that waits in the queue is pending, however its last start ended."""
+    states = job_states(Path(status.dir) for status in statuses)
+    for status in statuses:
+        if (found := states.get(Path(status.dir))) is None:
+            continue
+        job_id, state, reason = (printable(part) for part in found)
+        status.job_id = job_id
+        status.slurm = state.lower() + (f" ({reason})" if reason not in ("", "None") else "")
+        if state == "PENDING" and status.state != RUNNING:
+            status.state, status.reason = PENDING, None
+    return statuses
+
+
+def stale(status: RunStatus) -> str:
+    """For how long a run that lives has told nothing; empty where that is normal."""
+    if status.state != RUNNING or status.updated_at is None:
+        return ""
+    silent_s = time.time() - status.updated_at
+    return f"no step for {words.duration(silent_s)}" if silent_s > _STALE_S else ""
 
 
 def run_metric(root: Path) -> Metric:
@@ -77,6 +130,7 @@ def _show_sweep(root: Path, *, as_json: bool) -> None:
     table = SweepTable(SweepPaths(root))
     assert table.metric is not None
     statuses = table.statuses()
+    with_slurm(list(statuses.values()))
     if as_json:
         _print_json(sweep_data(root, table, statuses))
     else:
@@ -112,6 +166,8 @@ def run_lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     """(name, text) of what is known of a run."""
     yield "run", status.dir
     reason = f" ({status.reason})" if status.reason else ""
+    if note := stale(status):
+        reason += f", {note}"
     code = f", exit code {status.exit_code}" if status.exit_code else ""
     yield "state", f"{status.state}{reason}{code}"
     epoch = f", epoch {status.epoch:.3g}" if status.epoch is not None else ""
@@ -119,7 +175,7 @@ def run_lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     if status.loss is not None:
         yield "loss", short(status.loss)
     if status.tokens_per_second is not None:
-        yield "speed", f"{status.tokens_per_second:,.0f} tokens/s"
+        yield "speed", f"{words.count(status.tokens_per_second)} tokens/s"
     if status.best_metric is not None and status.metric != "loss":
         yield "best", f"{status.metric} {short(status.best_metric)} at step {status.best_step}"
     kept = ", ".join(str(step) for step in status.checkpoints)
@@ -133,6 +189,8 @@ def run_lines(status: RunStatus) -> Iterator[tuple[str, str]]:
         )
     if status.host:
         yield "where", status.host + (f", job {status.job_id}" if status.job_id else "")
+    if status.slurm:
+        yield "slurm", status.slurm
     if status.updated_at is not None and status.state == RUNNING:
         yield "updated", f"{max(0.0, time.time() - status.updated_at):.0f} s ago"
 
@@ -148,7 +206,7 @@ def find(root: Path) -> Iterator[Path]:
     """Runs and sweeps below a folder, four levels deep; the jobs of a sweep belong to it and are left out."""
     for name, folders, _ in os.walk(root):
         path = Path(name)
-        if is_sweep(path) or is_run(path):
+        if is_sweep(path) or is_run(path) or submitted_id(path) is not None:
             folders.clear()
             yield path
             continue
@@ -162,9 +220,12 @@ def _show_folder(root: Path, *, as_json: bool) -> None:
     for path in find(root):
         if is_sweep(path):
             table = SweepTable(SweepPaths(path))
-            sweeps.append((path, table, table.statuses()))
+            statuses = table.statuses()
+            with_slurm(list(statuses.values()))
+            sweeps.append((path, table, statuses))
         else:
             runs.append(read_run(path, run_metric(path)))
+    with_slurm(runs)
     if as_json:
         _print_json(
             {
@@ -178,11 +239,10 @@ def _show_folder(root: Path, *, as_json: bool) -> None:
     if not runs and not sweeps:
         print(f"no runs and no sweeps below {root}")
     for status in runs:
-        speed = (
-            f"{status.tokens_per_second:,.0f} tokens/s" if status.tokens_per_second and status.state == RUNNING else ""
-        )
+        is_shown = status.tokens_per_second and status.state == RUNNING
+        speed = f"{words.count(status.tokens_per_second or 0)} tokens/s" if is_shown else ""
         best = f"{status.metric} {short(status.best_metric)}" if status.best_metric is not None else ""
-        parts = (f"{status.state:<11}", status.dir, f"step {steps(status)}", best, speed)
+        parts = (f"{status.state:<11}", status.dir, f"step {steps(status)}", best, speed, status.slurm, stale(status))
         print(printable("  ".join(filter(None, parts))))
     for path, _, statuses in sweeps:
         print(f"sweep        {path}  {count_states(statuses)}")

@@ -54,6 +54,20 @@ def live_jobs(run_dirs: Iterable[Path]) -> dict[Path, str]:
     return {run_dir: job_id for run_dir, job_id in ids.items() if job_id in queued}
 
 
+def job_states(run_dirs: Iterable[Path]) -> dict[Path, tuple[str, str, str]]:
+    """(job, state, reason) as squeue says, of the folders whose job it still knows; none where there is no Slurm."""
+    ids = {run_dir: job_id for run_dir in run_dirs if (job_id := submitted_id(run_dir)) is not None}
+    if not ids or shutil.which("squeue") is None:
+        return {}
+    bases = ",".join(sorted({job_id.partition("_")[0] for job_id in ids.values()}))
+    try:
+        answer = ask_slurm("squeue", "--noheader", "--array", "--format=%i|%T|%r", f"--jobs={bases}")
+    except SlurmUnavailableError:
+        return {}
+    known = {parts[0]: parts for line in answer.stdout.splitlines() if len(parts := line.strip().split("|", 2)) == 3}
+    return {run_dir: (job_id, *known[job_id][1:]) for run_dir, job_id in ids.items() if job_id in known}
+
+
 def cancel(job_ids: Iterable[str], *, only_pending: bool) -> None:
     """Takes jobs out of the queue; those that run are killed unless `only_pending`.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from launcher.base import files, lock
+from launcher.base import files, lock, words
 from launcher.base.errors import RunLockLostError
 from launcher.sweep import jobs
 from launcher.sweep.devices import Slot
@@ -24,6 +24,7 @@ from launcher.sweep.runs import FAILED, Metric, RunStatus
 
 _POLL_S = 0.05
 _WATCH_S = 1.0
+_PROGRESS_S = 30.0
 _SAME_PRESS_S = 0.5
 """Signals this close together are one request: a terminal, a batch system and a wrapper may all pass one on."""
 _KILL_S = 5.0
@@ -118,6 +119,7 @@ class LocalController:
         self._free, self._metric, self._stop, self._say = list(reversed(slots)), metric, stop, say
         self._running: list[_Running] = []
         self._num_signals_sent = 0
+        self._told = time.monotonic()
 
     def run(self, source: Source) -> None:
         """Returns when no job runs and none is left, or all have stopped on request."""
@@ -130,6 +132,7 @@ class LocalController:
                     self._pass_on_stop()
                 if not self._running:
                     return
+                self._tell_progress()
                 time.sleep(_POLL_S)
         finally:
             for running in self._running:  # an error of our own: nothing may outlive the controller
@@ -161,6 +164,19 @@ class LocalController:
                 f"{status.state:<9} {running.job.name} after {now - running.started:.0f} s{_why(running, status)}"
             )
             source.ended(running.job, status)
+
+    def _tell_progress(self) -> None:
+        """From time to time how far the running jobs have come."""
+        if time.monotonic() - self._told < _PROGRESS_S:
+            return
+        self._told = time.monotonic()
+        for running in self._running:
+            status = jobs.read_job(running.job.output_dir, self._metric)
+            total = f" of {status.total_steps}" if status.total_steps else ""
+            loss = f", loss {words.metric(status.loss)}" if status.loss is not None else ""
+            best = status.best_metric if self._metric.key != "loss" else None
+            metric = f", {self._metric.key} {words.metric(best)}" if best is not None else ""
+            self._say(f"running   {running.job.name} step {status.step}{total}{loss}{metric}")
 
     def _pass_on_stop(self) -> None:
         """First request: SIGTERM, and every job saves. Second: SIGINT, which ends a run at once; then SIGKILL."""

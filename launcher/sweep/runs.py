@@ -66,6 +66,8 @@ class RunStatus:
     host: str | None = None
     job_id: str | None = None
     updated_at: float | None = None
+    slurm: str | None = None
+    """State and reason of its job, as squeue says."""
 
 
 _MAX_NUMBER = 2.0**53

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from launcher import __version__
+from launcher.base import words
+from launcher.config.settings import RunConfig
 
+_PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+"""Dense bf16 with fp32 sums, per device, as NVIDIA's data sheets say. The first name that fits counts."""
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 
 
@@ -52,3 +59,35 @@ def memory_bytes(device: Any) -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return resident_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def mfu(line: dict[str, Any], about: dict[str, Any]) -> float | None:
+    """The share of the devices' peak that the model's own arithmetic uses, for a line of metrics.jsonl.
+
+    Of 6 floating-point operations per parameter and token (PaLM, appendix B, without attention), 4 where hardly any
+    parameter is trained: no gradients of weights. None where the peak of the device is not known.
+    """
+    peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in about["device"]), None)
+    if peak is None or "tokens_per_second" not in line:
+        return None
+    parameters = about["num_parameters"]
+    per_token = (6 if about["num_trainable_parameters"] > parameters / 2 else 4) * parameters
+    return round(float(line["tokens_per_second"]) * per_token / (peak * about["num_processes"]), 4)
+
+
+def summary(config: RunConfig, about: dict[str, Any], *, epochs: float, total_steps: int) -> list[str]:
+    """What is about to be run, a line each."""
+    total, trained = about["num_parameters"], about["num_trainable_parameters"]
+    name = config.model.model_name_or_path or f"{config.model.config.get('model_type', 'model')} from scratch"
+    which = "all trained" if trained == total else f"{words.count(trained)} trained, {words.percent(trained / total)}"
+    train, world = config.train, about["num_processes"]
+    micro_steps = -(-train.train_batch_size // (train.per_device_train_batch_size * world))
+    held_out = f", {about['num_eval_rows']:,} to evaluate on" if about["num_eval_rows"] else ""
+    split = f"{world} process{'es' if world > 1 else ''} x {train.per_device_train_batch_size} x {micro_steps}"
+    return [
+        f"model    {name}, {words.count(total)} parameters ({which}), {config.model.dtype}",
+        f"data     {about['num_rows']:,} rows{held_out}",
+        f"steps    {total_steps:,} ({epochs:.3g} epochs), {train.train_batch_size} samples each: {split} micro-steps",
+        f"devices  {world} x {about['device']}, strategy={config.strategy.name}",
+        f"folder   {config.output_dir}",
+    ]

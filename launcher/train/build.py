@@ -38,11 +38,12 @@ from launcher.saving.interop.importing import import_checkpoint, import_notices
 from launcher.saving.save_schedule import SaveSchedule
 from launcher.saving.saver import Saver
 from launcher.saving.training_state import TrainingState
-from launcher.train.about import about_run
+from launcher.train.about import about_run, summary
 from launcher.train.accelerator import LauncherAccelerator
+from launcher.train.display import build_display
 from launcher.train.evaluation import Evaluator, Metric
 from launcher.train.loop import Run
-from launcher.train.metrics import MetricsFile, Progress, RunFile, SamplesFile
+from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
 from launcher.train.recorder import MainRecorder, NoRecorder, Recorder
 from launcher.train.step import TrainStep
 from launcher.train.trackers import Trackers
@@ -147,6 +148,7 @@ def build_run(
     if config.train.full_determinism:
         torch.use_deterministic_algorithms(True)
     point, notices = find_resume_point(config, paths, processes)
+    tell(processes, "reading the data")
     tokenizer = build_tokenizer(config)
     data = data_or_stop(config, tokenizer, processes, stop, paths, point.step if point is not None else 0)
     sampler = StepSampler(len(data.train), config.train.train_batch_size, config.seed)
@@ -163,6 +165,7 @@ def build_run(
     settings = result_settings(config, data.fingerprint, processes)
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
+    tell(processes, "building the model")
     built = build_model(config, tokenizer, resumed_from=point.folder if point is not None else None)
     end_generation_with(built.module, data.end_token_ids)
     if settings["model.base"] is None and config.model.model_name_or_path:  # downloaded only now, or not needed
@@ -206,7 +209,7 @@ def build_run(
     about = about_run(
         built.module, num_rows=len(data.train), num_eval_rows=len(data.eval) if data.eval is not None else None,
         device=accelerator.device,
-    )  # fmt: skip
+    ) | {"num_processes": processes.world_size}  # fmt: skip
     recorder = build_recorder(config, accelerator, processes, paths, state, total_steps, about)
     hub = build_hub(config, paths) if processes.is_main else NoHub()
     watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
@@ -232,6 +235,8 @@ def build_run(
         watchdog,
         total_steps=total_steps,
     )
+    for text in summary(config, about, epochs=sampler.epoch_after(total_steps), total_steps=total_steps):
+        recorder.say(text)
     for notice in [*notices, *data.notices, *loss_notices]:
         recorder.say(notice)
     return Run(
@@ -279,6 +284,12 @@ def data_or_stop(
     return data
 
 
+def tell(processes: Processes, text: str) -> None:
+    """What takes the time before the first step; nobody shows anything yet."""
+    if processes.is_main:
+        print(f"launcher: {text}", file=sys.stderr, flush=True)
+
+
 def write_settings(config: RunConfig, paths: RunPaths) -> None:
     """config.yaml: what the run was started with, and what a later start of a finished run is compared with."""
     files.replace_file(paths.config, _yaml(config), mode=0o600)
@@ -320,7 +331,11 @@ def build_recorder(
     )  # fmt: skip
     trackers = Trackers(accelerator, config, paths, state.step)
     timeline.append("begin", step=state.step, total_steps=total_steps)
-    return MainRecorder(metrics, run_file, trackers, Progress(total_steps, state.step), timeline, SamplesFile(paths))
+    checkpoint = config.checkpoint
+    display = build_display(
+        total_steps, state.step, checkpoint.metric_key, is_greater_better=checkpoint.is_greater_better
+    )
+    return MainRecorder(metrics, run_file, trackers, display, timeline, SamplesFile(paths), about)
 
 
 def build_metric(config: RunConfig) -> Metric | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
-from launcher.base import files, manifest
+from launcher.base import files, manifest, words
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointWriteError
 from launcher.base.paths import RunPaths
 from launcher.train.loop import Run, is_stopped_early
@@ -30,6 +31,7 @@ def finish(run: Run, paths: RunPaths) -> None:
     say_all(run, run.hub.finish(paths.root))  # the others end here: uploading may take longer than a collective waits
     run.recorder.update_run(hub=run.hub.status())
     run.recorder.say(f"finished {run.step} steps; the model is in {paths.root}")
+    say_all(run, what_next(run, paths))
 
 
 def interrupted(run: Run, reason: str) -> int:
@@ -56,6 +58,20 @@ def interrupted(run: Run, reason: str) -> int:
     else:
         run.recorder.say(f"stopped at step {run.step} of {run.total_steps}; run the same command again to continue")
     return code
+
+
+def what_next(run: Run, paths: RunPaths) -> list[str]:
+    """Which step was the best by what, and the commands that usually follow."""
+    p, checkpoint = run.state.progress, run.config.checkpoint
+    best = []
+    if p.best_step is not None and p.best_metric is not None:
+        what = "the model in that folder" if checkpoint.load_best_model_at_end else "the folder has the last one"
+        best = [f"best: step {p.best_step} by {checkpoint.metric_key} {words.metric(p.best_metric)}; {what}"]
+    root = shlex.quote(str(paths.root))
+    return [
+        *best, "next:", f"  launcher checkpoints {root}", f"  launcher report {root}",
+        f"  launcher push {root} --repo-id ORG/NAME        or in Python: from_pretrained({str(paths.root)!r})",
+    ]  # fmt: skip
 
 
 def say_all(run: Run, lines: list[str]) -> None:

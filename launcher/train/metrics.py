@@ -1,11 +1,10 @@
-"""What a run tells: metrics.jsonl, run.json, and one progress line on the main process."""
+"""What a run writes down: metrics.jsonl, run.json, and samples. Main process only."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,61 +102,3 @@ class RunFile:
         self._fields |= {**fields, "updated_at": time.time()}
         with contextlib.suppress(OSError):
             files.write_json(self._path, self._fields)
-
-
-class Progress:
-    """One line: a bar in a terminal, a plain line per log in a file."""
-
-    def __init__(self, total_steps: int, step: int) -> None:
-        self._total, self._first, self._started = total_steps, step, time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(), console=Console(stderr=True),
-            )  # fmt: skip
-            self._task = self._bar.add_task("train", total=total_steps, completed=step, text="")
-            self._bar.start()
-
-    def advance(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Shows a line of metrics.jsonl."""
-        text = "  ".join(
-            f"{k} {_short(v)}" for k, v in line.items() if (k in _SHOWN or k.startswith("eval_")) and v is not None
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, text=text)
-        else:
-            step = line["step"]
-            done = max(1, step - self._first)
-            left = (time.monotonic() - self._started) / done * (self._total - step)
-            print(f"step {step}/{self._total}  {text}  left {_duration(left)}", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """A notice above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-_SHOWN = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

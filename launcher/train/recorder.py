@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from launcher.base.timeline import Timeline
-from launcher.train.metrics import MetricsFile, Progress, RunFile, SamplesFile
+from launcher.train.about import mfu
+from launcher.train.display import Display
+from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
 from launcher.train.time_spent import Kind, TimeSpent
 from launcher.train.trackers import Trackers
 
@@ -50,23 +52,26 @@ class MainRecorder:
     """The main process's. metrics.jsonl is cut to the step that the run goes on from."""
 
     def __init__(
-        self, metrics: MetricsFile, run_file: RunFile, trackers: Trackers, progress: Progress, timeline: Timeline,
-        samples: SamplesFile,
+        self, metrics: MetricsFile, run_file: RunFile, trackers: Trackers, display: Display, timeline: Timeline,
+        samples: SamplesFile, about: dict[str, Any],
     ) -> None:  # fmt: skip
-        self._metrics, self._run_file, self._trackers, self._progress = metrics, run_file, trackers, progress
-        self._samples = samples
+        self._metrics, self._run_file, self._trackers, self._display = metrics, run_file, trackers, display
+        self._samples, self._about = samples, about
         self._timeline, self._time_spent = timeline, TimeSpent(timeline)
         if trackers.notice:
-            progress.say(trackers.notice)
+            display.say(trackers.notice)
 
     def measured(self, line: dict[str, Any]) -> None:
+        if (share := mfu(line, self._about)) is not None:
+            line = {**line, "mfu": share}
         self._metrics.append(line)
         self._trackers.log(line)
-        self._progress.log(line)
+        self._display.log(line)
 
     def saved(self, line: dict[str, Any]) -> None:
         self._metrics.append(line)
         self._time_spent.saved(line["save_stall_s"])
+        self._display.saved(line)
 
     def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         self._samples.append(step, samples)
@@ -75,14 +80,15 @@ class MainRecorder:
         return self._metrics.last(key)
 
     def say(self, text: str) -> None:
-        self._progress.say(text)
+        self._display.say(text)
 
     def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None:
-        self._progress.advance(step)
+        self._display.advance(step, hub_status)
         self._time_spent.advance(step)
         self._run_file.advance(step, epoch, hub_status)
 
     def during(self, kind: Kind) -> AbstractContextManager[None]:
+        self._display.doing("evaluating" if kind == "evaluation" else "")
         return self._time_spent.during(kind)
 
     def update_run(self, **fields: Any) -> None:
@@ -93,7 +99,7 @@ class MainRecorder:
     def close(self) -> None:
         self._timeline.append("closed")
         self._trackers.close()
-        self._progress.close()
+        self._display.close()
 
 
 class NoRecorder:

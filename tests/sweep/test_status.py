@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,47 @@ def test_a_folder_lists_its_runs_and_sweeps(
     output = capsys.readouterr().out
     assert "1 finished, 1 failed" in output
     assert "4/4" in output
+
+
+def test_run_that_lives_and_tells_nothing_is_shown_as_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", updated_at=time.time() - 600)
+    hold_lock(run, os.getpid(), start_ticks(os.getpid()))
+    assert status.main([str(run)]) == status.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("no step for 10 min 00 s") == 2
+
+
+def test_job_in_the_queue_is_pending_with_slurms_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in = tmp_path / "bin/squeue"
+    stand_in.parent.mkdir()
+    stand_in.write_text("#!/bin/sh\nprintf '7|PENDING|Resources\\n8|RUNNING|None\\n'\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    waiting, fresh = make_run(tmp_path / "waiting", state="interrupted", reason="preempted"), tmp_path / "fresh"
+    for folder in (waiting, fresh):
+        (folder / "slurm").mkdir(parents=True)
+        (folder / "slurm/job_id").write_text("7\n")
+    assert status.main([str(tmp_path), "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert {Path(run["dir"]).name: (run["state"], run["slurm"]) for run in runs} == {
+        "waiting": ("pending", "pending (Resources)"), "fresh": ("pending", "pending (Resources)")
+    }  # fmt: skip
+
+
+def test_watch_shows_it_again_until_it_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    sleeps = iter([None, KeyboardInterrupt()])
+
+    def sleep(seconds: float) -> None:
+        if (error := next(sleeps)) is not None:
+            raise error
+
+    monkeypatch.setattr("launcher.cli.status.time.sleep", sleep)
+    assert status.main([str(run), "--watch"]) == 0
+    assert capsys.readouterr().out.count("20/50") == 2
 
 
 def test_status_needs_no_torch_and_says_what_is_wrong(tmp_path: Path) -> None:

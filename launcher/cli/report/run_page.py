@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__
-from launcher.base import files, manifest
+from launcher.base import files, manifest, words
 from launcher.base.errors import DamagedCheckpointError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.secrets import redacted
 from launcher.base.timeline import read_timeline
-from launcher.cli.report import words
 from launcher.cli.report.curves import Metrics, number, read_metrics
 from launcher.cli.report.goodput import KINDS, OFF, Goodput, work_out
 from launcher.cli.status import run_metric

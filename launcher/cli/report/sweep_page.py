@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__
+from launcher.base import words
 from launcher.base.paths import RunPaths
-from launcher.cli.report import words
 from launcher.cli.report.curves import read_metrics, thinned
 from launcher.cli.report.run_page import state_of, state_text, text
 from launcher.sweep.jobs import SweepPaths, SweepTable

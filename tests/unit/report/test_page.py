@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from launcher import cli
+from launcher.base import words
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
 from launcher.cli import report
-from launcher.cli.report import words
 from launcher.cli.report.curves import read_metrics, thinned
 from launcher.cli.report.page import MAX_BYTES
 from tests.unit.report.folders import HOSTILE, make_run, make_sweep
