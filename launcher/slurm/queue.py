@@ -65,7 +65,7 @@ def job_states(run_dirs: Iterable[Path]) -> dict[Path, tuple[str, str, str]]:
     except SlurmUnavailableError:
         return {}
     known = {parts[0]: parts for line in answer.stdout.splitlines() if len(parts := line.strip().split("|", 2)) == 3}
-    return {run_dir: (job_id, *known[job_id][1:]) for run_dir, job_id in ids.items() if job_id in known}
+    return {run_dir: (job_id, known[job_id][1], known[job_id][2]) for run_dir, job_id in ids.items() if job_id in known}
 
 
 def cancel(job_ids: Iterable[str], *, only_pending: bool) -> None:

@@ -72,7 +72,7 @@ def mfu(line: dict[str, Any], about: dict[str, Any]) -> float | None:
         return None
     parameters = about["num_parameters"]
     per_token = (6 if about["num_trainable_parameters"] > parameters / 2 else 4) * parameters
-    return round(float(line["tokens_per_second"]) * per_token / (peak * about["num_processes"]), 4)
+    return float(round(line["tokens_per_second"] * per_token / (peak * about["num_processes"]), 4))
 
 
 def summary(config: RunConfig, about: dict[str, Any], *, epochs: float, total_steps: int) -> list[str]:

@@ -64,9 +64,9 @@ class Shown:
             self._losses.append(line["loss"])
         if "loss" in line:
             self.line = line
-        value = line.get(self._best_by)
+        value: Any = line.get(self._best_by)
         if is_number(value) and (self._best is None or (value - self._best[0]) * self._sign > 0):
-            self._best = (value, line["step"])
+            self._best = (float(value), int(line["step"]))
 
     def left(self) -> str:
         """The time that is left, by the steps of this start."""
