@@ -93,6 +93,8 @@ class Checkpointer:
         self._num_outstanding = 0  # answers to retain and discard that have not come yet
         self._target, self._attempt = Path(), 0
         self.phase = Phase.IDLE
+        self.notices: list[str] = []
+        """What the user should know of how saves are made here; said once."""
 
     @property
     def writer_pid(self) -> int | None:
@@ -127,6 +129,11 @@ class Checkpointer:
     def _reserve(self, plan: SnapshotPlan) -> None:
         if self._buffer.reserve(plan.buffer_bytes, pin=self._cuda):
             self._writer.stop()  # it has the old one
+            if self._cuda and not self._buffer.is_pinned and not self.notices:
+                self.notices.append(
+                    "host memory for the copies of saves could not be pinned (ulimit -l?): each save stops training "
+                    "for the time of its copy"
+                )
 
     def use_plan(self, plan: SnapshotPlan) -> None:
         """Replaces the plan, for the last save of a run without checkpoints."""
@@ -179,15 +186,24 @@ class Checkpointer:
         return target.with_name(name if self._attempt == 1 and name != target.name else f"{name}.{self._attempt}")
 
     def _snapshot(self, plan: SnapshotPlan) -> None:
+        """Begins the copies; `finish_snapshot` waits for them.
+
+        Why they see the state of this step, and all of it: what a forward pass may change is copied in the call, on
+        the stream of the training. The side stream begins behind everything that is queued there (the last update, and
+        those copies), so that its end is the end of them all. What it reads changes in an optimizer step only, and
+        before that `finish_snapshot` waits on the host until the side stream is empty: no kernel that writes is queued
+        before. The same for masters in host memory (offload), which a thread copies.
+        """
         live, waiting = plan.copies[: plan.num_live], plan.copies[plan.num_live :]
         snapshot.take(live, self._buffer.tensor)
+        self._host_copies.begin([c for c in waiting if c.source().device.type == "cpu"], self._buffer.tensor)
         if not self._cuda:
-            self._host_copies.begin(waiting, self._buffer.tensor)
             return
         self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            snapshot.take(waiting, self._buffer.tensor)
+            on_device = [c for c in waiting if c.source().device.type != "cpu"]
+            snapshot.take(on_device, self._buffer.tensor, self._stream)
 
     def finish_snapshot(self) -> None:
         """Waits for the copies and sends them to the writer. The loop calls it before each optimizer step: until then
@@ -297,6 +313,8 @@ class Checkpointer:
 
     def _end(self) -> None:
         self._host_copies.finish()  # of a save that failed before they were needed
+        if self._stream is not None:
+            self._stream.synchronize()
         self.phase, self._flight, self._unsent = Phase.IDLE, None, None
         self._own_error, self._own_work_done = None, True
 

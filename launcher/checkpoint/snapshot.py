@@ -290,10 +290,17 @@ def _pieces(copies: Iterable[Copy], buffer: Tensor, max_items: int) -> Iterator[
 
 
 @torch.no_grad()
-def take(copies: Iterable[Copy], buffer: Tensor) -> None:
-    """Copies into the buffer (uint8); on CUDA the copies are queued on the current stream."""
+def take(copies: Iterable[Copy], buffer: Tensor, stream: torch.cuda.Stream | None = None) -> None:
+    """Copies into the buffer (uint8); on CUDA the copies are queued on the current stream.
+
+    Args:
+        stream: the current one, where it is not the one on which the sources were made: their memory is then not given
+            to anybody else before the copies are done, even if the optimizer lets go of a tensor.
+    """
     for place, source in _pieces(copies, buffer, _DEVICE_COPY_ITEMS):
         place.copy_(source, non_blocking=True)
+        if stream is not None:
+            source.record_stream(stream)
 
 
 class HostCopies:

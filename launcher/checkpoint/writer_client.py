@@ -29,12 +29,14 @@ _STOPPED_S, _SILENT_S = 10.0, 60.0
 class SnapshotBuffer:
     """Host memory that the writer process sees too: a memfd, so that a small /dev/shm does not matter.
 
-    Reused by every save; pinned where CUDA copies into it.
+    Reused by every save; pinned (page-locked) where CUDA copies into it. torch's own allocator of pinned memory has
+    none that another process could map.
     """
 
     def __init__(self) -> None:
         self.fd = -1
         self.size = 0
+        self.is_pinned = False
         self._map: mmap.mmap | None = None
         self.tensor = torch.empty(0, dtype=torch.uint8)
 
@@ -48,20 +50,37 @@ class SnapshotBuffer:
         os.posix_fallocate(self.fd, 0, size)  # now, not page by page inside the first save
         self._map, self.size = mmap.mmap(self.fd, size), size
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
-        if pin:
-            cuda: Any = torch.cuda
-            cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0)
+        self.is_pinned = pin and _pin(self.tensor)
         return True
 
     def view(self) -> memoryview:
         return memoryview(self._map) if self._map is not None else memoryview(b"")
 
     def close(self) -> None:
-        """Frees the memory (the writer's mapping ends with the writer)."""
+        """Frees the memory (the writer's mapping ends with the writer). No copy into it may be under way."""
+        if self.is_pinned:  # else CUDA goes on taking these addresses for pinned, whatever the kernel puts there next
+            _cudart().cudaHostUnregister(self.tensor.data_ptr())
+            self.is_pinned = False
         self.tensor = torch.empty(0, dtype=torch.uint8)
         if self.fd >= 0:
             os.close(self.fd)
         self._map, self.fd, self.size = None, -1, 0
+
+
+def _cudart() -> Any:
+    cuda: Any = torch.cuda
+    return cuda.cudart()
+
+
+def _pin(tensor: torch.Tensor) -> bool:
+    """Pins the memory of a tensor; False where CUDA refuses (locked memory is limited, or the driver cannot)."""
+    runtime = _cudart()
+    if runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0) == runtime.cudaError.success:
+        return True
+    # The refusal stays CUDA's last error, and torch would raise it after the next kernel: this one takes it.
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+    return False
 
 
 class WriterDied(Exception):

@@ -180,6 +180,8 @@ class Saver:
         if not self._is_reserved and self.is_on:  # the optimizer has its state now
             self.checkpointer.reserve()
             self._is_reserved = True
+            for notice in self.checkpointer.notices:
+                self._outlet.say(notice)
         result = self.checkpointer.advance(num_undone, num_failed)
         if result is not None:
             self._ended(result)

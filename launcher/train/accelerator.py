@@ -23,6 +23,8 @@ class Saves(Protocol):
 
     def save(self, step: int, texts: dict[str, str], target: Path) -> float: ...
 
+    def finish_snapshot(self) -> None: ...
+
 
 class State(Protocol):
     """What collects and restores the training state (`saving.training_state.TrainingState`)."""
@@ -76,6 +78,7 @@ class LauncherAccelerator(Accelerator):
         """
         if input_dir is None:
             raise ValueError("load_state needs input_dir: a checkpoint's folder, such as RUN/checkpoint-500")
+        self._saves.finish_snapshot()  # of a save that was just begun, whose sources are overwritten now
         self._training_state.load(Path(input_dir).absolute())
 
 
@@ -136,8 +139,15 @@ def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:
     if config.strategy.is_offloaded:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda}
         zero["offload_param"] = {"device": "cpu", "pin_memory": has_cuda}
-        settings["zero_force_ds_cpu_optimizer"] = has_cuda
+        settings["zero_force_ds_cpu_optimizer"] = has_cuda and is_plain_adamw(config)
     return _merged(settings, config.strategy.deepspeed)
+
+
+def is_plain_adamw(config: RunConfig) -> bool:
+    """Whether DeepSpeed's CPU Adam, which Accelerate puts into the place of any optimizer under offload, computes what
+    `optim` asks for. Every other optimizer runs as it is, on the host: slower, and not silently another."""
+    kwargs = config.optim.kwargs
+    return config.optim.name == "torch.optim.AdamW" and not any(kwargs.get(key) for key in ("amsgrad", "maximize"))
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
