@@ -227,9 +227,9 @@ class Panel:
         texts = [f"{shown.step:,}/{shown.total_steps:,}", epoch, doing or shown.left()]
         head.add_row(ProgressBar(total=max(1, shown.total_steps), completed=shown.step), "  ".join(filter(None, texts)))
         grid.add_row("steps", head)
-        loss = Text(values.get("loss", "-"), style="bold").append(f"  {shown.sparkline()}", style="green")
+        loss = Text().append(values.get("loss", "-"), style="bold").append(f"  {shown.sparkline()}", style="green")
         small = [f"{name} {values[name]}" for name in ("lr", "grad norm") if name in values]
-        grid.add_row("loss", loss.append("  " + "  ".join(small), style="not bold"))
+        grid.add_row("loss", loss.append("  " + "  ".join(small)))
         speed = [values.get("", ""), *(f"{name} {values[name]}" for name in ("MFU", "memory") if name in values)]
         grid.add_row("speed", Text("  ".join(filter(None, speed)) or "-"))
         hub = f"  Hub: {shown.hub_state()}" if shown.hub_state() else ""

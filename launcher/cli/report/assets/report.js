@@ -223,6 +223,7 @@ function smoothed(values) {  // an exponential mean over a fiftieth of the point
   for (const v of values) { if (v !== null) mean = mean === null ? v : mean + weight * (v - mean); out.push(v === null ? null : mean); }
   return out;
 }
+function decades(plot, ticks) { return ticks.map(v => Math.abs(Math.log10(v) % 1) < 1e-9 ? v : null); }
 function alpha(color, share) { return color + Math.round(share * 255).toString(16).padStart(2, "0"); }
 
 function drawChart(holder, chart) {
@@ -261,11 +262,11 @@ function drawChart(holder, chart) {
   const isLog = chart.key.endsWith("loss") && least > 0 && most / least > 30;
   if (isLog) caption.firstChild.append(Object.assign(document.createElement("small"), { textContent: " log" }));
   const plot = new uPlot({
-    width: place.clientWidth, height: 190, series, legend: { show: false }, padding: [8, 6, 0, 0],
+    width: place.clientWidth, height: 190, series, legend: { show: false }, padding: [8, 14, 0, 0],
     scales: { x: { time: false, range: (u, a, b) => a === null || b - a >= chart.x[chart.x.length - 1] - chart.x[0] ? [0, high] : [a, b] }, y: isLog ? { distr: 3 } : {} },
     axes: [
       Object.assign({}, axis, { grid: { show: false }, size: 26, space: 60, values: (u, ticks) => ticks.map(count) }),
-      Object.assign({}, axis, isLog ? { filter: (u, ticks) => ticks.map(v => Math.abs(Math.log10(v) % 1) < 1e-9 ? v : null) } : {}, { size: (u, values) => values ? 12 + 6.4 * Math.max(...values.map(v => String(v).length)) : 40, space: 34, values: (u, ticks) => ticks.map(v => v === null ? "" : format(v)) }),
+      Object.assign({}, axis, isLog ? { filter: decades, grid: { stroke: css("grid"), width: 1, filter: decades } } : {}, { size: (u, values) => values ? 12 + 6.4 * Math.max(...values.map(v => String(v).length)) : 40, space: 34, values: (u, ticks) => ticks.map(v => v === null ? "" : format(v)) }),
     ],
     cursor: { sync: { key: "steps", setSeries: false }, points: { size: 7 }, y: false, drag: { x: true, y: false } },
     hooks: {
