@@ -26,6 +26,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "v_head_dim": 8, "n_shared_experts": 1,
     },
     "ernie4_5_moe": {**_MIXTURE, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    "gpt_oss": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "gemma3_text": {**_COMMON, "sliding_window": 16},
     "phi3": {**_COMMON, "num_key_value_heads": 4},
     "gpt2": {

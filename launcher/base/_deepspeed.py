@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,33 @@ def flat_shard(param: nn.Parameter) -> Tensor:
     """This process's elements of a partitioned parameter, in forward's dtype."""
     shard: Tensor = param.ds_tensor  # type: ignore[attr-defined]
     return shard.detach().view(-1)
+
+
+def gathered(params: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+    """Parameters whole inside, and afterwards as the main process left them. Collective where they are partitioned."""
+    partitioned = [param for param in params if is_partitioned(param)]
+    if not partitioned:
+        return contextlib.nullcontext()
+    from deepspeed import zero
+
+    context: contextlib.AbstractContextManager[None] = zero.GatheredParameters(partitioned, modifier_rank=0)
+    return context
+
+
+def partition_in_model_order(module: nn.Module) -> None:
+    """Partitions what is not partitioned yet beside what is, and numbers all in the order of `named_parameters`.
+
+    By these numbers DeepSpeed orders the gradients that it sums together, and where one lies decides in which order the
+    processes' parts of it are added. A model that DeepSpeed partitions itself is numbered in this very order; without
+    this, a resumed run would add in another order than its first start. Collective.
+    """
+    params: list[Any] = list(module.parameters())
+    partitioned = [param for param in params if is_partitioned(param)]
+    if not partitioned:
+        return
+    partitioned[0].convert_to_zero_parameters(param_list=[param for param in params if not is_partitioned(param)])
+    for param, number in zip(params, sorted(param.ds_id for param in params), strict=True):
+        param.ds_id = number
 
 
 # ------------------------------------------------------------------ the optimizers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class TensorFiles:
         self._fds = {}
 
 
-class _Weights:
+class StoredWeights:
     """The model file of a checkpoint, by the names in memory."""
 
     def __init__(self, folder: Path, stem: str, stored: StoredTensors) -> None:
@@ -138,9 +138,18 @@ class _Weights:
                 return parts
         return None
 
-    def read_into(self, name: str, shape: tuple[int, ...], start: int, target: Tensor) -> bool:
+    def first_rows(self, name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...] | None:
+        """The same of a parameter that has got more rows than are stored."""
+        part = stored_parts(self._stored, name, shape)[0]
+        spec = self.files.specs.get(part.name)
+        is_shorter = spec is not None and spec.shape[1:] == shape[1:] and spec.shape[:1] < shape[:1]
+        return (StoredTensor(part.name, spec.shape, 0),) if spec is not None and is_shorter else None
+
+    def read_into(
+        self, name: str, shape: tuple[int, ...], start: int, target: Tensor, *, may_have_grown: bool = False
+    ) -> bool:
         """Fills a flat tensor with elements [start, …) of a parameter; False where it is not stored."""
-        parts = self.parts(name, shape)
+        parts = self.parts(name, shape) or (self.first_rows(name, shape) if may_have_grown else None)
         for part, first, numel in overlaps(parts or (), start, target.numel()):
             self.files.read_into(part.name, first - part.start, target[first - start : first - start + numel])
         return parts is not None
@@ -161,7 +170,7 @@ def load_trained_state(
         ResumeError: the checkpoint belongs to another model or another optimizer. DamagedCheckpointError: see
             `TensorFiles`.
     """
-    weights = _Weights(folder, weights_stem, stored)
+    weights = StoredWeights(folder, weights_stem, stored)
     states = TensorFiles(folder, OPTIMIZER_STEM)
     try:
         _check_params(state, weights, stored, folder)
@@ -192,18 +201,18 @@ def load_trained_state(
 
 
 @torch.no_grad()
-def load_masters(state: TrainedState, folder: Path, stored: StoredTensors) -> bool:
+def load_masters(state: TrainedState, folder: Path, stored: StoredTensors, stem: str) -> bool:
     """Fills the masters from a pretrained model's fp32 weights: DeepSpeed made them of weights that were rounded to the
-    dtype of forward. Reads this process's ranges alone.
+    dtype of forward. Reads this process's ranges alone; rows that are not stored, of new tokens, stay as they are.
 
     Returns:
         False where the folder holds no fp32 weights, or not under the names that `save_pretrained` gives them: the
         masters are unchanged then.
     """
-    weights = _Weights(folder, "model", stored)
+    weights = StoredWeights(folder, stem, stored)
     try:
         infos = {p.name: p for p in state.params}
-        parts = [weights.parts(p.name, p.shape) for p in state.params]
+        parts = [weights.parts(p.name, p.shape) or weights.first_rows(p.name, p.shape) for p in state.params]
         if not any(weights.files.specs[t.name].dtype == "F32" for found in parts for t in found or ()):
             return False
         if None in parts:
@@ -211,7 +220,8 @@ def load_masters(state: TrainedState, folder: Path, stored: StoredTensors) -> bo
         for segment in state.segments:
             for extent in segment.extents:
                 target = segment.master[extent.offset : extent.offset + extent.numel]
-                weights.read_into(extent.param, infos[extent.param].shape, extent.start, target)
+                shape = infos[extent.param].shape
+                weights.read_into(extent.param, shape, extent.start, target, may_have_grown=True)
         return True
     finally:
         weights.files.close()
@@ -226,7 +236,22 @@ def set_masters(state: TrainedState, tensors: Mapping[str, Tensor]) -> None:
             segment.master[e.offset : e.offset + e.numel].copy_(flat)
 
 
-def _check_params(state: TrainedState, weights: _Weights, stored: StoredTensors, folder: Path) -> None:
+@torch.no_grad()
+def set_rows(state: TrainedState, rows: Sequence[int], content: Mapping[str, Tensor]) -> None:
+    """Sets rows of parameters (by name) to one content each; every process the elements that it holds."""
+    for segment in state.segments:
+        for e in (e for e in segment.extents if e.param in content):
+            row = content[e.param].reshape(-1)
+            for number in rows:
+                low = max(e.start, number * row.numel())
+                high = min(e.start + e.numel, (number + 1) * row.numel())
+                if low < high:
+                    first = low - number * row.numel()
+                    target = segment.master[e.offset + low - e.start : e.offset + high - e.start]
+                    target.copy_(row[first : first + high - low])
+
+
+def _check_params(state: TrainedState, weights: StoredWeights, stored: StoredTensors, folder: Path) -> None:
     shapes = {p.name: p.shape for p in state.params} | {f.name: f.shape for f in state.frozen if f.name in stored}
     for name, shape in shapes.items():
         if weights.parts(name, shape) is None:
@@ -249,7 +274,9 @@ def _check_partition(state: TrainedState, saved: dict[str, Any]) -> None:
         )
 
 
-def _read_master(segment: Segment, extent: Extent, info: ParamInfo, weights: _Weights, states: TensorFiles) -> None:
+def _read_master(
+    segment: Segment, extent: Extent, info: ParamInfo, weights: StoredWeights, states: TensorFiles
+) -> None:
     target = segment.master[extent.offset : extent.offset + extent.numel]
     name = f"{MASTER}.{extent.param}"
     if name in states.specs:

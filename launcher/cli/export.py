@@ -14,6 +14,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 _EXAMPLES = """examples:
   launcher export outputs/run served --format safetensors --dtype bfloat16      the best (else the newest) model
   launcher export outputs/run/checkpoint-500 served --format safetensors        this one, in the dtype it is stored in
+  launcher export outputs/run merged --format safetensors --merge               a LoRA adapter merged into its base
   launcher export outputs/run for-trainer --format trainer                      the newest, with its training state
 
 DIR must not exist, or be empty; it appears complete or not at all."""
@@ -33,12 +34,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("target", type=Path, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--format", required=True, choices=("safetensors", "trainer"), help="the model, or all state")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored; float32 for trainer")
+    parser.add_argument("--merge", action="store_true", help="a LoRA adapter merged into its base (safetensors)")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="with --merge: the base, where it is not what the adapter names"
+    )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file (default: 5GB)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model (trainer)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     options = parser.parse_args(argv)
     checkpoint, target = options.checkpoint.expanduser(), options.target.expanduser()
     size = _num_bytes(options.max_shard_size)
-    if options.format == "trainer":
+    if options.base and not options.merge:
+        raise UserError("--base is of --merge. Add --merge, or leave it out")
+    if options.format == "trainer" and options.merge:
+        raise UserError("--merge gives a model without training state: use --format safetensors")
+    if options.merge:
+        from launcher.saving.interop.serving import export_merged
+
+        print(export_merged(checkpoint, target, base=options.base, dtype=options.dtype, max_shard_bytes=size,
+                            trust_remote_code=options.trust_remote_code))  # fmt: skip
+    elif options.format == "trainer":
         from launcher.saving.interop.trainer_export import export_trainer
 
         print(

@@ -16,7 +16,8 @@ _NOT_DECIDING = (
     "train.full_determinism", "train.early_stopping_patience", "train.early_stopping_threshold",
 )  # fmt: skip
 """The number of steps among them: whether more are asked for is another question."""
-_PATHS = ("data.train_files", "model.model_name_or_path", "model.tokenizer_name_or_path")
+_PATHS = ("data.train_files", "model.model_name_or_path", "model.tokenizer_name_or_path",
+          "model.adapter_name_or_path")  # fmt: skip
 
 
 def changed_settings(before: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -43,4 +44,6 @@ def _comparable(key: str, value: Any) -> Any:
     """A file or folder that was moved is the same; so is a number that YAML wrote another way."""
     if key in _PATHS:
         return [Path(str(name)).name for name in value] if isinstance(value, list) else value and Path(str(value)).name
+    if key == "model.attn_implementation":  # the default used to be sdpa, which auto is wherever a model takes it
+        return "sdpa" if value == "auto" else value
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -76,8 +76,16 @@ _HINTS = {
     "lora_target_modules": "model/peft=lora model.peft.target_modules={value}",
     "lora_modules_to_save": "model/peft=lora model.peft.modules_to_save={value}",
     "use_rslora": "model/peft=lora model.peft.use_rslora={value}",
-    "use_dora": "model/peft=lora model.peft.use_dora={value}", "load_in_4bit": "model.quantization.load_in_4bit",
-    "load_in_8bit": "model.quantization.load_in_8bit", "model_revision": "model.revision", "torch_dtype": "model.dtype",
+    "use_dora": "model/peft=lora model.peft.use_dora={value}",
+    "load_in_4bit": "model/peft=lora model.quantization.load_in_4bit={value}",
+    "load_in_8bit": "model/peft=lora model.quantization.load_in_8bit={value}",
+    "use_bnb_nested_quant": "model/peft=lora model.quantization.load_in_4bit=true "
+    "model.quantization.bnb_4bit_use_double_quant={value}",
+    "bnb_4bit_quant_type": "model/peft=lora model.quantization.load_in_4bit=true "
+    "model.quantization.bnb_4bit_quant_type={value}", "bnb_4bit_compute_dtype": "model/peft=lora "
+    "model.quantization.load_in_4bit=true model.quantization.bnb_4bit_compute_dtype={value}",
+    "bnb_4bit_quant_storage": "!it decides how FSDP shards; leave it out", "model_revision": "model.revision",
+    "torch_dtype": "model.dtype",
     "dataset_train_split": "data.train_split", "dataset_test_split": "data.eval_split",
     # elsewhere
     "lr": _LEARNING_RATE, "peak_lr": _LEARNING_RATE, "wd": "optim.weight_decay", "betas": "optim.kwargs.betas",
@@ -99,7 +107,13 @@ _HINTS = {
     "nproc_per_node": "!set launch.num_processes, over all nodes", "partition": "launch.sbatch.partition",
     "wandb_project": "tracker=wandb tracker.init_kwargs.project={value}", "logger": "tracker", "name": "run_name",
     "lora": "model/peft=lora", "flash_attention": "model.attn_implementation=flash_attention_2",
-    "quantization": "model.quantization.load_in_4bit=true",
+    "quantization": "model/peft=lora model.quantization.load_in_4bit=true",
+    "qlora": "model/peft=lora model.quantization.load_in_4bit=true", "adapter": "model.adapter_name_or_path",
+    "lora_model_dir": "model.adapter_name_or_path", "adapter_path": "model.adapter_name_or_path",
+    "merge_lora": "model/peft=lora model.merge_at_end={value}", "resize_vocab": "model.resize_embeddings",
+    "special_tokens": "!set model.eos_token for what ends a text, model.add_tokens=[…] for new tokens",
+    "additional_special_tokens": "model.add_tokens", "new_special_tokens": "model.add_tokens",
+    "tokens": "model.add_tokens", "attn_impl": "model.attn_implementation",
 }  # fmt: skip
 _ALL = {
     **{name: f"{_NOT_NEEDED}{why}" for why, names in _IGNORED.items() for name in names.split()},

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.base.paths import checkpoint_step, default_cache_dir
 from launcher.base.secrets import is_secret, refusal
 from launcher.config import sbatch
+from launcher.config.model_rules import model_problems
 from launcher.config.optimizers import optimizer_problems
 from launcher.config.settings import (
     DATA_SUFFIX,
@@ -81,31 +82,6 @@ def resource_notices(config: RunConfig) -> Iterator[str]:
         )
     if not options & {"mem", "mem-per-cpu", "mem-per-gpu"}:
         yield "no memory is asked for: the cluster's default counts. To ask: launch.sbatch.mem=64G (a node; 0: all)"
-
-
-def _model_problems(config: RunConfig) -> Iterator[str]:
-    model = config.model
-    if not model.model_name_or_path and not model.config:
-        yield (
-            "model.model_name_or_path is not set and model.config is empty: nothing to train. "
-            "Set model.model_name_or_path=FOLDER_OR_HUB_ID, or model=tiny_llama to train from scratch"
-        )
-    elif model.model_name_or_path and model.config:
-        yield (
-            f"model.model_name_or_path ({model.model_name_or_path!r}) and model.config ({', '.join(model.config)}) are "
-            "both set. A pretrained model brings its config with it: to start from it leave model.config out "
-            "(model.config=null); from scratch: model.model_name_or_path=null"
-        )
-    elif model.config and "model_type" not in model.config:
-        yield "model.config needs a model_type. Set model.config.model_type=llama, or another of transformers'"
-    yield from _missing_model("model.model_name_or_path", model.model_name_or_path, "config.json")
-    yield from _missing_model("model.tokenizer_name_or_path", model.tokenizer_name_or_path, "tokenizer_config.json")
-
-
-def _missing_model(key: str, name: str | None, file: str) -> Iterator[str]:
-    if name and is_local_path(name) and not (Path(name).expanduser() / file).is_file():
-        what = f"has no {file}" if Path(name).expanduser().is_dir() else "does not exist"
-        yield f"{key}={name} {what} (looked in {Path.cwd()}). It must be a folder that holds one, or a Hub id ORG/NAME"
 
 
 def _data_problems(config: RunConfig) -> Iterator[str]:
@@ -376,7 +352,7 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
-    _model_problems, _data_problems, _eval_problems, _early_stopping_problems, _precision_problems,
+    model_problems, _data_problems, _eval_problems, _early_stopping_problems, _precision_problems,
     _checkpoint_problems,
     _hub_problems, _secret_problems, tracker_problems, _launch_problems, _folder_problems, optimizer_problems,
 )  # fmt: skip

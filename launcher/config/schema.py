@@ -164,6 +164,8 @@ def _default(key: str, setting: dataclasses.Field[Any]) -> str:
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
     base = _base(kind)
     if base in (int, float) and isinstance(value, bool):
         return False

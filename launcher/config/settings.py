@@ -46,10 +46,22 @@ class ModelConfig:
     )
     eos_token: str | None = opt(None, "a token that ends text and completions; default: the tokenizer's")
     dtype: str = opt("float32", "of forward and of saved weights; masters are always fp32", choices=DTYPES)
-    attn_implementation: str = opt("sdpa", "eager, sdpa, flash_attention_2, …")
+    attn_implementation: str = opt("auto", "auto: sdpa where the architecture takes it, else eager; or one by name")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
     trust_remote_code: bool = opt(False, "run code that comes with the model")
+    add_tokens: list[Any] = opt([], "new tokens: texts, or {content, special, lstrip, rstrip, single_word, normalized}")
+    resize_embeddings: bool = opt(False, "let the embeddings grow to a tokenizer that is larger than they are")
     peft: dict[str, Any] = opt({}, "peft's LoraConfig fields; empty trains every parameter")
+    adapter_name_or_path: str | None = opt(
+        None, "continue this LoRA adapter: a folder or Hub id; its own r and targets"
+    )
+    merge_at_end: bool = opt(False, "LoRA: the model in output_dir at the end is the merged one")
+    quantization: dict[str, Any] = opt({}, "QLoRA: transformers' BitsAndBytesConfig fields, such as load_in_4bit")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a LoRA adapter is trained instead of the model's own parameters."""
+        return bool(self.peft or self.adapter_name_or_path)
 
 
 @dataclass
@@ -240,6 +252,11 @@ def run_length(config: RunConfig) -> list[float]:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+def expanded(name: str) -> str:
+    """A folder's name with its `~` replaced; a Hub id as it is."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def is_local_path(name: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
+from launcher.config.packages import is_in_container, is_installed
 from launcher.config.schema import did_you_mean
 from launcher.config.settings import RunConfig
 
@@ -32,18 +32,8 @@ def tracker_problems(config: RunConfig) -> Iterator[str]:
         yield f"tracker.name={name} is no tracker.{hint} Valid: {', '.join(PACKAGES)}; none: tracker=off"
         return
     modules, package = PACKAGES[name]
-    has_own_environment = config.launch.name == "slurm" and config.launch.container is not None
-    if not has_own_environment and not any(map(_is_installed, modules)):
+    if not is_in_container(config) and not any(map(is_installed, modules)):
         yield (
             f"tracker.name={name} needs a package that is not installed: pip install {package}. "
             "Without it: tracker=tensorboard, or tracker=off"
         )
-
-
-def _is_installed(module: str) -> bool:
-    """A folder of that name in the working directory (wandb leaves one) is no package."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return False
-    return spec is not None and spec.origin is not None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ConfigError
-from launcher.config.settings import RunConfig
+from launcher.config.settings import RunConfig, expanded, is_local_path
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -32,14 +34,38 @@ BYTE_CHAT_TEMPLATE = """\
 """
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, and what `model.add_tokens` did to it."""
+
+    tokenizer: Any
+    new_token_ids: tuple[int, ...]
+    """Of the tokens that it did not have."""
+    known_tokens: tuple[str, ...]
+    """Those that it had already, as it has them."""
+
+    def notices(self) -> list[str]:
+        """What the user should know."""
+        if not self.known_tokens:
+            return []
+        names = ", ".join(self.known_tokens)
+        return [f"model.add_tokens: {names} {'is' if len(self.known_tokens) == 1 else 'are'} in the tokenizer already"]
+
+
 def build_tokenizer(config: RunConfig) -> Any:
     """A PreTrainedTokenizerBase with a pad token and, where `data.chat_template` is set, that template.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or the template file does not exist.
     """
-    name = config.model.tokenizer_name_or_path or config.model.model_name_or_path
+    return build_vocabulary(config).tokenizer
+
+
+def build_vocabulary(config: RunConfig) -> Vocabulary:
+    """The tokenizer of a run, with the tokens of `model.add_tokens`; errors as `build_tokenizer`."""
+    name = _source(config)
     tokenizer = _load(config, name) if name else byte_tokenizer()
+    new_token_ids, known = _add_tokens(tokenizer, config.model.add_tokens)
     if config.model.eos_token is not None:
         _set_eos(tokenizer, config.model.eos_token)
     if config.data.chat_template is not None:
@@ -50,7 +76,35 @@ def build_tokenizer(config: RunConfig) -> Any:
                 [f"the tokenizer {name} has neither a pad nor an eos token. Set model.tokenizer_name_or_path"]
             )
         tokenizer.pad_token = tokenizer.eos_token  # harmless: what bears loss is decided by masks, not by token ids
-    return tokenizer
+    return Vocabulary(tokenizer, new_token_ids, known)
+
+
+def _source(config: RunConfig) -> str | None:
+    """Where the tokenizer is: an adapter that was trained with one of its own goes on with it."""
+    model = config.model
+    if model.tokenizer_name_or_path:
+        return model.tokenizer_name_or_path
+    adapter = model.adapter_name_or_path
+    if adapter and is_local_path(adapter) and (Path(expanded(adapter)) / "tokenizer_config.json").is_file():
+        return adapter
+    return model.model_name_or_path
+
+
+def _add_tokens(tokenizer: Any, tokens: Sequence[Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Adds what `tokenizer.add_tokens` of transformers would; (ids of the new ones, those that were there)."""
+    from tokenizers import AddedToken
+
+    before = tokenizer.get_vocab()
+    wanted: dict[str, Any] = {}
+    for token in tokens:
+        fields = token if isinstance(token, dict) else {"content": token}
+        # As in transformers: ordinary tokens are looked for in normalised text, special ones in the text as it is.
+        fields = {"normalized": not fields.get("special", False), **fields}
+        wanted.setdefault(fields["content"], AddedToken(**fields))
+    tokenizer.add_tokens([token for content, token in wanted.items() if content not in before])
+    vocabulary = tokenizer.get_vocab()
+    new = tuple(vocabulary[content] for content in wanted if content not in before)
+    return new, tuple(content for content in wanted if content in before)
 
 
 def _set_eos(tokenizer: Any, token: str) -> None:
@@ -100,9 +154,12 @@ def _load(config: RunConfig, name: str) -> Any:
     model = config.model
     revision = model.revision if name == model.model_name_or_path else None
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            expanded(name), revision=revision, trust_remote_code=model.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        key = "tokenizer_name_or_path" if model.tokenizer_name_or_path else "model_name_or_path"
+        key = next(k for k in ("tokenizer_name_or_path", "adapter_name_or_path", "model_name_or_path")
+                   if getattr(model, k) == name)  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             [

@@ -128,3 +128,17 @@ class _NoCopies(TorchFunctionMode):
         if func is torch.Tensor.contiguous:
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+def attention_implementations(config: Any) -> list[str] | None:
+    """What the architecture of a config takes as `attn_implementation`; None for code that comes with a model."""
+    from transformers import AutoModelForCausalLM
+
+    cls: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if cls is None:
+        return None
+    cls = cls[0] if isinstance(cls, (list, tuple)) else cls
+    found = ["eager"]
+    found += ["sdpa"] if cls._supports_sdpa else []
+    found += ["flash_attention_2", "flash_attention_3"] if cls._supports_flash_attn else []
+    return found + (["flex_attention"] if cls._supports_flex_attn else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ class Blueprint:
     @classmethod
     def of(cls, model: Any, dtype: torch.dtype) -> Blueprint:
         """Of a model before it is wrapped; `dtype` is that of forward and of the stored weights."""
-        empty = _transformers.build_without_memory(type(model), model.config, dtype)
+        plain = copy.deepcopy(model.config)
+        plain.__dict__.pop("quantization_config", None)  # of what is stored nothing is quantised
+        empty = _transformers.build_without_memory(type(model), plain, dtype)
         empty.config.architectures = [type(model).__name__]
         dtypes = _transformers.stored_dtypes(empty, dtype)
         stored = {}

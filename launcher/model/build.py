@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ from torch import Tensor, nn
 from launcher.base import _deepspeed
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.stored import StoredTensor, StoredTensors
-from launcher.config.settings import RunConfig
+from launcher.config.settings import RunConfig, expanded
 from launcher.model import _transformers
 from launcher.model.blueprint import Blueprint
 from launcher.model.identity import local_folder
+from launcher.model.lora import adapter_folder, adapter_key, adapter_notice, with_lora
+from launcher.model.quantization import quantization_arguments
+from launcher.model.vocabulary import NewRows, grow
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ class BuiltModel:
     """As `save_pretrained` would write it."""
     first_weights: Mapping[str, Tensor] | Path | None
     """What DeepSpeed's masters are to be made of, since it has got them rounded to `model.dtype`: fp32 parameters by
-    name, or the folder of a pretrained model."""
+    name, or the folder of a pretrained model or adapter."""
+    new_rows: NewRows
+    """What of the trained parameters no pretrained model has."""
+    attn_implementation: str
+    notices: list[str]
 
 
 def saved_dtype(config: RunConfig) -> torch.dtype:
@@ -46,54 +52,61 @@ def saved_dtype(config: RunConfig) -> torch.dtype:
 def _built_dtype(config: RunConfig, *, is_initialised: bool) -> torch.dtype:
     """The dtype to build in. DeepSpeed keeps fp32 masters of its own, and LoRA's base has none; elsewhere the
     parameters are the masters. Weights that are initialised are fp32 first, to be the same under every strategy."""
-    if config.model.peft or (config.strategy.zero_stage and not is_initialised):
+    if config.model.is_adapter or (config.strategy.zero_stage and not is_initialised):
         return saved_dtype(config)
     return torch.float32
 
 
-def build_model(config: RunConfig, tokenizer: Any, *, resumed_from: Path | None = None) -> BuiltModel:
-    """Builds the module on the CPU (under ZeRO-3: already partitioned).
+def build_model(
+    config: RunConfig, tokenizer: Any, *, new_token_ids: Sequence[int] = (), resumed_from: Path | None = None
+) -> BuiltModel:
+    """Builds the module on the CPU (quantised: on its device; under ZeRO-3: already partitioned). Collective.
 
     Args:
+        new_token_ids: of tokens that `model.add_tokens` added to the tokenizer.
         resumed_from: a checkpoint. It is the model's folder then: config, generation config and vocabulary are its own.
             Its tensors are not read here: `load_state` fills every parameter and persistent buffer. An adapter's base
             is built as at the first start.
 
     Raises:
-        ConfigError: `model.config` is refused. UserError: the pretrained model cannot be loaded.
+        ConfigError: settings are refused. UserError: the pretrained model or the adapter cannot be loaded.
     """
     settings, dtype = config.model, saved_dtype(config)
-    model = _load(config, tokenizer, resumed_from if not settings.peft else None)
-    vocab_size = model.config.get_text_config().vocab_size
-    if len(tokenizer) > vocab_size:
-        mend = "Leave model.tokenizer_name_or_path out: the model's own tokenizer is used then"
-        if settings.config:
-            mend = f"Set model.config.vocab_size={len(tokenizer)}, or leave it out"
-        raise ConfigError(
-            [f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {vocab_size}. {mend}"]
-        )
+    is_base = settings.is_adapter
+    model = _load(config, tokenizer, None if is_base else resumed_from)
+    is_new = is_base or resumed_from is None
+    new_rows = grow(model, config, tokenizer, new_token_ids if is_new else ())
     _refuse_layerdrop(config, model.config)
     blueprint = Blueprint.of(model, dtype)
     first_weights: Mapping[str, Tensor] | Path | None = None
-    if resumed_from is None and config.strategy.zero_stage and dtype != torch.float32 and not settings.peft:
-        name = settings.model_name_or_path
-        first_weights = local_folder(name, settings.revision) if name else _whole(model)
+    if resumed_from is None and config.strategy.zero_stage and dtype != torch.float32:
+        first_weights = _first_weights(config, model)
     parameters_are_masters = not config.strategy.zero_stage
-    blueprint.apply(model, has_masters=parameters_are_masters and not settings.peft)
-    stored = blueprint.stored
+    blueprint.apply(model, has_masters=parameters_are_masters and not is_base)
+    stored, attn_implementation, notices = blueprint.stored, model.config._attn_implementation, []
     model.config.use_cache = False
-    if settings.peft:
-        model = _with_lora(model, settings.peft)
+    if is_base:
+        model = with_lora(model, config, resumed_from=resumed_from, new_token_ids=new_rows.ids,
+                          has_masters=parameters_are_masters)  # fmt: skip
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if parameters_are_masters:
-            for param in trained.values():
-                param.data = param.data.float()
         stored = {n: (StoredTensor(adapter_key(n), _deepspeed.full_shape(p), 0),) for n, p in trained.items()}
+        new_rows = NewRows((), {})  # an adapter's are a copy of the base's
+        if resumed_from is None and (notice := adapter_notice(config)):
+            notices.append(notice)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        if settings.peft:
+        if is_base:
             model.enable_input_require_grads()
-    return BuiltModel(model, stored, blueprint.config, first_weights)
+    if config.strategy.zero_stage == 3:
+        _deepspeed.partition_in_model_order(model)
+    return BuiltModel(model, stored, blueprint.config, first_weights, new_rows, attn_implementation, notices)
+
+
+def _first_weights(config: RunConfig, model: nn.Module) -> Mapping[str, Tensor] | Path | None:
+    if config.model.is_adapter:
+        return adapter_folder(config)  # None: a new one, initialised in the dtype of its base
+    name = config.model.model_name_or_path
+    return local_folder(name, config.model.revision) if name else _whole(model)
 
 
 def _whole(model: nn.Module) -> dict[str, Tensor]:
@@ -106,10 +119,10 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     settings = config.model
-    name = str(checkpoint or settings.model_name_or_path or "model.config")
+    name = str(checkpoint or expanded(settings.model_name_or_path or "model.config"))
     model_config = _build_config(config, tokenizer, checkpoint)
     arguments: dict[str, Any] = {
-        "attn_implementation": settings.attn_implementation,
+        "attn_implementation": _attention(config, model_config),
         "trust_remote_code": settings.trust_remote_code,
         "dtype": _built_dtype(config, is_initialised=checkpoint is None and not settings.model_name_or_path),
     }
@@ -117,7 +130,7 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
     try:
         if checkpoint is None and settings.model_name_or_path:
             return AutoModelForCausalLM.from_pretrained(
-                name, revision=settings.revision, config=model_config, **arguments
+                name, revision=settings.revision, config=model_config, **arguments, **quantization_arguments(config)
             )
         # From scratch each process initialises the whole model and DeepSpeed partitions it afterwards, so that the
         # first weights are the same under every strategy.
@@ -128,8 +141,30 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
             model.generation_config = GenerationConfig.from_pretrained(checkpoint)
         return model
     except (OSError, ValueError, ImportError, KeyError) as error:
-        mend = ". Set model.attn_implementation=eager" if "attn_implementation" in str(error) else ""
+        is_attention = settings.attn_implementation != "auto" and re.search("attention|attn", str(error), re.I)
+        mend = ". Set model.attn_implementation=auto" if is_attention else ""
         raise UserError(f"the model {name} cannot be built: {error}{mend}") from error
+
+
+def _attention(config: RunConfig, model_config: Any) -> str | None:
+    """What to ask transformers for; None: sdpa where the architecture takes it, else eager.
+
+    Raises:
+        ConfigError: the architecture does not take it.
+    """
+    wanted = config.model.attn_implementation
+    if wanted == "auto":
+        return None
+    takes = _transformers.attention_implementations(model_config)
+    if takes is not None and wanted not in takes and "/" not in wanted:  # a kernel from the Hub
+        auto = "sdpa" if "sdpa" in takes else "eager"
+        raise ConfigError(
+            [
+                f"model.attn_implementation={wanted} is not taken by {model_config.model_type}. It takes "
+                f"{', '.join(takes)}. Set model.attn_implementation=auto, which means {auto} there"
+            ]
+        )
+    return wanted
 
 
 def _refuse_layerdrop(config: RunConfig, model_config: Any) -> None:
@@ -167,7 +202,9 @@ def _build_config(config: RunConfig, tokenizer: Any, checkpoint: Path | None) ->
             return AutoConfig.from_pretrained(checkpoint)
         if settings.model_name_or_path:
             return AutoConfig.from_pretrained(
-                settings.model_name_or_path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+                expanded(settings.model_name_or_path),
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
             )
         fields = dict(settings.config)
         fields.setdefault("vocab_size", -(-len(tokenizer) // 8) * 8)
@@ -181,34 +218,19 @@ def _build_config(config: RunConfig, tokenizer: Any, checkpoint: Path | None) ->
         raise UserError(f"{where}: {error}") from error
 
 
-def _with_lora(model: Any, peft_settings: dict[str, Any]) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        lora = LoraConfig(**{"task_type": "CAUSAL_LM", **peft_settings})
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # an attribute that transformers renamed
-            return get_peft_model(model, lora, autocast_adapter_dtype=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError([f"model.peft: {error}"]) from error
-
-
 def weights_stem(config: RunConfig) -> str:
     """The model file's name without ending, as from_pretrained expects it."""
-    return "adapter_model" if config.model.peft else "model"
+    return "adapter_model" if config.model.is_adapter else "model"
 
 
 def stored_name(config: RunConfig) -> Callable[[str], str]:
     """From a parameter's name to the one in the model file."""
-    return adapter_key if config.model.peft else lambda name: name
-
-
-def adapter_key(name: str) -> str:
-    """A LoRA parameter's name in adapter_model.safetensors: peft leaves its adapter's name out."""
-    return re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)
+    return adapter_key if config.model.is_adapter else lambda name: name
 
 
 def static_files(built: BuiltModel, tokenizer: Any) -> dict[str, bytes]:
-    """What lies beside the weights in every checkpoint: model config, generation config, tokenizer, chat template."""
+    """What lies beside the weights in every checkpoint: model or adapter config, generation config, tokenizer, chat
+    template."""
     model: Any = built.module
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -217,8 +239,8 @@ def static_files(built: BuiltModel, tokenizer: Any) -> dict[str, bytes]:
             adapter.save_pretrained(name)
         if not adapters:
             built.config.save_pretrained(name)
-            if model.can_generate():
-                _save_generation_config(model.generation_config, folder)
+        if model.can_generate():  # an adapter's too: for the model that it is merged into
+            _save_generation_config(model.generation_config, folder)
         tokenizer.save_pretrained(name)
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 

@@ -72,7 +72,8 @@ class _Stand(nn.Module):
 
     def __init__(self, head: Any, answer: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        object.__setattr__(self, "weight", getattr(head, "weight", None))  # Mamba asks for its dtype
+        plain = getattr(head, "original_module", head)  # peft would put trained rows into a copy of the weight
+        object.__setattr__(self, "weight", getattr(plain, "weight", None))  # Mamba asks for its dtype
         self._answer = answer
         self.given: list[Tensor] = []
 

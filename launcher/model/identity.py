@@ -45,15 +45,15 @@ def agreed_identity(config: RunConfig, processes: Processes) -> str | None:
     return found.pop() if found else None
 
 
-def local_folder(name: str, revision: str | None) -> Path | None:
-    """The folder of a model, or of its copy in the Hub's cache. No network call."""
+def local_folder(name: str, revision: str | None, file: str = "config.json") -> Path | None:
+    """The folder of a model, or of its copy in the Hub's cache, by a file that it has. No network call."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     from transformers.utils.hub import cached_file
 
     try:
-        found = cached_file(name, "config.json", revision=revision, local_files_only=True)
+        found = cached_file(name, file, revision=revision, local_files_only=True)
     except (OSError, ValueError):
         return None
     return Path(found).parent if found else None

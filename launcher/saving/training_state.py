@@ -18,12 +18,13 @@ from launcher.base.processes import Processes
 from launcher.base.stored import StoredTensors
 from launcher.checkpoint import rng
 from launcher.checkpoint.engine import to_text
-from launcher.checkpoint.load import load_masters, load_trained_state, set_masters
+from launcher.checkpoint.load import load_masters, load_trained_state, set_masters, set_rows
 from launcher.checkpoint.segments import TrainedState, collect
 from launcher.checkpoint.snapshot import SnapshotPlan, plan_snapshot
 from launcher.config.settings import RunConfig
 from launcher.model.build import saved_dtype, weights_stem
 from launcher.model.optim import Schedule
+from launcher.model.vocabulary import NewRows
 
 STATE_VERSION = 1
 
@@ -65,10 +66,12 @@ class TrainingState:
         self._encoded_history: list[str] = []
         self._planned: tuple[object, SnapshotPlan] | None = None
 
-    def take_first_masters(self, weights: Mapping[str, Tensor] | Path) -> None:
-        """Makes the masters those of the weights that the run begins with: parameters by name, or a model's folder."""
+    def take_first_masters(self, weights: Mapping[str, Tensor] | Path, new_rows: NewRows) -> None:
+        """Makes the masters those of the weights that the run begins with: parameters by name, or a model's folder,
+        which does not have the new rows."""
         if isinstance(weights, Path):
-            load_masters(self.trained, weights, self._stored)
+            load_masters(self.trained, weights, self._stored, weights_stem(self._config))
+            set_rows(self.trained, new_rows.ids, new_rows.content)
         else:
             set_masters(self.trained, weights)
 

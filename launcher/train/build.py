@@ -26,7 +26,7 @@ from launcher.checkpoint.engine import Checkpointer
 from launcher.checkpoint.resume import ResumePoint
 from launcher.checkpoint.retention import sweep_leftovers
 from launcher.config.settings import RunConfig, run_length, to_dict
-from launcher.data import Data, StepSampler, TokenisingDisplay, build_data, build_tokenizer
+from launcher.data import Data, StepSampler, TokenisingDisplay, build_data, build_vocabulary
 from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.model.build import build_model, static_files
 from launcher.model.identity import agreed_identity
@@ -108,6 +108,7 @@ def find_resume_point(config: RunConfig, paths: RunPaths, processes: Processes) 
 def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -> dict[str, Any]:
     """What decides the result of a run; compared at a resume. Collective."""
     name, deepspeed = config.model.model_name_or_path, dict(config.strategy.deepspeed)
+    adapter = config.model.adapter_name_or_path
     return {
         "seed": config.seed,
         "data": fingerprint,
@@ -121,8 +122,10 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
         "model.base": agreed_identity(config, processes),
         "model.config": config.model.config,
         "model.dtype": config.model.dtype,
-        "model.attn_implementation": config.model.attn_implementation,
+        "model.add_tokens": config.model.add_tokens,
         "model.peft": config.model.peft,
+        "model.adapter_name_or_path": Path(adapter).name if adapter else None,
+        "model.quantization": config.model.quantization,
         "optim.name": config.optim.name,
         "optim.learning_rate": config.optim.learning_rate,
         "optim.weight_decay": config.optim.weight_decay,
@@ -149,7 +152,8 @@ def build_run(
         torch.use_deterministic_algorithms(True)
     point, notices = find_resume_point(config, paths, processes)
     tell(processes, "reading the data")
-    tokenizer = build_tokenizer(config)
+    vocabulary = build_vocabulary(config)
+    tokenizer = vocabulary.tokenizer
     data = data_or_stop(config, tokenizer, processes, stop, paths, point.step if point is not None else 0)
     sampler = StepSampler(len(data.train), config.train.train_batch_size, config.seed)
     total_steps = (
@@ -166,14 +170,16 @@ def build_run(
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
     tell(processes, "building the model")
-    built = build_model(config, tokenizer, resumed_from=point.folder if point is not None else None)
+    built = build_model(
+        config, tokenizer, new_token_ids=vocabulary.new_token_ids,
+        resumed_from=point.folder if point is not None else None,
+    )  # fmt: skip
     end_generation_with(built.module, data.end_token_ids)
+    notices = [*notices, *vocabulary.notices(), *built.notices]
+    late: dict[str, Any] = {"model.attn_implementation": built.attn_implementation}
     if settings["model.base"] is None and config.model.model_name_or_path:  # downloaded only now, or not needed
-        saved = point.state["settings"].get("model.base") if point is not None else None
-        settings["model.base"] = agreed_identity(config, processes) or saved
-        before, now = {"model.base": saved}, {"model.base": settings["model.base"]}
-        if saved is not None:
-            notices += resume.compare_settings(before, now, accept=config.checkpoint.accept_changes)
+        late["model.base"] = agreed_identity(config, processes)
+    notices += compared_late(config, point, settings, late)
     processes.on_main(lambda: write_settings(config, paths))  # not those of a start that was just refused
     statics = static_files(built, tokenizer) if processes.is_main else {}
     optimizer = build_optimizer(config, built.module)
@@ -183,7 +189,7 @@ def build_run(
         config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps, built.stored
     )
     if built.first_weights is not None:
-        state.take_first_masters(built.first_weights)
+        state.take_first_masters(built.first_weights, built.new_rows)
     state.settings = settings
     state.origin = point.state.get("origin") if point is not None else None
     checkpointer = Checkpointer(
@@ -200,7 +206,7 @@ def build_run(
         )  # fmt: skip
         notices = [f"continuing from {point.folder} at step {point.step} of {total_steps}", *notices]
     if config.data.packing:
-        is_flash = "flash" in config.model.attn_implementation  # it takes no fp32
+        is_flash = "flash" in built.attn_implementation  # it takes no fp32
         with accelerator.autocast() if is_flash else contextlib.nullcontext():
             check_packing(model, len(tokenizer), accelerator.device, built.config.model_type)
     loss, loss_notices = build_loss(
@@ -305,13 +311,27 @@ def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], to
     now = {key: now[key] for key in now if key in saved}  # another tool, or an older version, records only some of them
     # A model is what it is, not what it is called; the name stands in for it where one of the two does not know it.
     is_known = None not in (saved.get("model.base"), now.get("model.base"))
-    left_out = ("model.model_name_or_path", "model.revision") if is_known else ("model.base",)
+    left_out = ["model.model_name_or_path", "model.revision"] if is_known else ["model.base"]
+    left_out.append("model.attn_implementation")  # known, and compared, once the model is built
     saved, now = ({k: v for k, v in settings.items() if k not in left_out} for settings in (saved, now))
     notices = resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
     before = point.state["total_steps"]
     if before != total_steps:
         notices.append(f"{before} steps became {total_steps}: the learning-rate schedule is recomputed")
     return notices
+
+
+def compared_late(
+    config: RunConfig, point: ResumePoint | None, settings: dict[str, Any], late: dict[str, Any]
+) -> list[str]:
+    """Adds settings that are known only once the model is built, and compares them likewise."""
+    saved = point.state["settings"] if point is not None else {}
+    found = {key: saved.get(key) if value is None else value for key, value in late.items()}
+    settings |= found
+    known = [key for key in found if saved.get(key) is not None]
+    return resume.compare_settings(
+        {key: saved[key] for key in known}, {key: found[key] for key in known}, accept=config.checkpoint.accept_changes
+    )
 
 
 def build_recorder(

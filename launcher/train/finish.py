@@ -8,6 +8,8 @@ from pathlib import Path
 from launcher.base import files, manifest, words
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointWriteError
 from launcher.base.paths import RunPaths
+from launcher.checkpoint.layout import MAX_SHARD_BYTES
+from launcher.saving.interop.target import Exported
 from launcher.train.loop import Run, is_stopped_early
 
 
@@ -22,6 +24,8 @@ def finish(run: Run, paths: RunPaths) -> None:
         source, is_temporary = final_model(run, paths)
     run.watchdog.pause()
     run.processes.on_main(run.saver.check_lock)
+    if run.config.model.merge_at_end:
+        source, is_temporary = run.processes.on_main(lambda: merged(run, source, is_temporary, paths)), True
     run.processes.on_main(lambda: publish(source, paths.root, is_temporary=is_temporary))
     p = run.state.progress
     run.recorder.update_run(
@@ -129,9 +133,9 @@ def publish(source: Path, root: Path, *, is_temporary: bool) -> None:
     Raises:
         CheckpointWriteError: a file could not be written; what was there before is whole.
     """
-    names = [entry.path for entry in manifest.read(source).files if entry.role != "state"]
+    names = model_files(source)
     try:
-        for stale in root.glob("*.safetensors*"):
+        for stale in [*root.glob("*.safetensors*"), root / "config.json", root / "adapter_config.json"]:
             if stale.name not in names:
                 files.remove_file(stale)
         for name in names:
@@ -149,3 +153,38 @@ def publish(source: Path, root: Path, *, is_temporary: bool) -> None:
             f"the model could not be put into {root}: {error}. It is whole in {source}: make room and "
             "run the same command again to finish"
         ) from error
+
+
+def model_files(source: Path) -> list[str]:
+    """Of a checkpoint what its manifest says; of a merged model everything."""
+    if not (source / manifest.NAME).is_file():
+        return sorted(files.list_files(source))
+    return [entry.path for entry in manifest.read(source).files if entry.role != "state"]
+
+
+def merged(run: Run, source: Path, is_temporary: bool, paths: RunPaths) -> Path:
+    """The adapter of a checkpoint merged into its base, in a temporary folder (`model.merge_at_end`); main process.
+
+    Raises:
+        UserError: the base is gone. CheckpointWriteError: no room; the checkpoint is whole.
+    """
+    from launcher.saving.interop.merging import write_merged  # imports peft
+
+    target = paths.root / ".tmp-checkpoint-merged"
+    entries = [entry.path for entry in manifest.read(source).files if entry.role in ("model", "card")]
+    try:
+        files.remove_tree(target)
+        target.mkdir()
+        write_merged(
+            Exported(source, tuple(entries), is_resumable=False), target, max_shard_bytes=MAX_SHARD_BYTES,
+            trust_remote_code=run.config.model.trust_remote_code, alive=run.watchdog.alive,
+        )  # fmt: skip
+        if is_temporary:
+            files.remove_tree(source)
+    except OSError as error:
+        files.remove_tree(target)
+        raise CheckpointWriteError(
+            f"the merged model could not be put into {paths.root}: {error}. The adapter is whole in {source}: make "
+            "room and run the same command again to finish"
+        ) from error
+    return target

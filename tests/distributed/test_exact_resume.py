@@ -64,6 +64,11 @@ _MOE = (
     "head_dim: 8, num_attention_heads: 4, num_key_value_heads: 2, num_experts: 8, num_experts_per_tok: 1, "
     "norm_topk_prob: true}",
 )  # fmt: skip
+_SINKS = (
+    "model.config={model_type: gpt_oss, hidden_size: 32, intermediate_size: 16, num_hidden_layers: 2, head_dim: 8, "
+    "num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 4, num_experts_per_tok: 2}",
+)
+"""Parameters beside modules with parameters: their order at the first start and after a resume can differ."""
 _LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-linear")
 
 
@@ -76,6 +81,7 @@ _LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-lin
         pytest.param("ddp", 3, (*_LORA, "model.dtype=bfloat16"), id="ddp-3-lora", marks=pytest.mark.slow),
         pytest.param("zero2", 3, ("model.dtype=bfloat16", *_MOE), id="zero2-3-moe", marks=pytest.mark.slow),
         pytest.param("zero3", 3, ("model.dtype=bfloat16", *_MOE), id="zero3-3-moe", marks=pytest.mark.slow),
+        pytest.param("zero3", 3, _SINKS, id="zero3-3-gpt-oss", marks=pytest.mark.slow),
         pytest.param("zero3", 3, (*_LORA, "model.gradient_checkpointing=true"), id="zero3-3-lora",
                      marks=pytest.mark.slow),
     ],

@@ -86,7 +86,27 @@ def test_layers_left_out_at_random_are_refused_under_zero() -> None:
         build_model(config, byte_tokenizer())
 
 
-def test_error_names_the_override_when_an_architecture_lacks_an_attention_implementation(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Set model\.attn_implementation=eager"):
-        build(make_base(tmp_path, "mamba2"))
-    build(make_base(tmp_path, "mamba2"), "model.attn_implementation=eager")
+@pytest.mark.parametrize(("name", "implementation"), [("mamba2", "eager"), ("gpt_oss", "eager"), ("llama", "sdpa")])
+def test_attention_is_what_the_architecture_takes_by_default(tmp_path: Path, name: str, implementation: str) -> None:
+    built = build(make_base(tmp_path, name))
+    assert built.attn_implementation == built.module.config._attn_implementation == implementation
+    assert build(tmp_path, "model.attn_implementation=eager").attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "message"),
+    [
+        ("mamba2", "sdpa", r"=sdpa is not taken by mamba2\. It takes eager\. .*=auto, which means eager there"),
+        ("llama", "spda", r"It takes eager, sdpa, flash_attention_2, .*=auto, which means sdpa there"),
+    ],
+)
+def test_attention_that_an_architecture_does_not_take_is_refused_with_what_it_takes(
+    tmp_path: Path, name: str, wanted: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(make_base(tmp_path, name), f"model.attn_implementation={wanted}")
+
+
+def test_attention_that_is_not_installed_names_the_default(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Set model\.attn_implementation=auto"):
+        build(make_base(tmp_path, "llama"), "model.attn_implementation=flash_attention_2")

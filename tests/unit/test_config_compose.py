@@ -122,7 +122,7 @@ def _choices() -> list[str]:
 
 @pytest.mark.parametrize("choice", [c for c in _choices() if not c.startswith(("experiment=", "hydra/sweeper"))])
 def test_every_choice_composes_and_validates(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.config.trackers._is_installed", lambda module: True)
+    monkeypatch.setattr("launcher.config.trackers.is_installed", lambda module: True)
     needed = {
         "model=pretrained": ["model.model_name_or_path=org/name"],
         "model=scratch": ["model.config.model_type=llama"],

@@ -49,7 +49,11 @@ VALUES = {
     "data_files": "rows.jsonl", "eval_file": "rows.jsonl", "chat_template_path": "chat.jinja", "model_revision": "main",
     "dataset_config": "default", "dataset_test_split": "0.1", "val_set_size": "0.1", "eval_split_ratio": "0.1",
     "dataset_train_split": "train", "lora_dropout": "0.05", "warmup_ratio": "0.03", "momentum": "0.9",
-    "hub_private_repo": "true", "greater_is_better": "true", "quantization": "4bit", "sample_packing": "true",
+    "hub_private_repo": "true", "greater_is_better": "true", "quantization": "4bit", "qlora": "true",
+    "merge_lora": "true", "resize_vocab": "true", "additional_special_tokens": '["<a>"]', "new_special_tokens": '["<a>"]',
+    "tokens": '["<a>"]', "attn_impl": "eager", "adapter": "org/name", "adapter_path": "org/name",
+    "lora_model_dir": "org/name", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16", "sample_packing": "true",
     "partition": "gpu", "hub_revision": "main", "wandb_project": "sft", "flash_attention": "true", "project": "sft",
     "trackio_space_id": "org/space", "trackio_bucket_id": "org/bucket", "eval_steps": "10", "dataset_text_field": "body",
     "dataset": "org/data", "datasets": "org/data", "auto_find_batch_size": "true", "output_dir": "runs/x",
@@ -63,7 +67,8 @@ NO_OVERRIDES = {name for name, entry in _ALL.items() if entry.startswith("!")}
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launcher.config.trackers._is_installed", lambda module: True)
+    for room in ("trackers", "model_rules"):
+        monkeypatch.setattr(f"launcher.config.{room}.is_installed", lambda module: True)
     for name in ("rows.jsonl", "chat.jsonl"):
         Path(name).write_text(json.dumps({"text": "one"}) + "\n")
     Path("chat.jinja").write_text("{{ messages }}")
@@ -113,10 +118,14 @@ def test_hint_composes_when_a_name_of_another_tool_is_set() -> None:
         assert "Valid:" not in problem, f"nothing was proposed: {problem}"
         for proposed in proposals(problem):
             keys = {re.sub(r"data\.(dataset_name|train_files)", "data", o.partition("=")[0]) for o in proposed}
-            group = next((g for g in together if not keys & g.keys()), None)
+            is_alone = any("model.quantization" in override for override in proposed)
+            group = None if is_alone else next((g for g in together if not keys & g.keys()), None)
             if group is None:
                 together.append(group := {})
             group |= dict.fromkeys(keys, proposed)
+            if any("model.quantization" in override for override in proposed):
+                compose([*proposed, "model.model_name_or_path=org/name"])  # of pretrained models alone
+                together.remove(group)
     for group in together:
         everything = list(dict.fromkeys(override for proposed in group.values() for override in proposed))
         try:

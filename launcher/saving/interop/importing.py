@@ -127,8 +127,8 @@ def _trainer_state(source: Path) -> dict[str, Any]:
 
 
 def _read(source: Path, config: RunConfig) -> tuple[Foreign, nn.Module]:
-    if is_adapter(source) != bool(config.model.peft):
-        mend = "model/peft=lora" if is_adapter(source) else "model.peft={}"
+    if is_adapter(source) != config.model.is_adapter:
+        mend = "model/peft=lora" if is_adapter(source) else "model/peft=none"
         raise ResumeError(f"{source} holds {'a LoRA adapter' if is_adapter(source) else 'a whole model'}. Set {mend}")
     base = config.model.model_name_or_path
     model = build_skeleton(source, trust_remote_code=config.model.trust_remote_code, base=base)

@@ -10,7 +10,7 @@ from launcher.base.errors import DamagedCheckpointError
 from launcher.checkpoint.layout import iter_safetensors
 from launcher.checkpoint.load import TensorFiles
 from launcher.checkpoint.snapshot import MASTER, OPTIMIZER_STEM, TORCH_DTYPES
-from launcher.model.build import adapter_key
+from launcher.model.lora import adapter_key
 from launcher.saving.interop.foreign import named_errors
 from launcher.saving.interop.skeleton import build_skeleton, stored_in_parts
 from launcher.saving.interop.streams import Source, from_file, part_of_file, write_sources
@@ -38,6 +38,20 @@ def export_safetensors(checkpoint: Path, target: Path, *, dtype: str | None, max
     size = sum(layout.num_bytes for layout in layouts)
     what = "the LoRA adapter" if source.stem == "adapter_model" else "the model"
     return f"exported {what} of {source.folder} to {target}: {size:,} bytes in {len(layouts)} safetensors file(s)"
+
+
+def export_merged(
+    checkpoint: Path, target: Path, *, base: str | None, dtype: str | None, max_shard_bytes: int,
+    trust_remote_code: bool = False,
+) -> str:  # fmt: skip
+    """The same of a LoRA checkpoint, merged into its base; see `merging.write_merged`."""
+    from launcher.saving.interop.merging import write_merged
+
+    source = choose(checkpoint, newest=False)
+    with new_folder(target) as folder, named_errors(source.folder):
+        size = write_merged(source, folder, base=base, dtype=dtype, max_shard_bytes=max_shard_bytes,
+                            trust_remote_code=trust_remote_code)  # fmt: skip
+    return f"exported {source.folder}, merged into its base, to {target}: {size:,} bytes"
 
 
 def model_sources(source: Exported, dtype: torch.dtype | None) -> list[Source]:

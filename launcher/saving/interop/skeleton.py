@@ -24,11 +24,14 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def build_skeleton(folder: Path, *, trust_remote_code: bool = False, base: str | None = None) -> nn.Module:
+def build_skeleton(
+    folder: Path, *, trust_remote_code: bool = False, base: str | None = None, min_rows: int = 0
+) -> nn.Module:
     """The model of a checkpoint folder on the meta device; with an adapter, on its base model.
 
     Args:
         base: the base model of an adapter instead of the one that it names itself.
+        min_rows: what its embeddings need at least.
 
     Raises:
         ResumeError: the folder, or the base model, has no usable config.json.
@@ -46,12 +49,14 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False, base: str |
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if source == str(folder):
             _refuse_giant(config.to_dict(), folder)
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, min_rows)
         with no_zero_init(), torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             model.tie_weights()
             if is_adapter(folder):
-                # peft reads an attribute that transformers 5 deprecates.
-                with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                # peft reads attributes that transformers 5 deprecates, and warns of tied weights
+                with warnings.catch_warnings(action="ignore"):
                     model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
     except Exception as error:  # whatever values that nobody meant to write make of transformers
         raise ResumeError(

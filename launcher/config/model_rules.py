@@ -1,0 +1,156 @@
+"""The rules of the group `model`: what is trained, its tokens, adapters and quantisation. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.base import files
+from launcher.config.packages import is_in_container, is_installed
+from launcher.config.schema import did_you_mean
+from launcher.config.settings import ModelConfig, RunConfig, is_local_path
+
+TOKEN_FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
+"""Of tokenizers.AddedToken."""
+QUANTIZATION_FIELDS = (
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_storage", "llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_has_fp16_weight",
+    "llm_int8_enable_fp32_cpu_offload", "quant_method",
+)  # fmt: skip
+"""Of transformers' BitsAndBytesConfig."""
+
+
+def model_problems(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if not model.model_name_or_path and not model.config:
+        yield (
+            "model.model_name_or_path is not set and model.config is empty: nothing to train. "
+            "Set model.model_name_or_path=FOLDER_OR_HUB_ID, or model=tiny_llama to train from scratch"
+        )
+    elif model.model_name_or_path and model.config:
+        yield (
+            f"model.model_name_or_path ({model.model_name_or_path!r}) and model.config ({', '.join(model.config)}) are "
+            "both set. A pretrained model brings its config with it: to start from it leave model.config out "
+            "(model.config=null); from scratch: model.model_name_or_path=null"
+        )
+    elif model.config and "model_type" not in model.config:
+        yield "model.config needs a model_type. Set model.config.model_type=llama, or another of transformers'"
+    yield from _missing_model("model.model_name_or_path", model.model_name_or_path, "config.json")
+    yield from _missing_model("model.tokenizer_name_or_path", model.tokenizer_name_or_path, "tokenizer_config.json")
+    yield from _missing_model("model.adapter_name_or_path", model.adapter_name_or_path, "adapter_config.json")
+    yield from _token_problems(model)
+    yield from _adapter_problems(model)
+    yield from _quantization_problems(config)
+
+
+def _missing_model(key: str, name: str | None, file: str) -> Iterator[str]:
+    if name and is_local_path(name) and not (Path(name).expanduser() / file).is_file():
+        what = f"has no {file}" if Path(name).expanduser().is_dir() else "does not exist"
+        yield f"{key}={name} {what} (looked in {Path.cwd()}). It must be a folder that holds one, or a Hub id ORG/NAME"
+
+
+def _token_problems(model: ModelConfig) -> Iterator[str]:
+    for i, token in enumerate(model.add_tokens):
+        key = f"model.add_tokens[{i}]"
+        fields = token if isinstance(token, dict) else {"content": token}
+        for name, value in fields.items():
+            if name not in TOKEN_FIELDS:
+                hint = did_you_mean(str(name), TOKEN_FIELDS)
+                yield f"{key}.{name} is no field of a token.{hint} Valid: {', '.join(TOKEN_FIELDS)}"
+            elif name != "content" and not isinstance(value, bool):
+                yield f"{key}.{name} must be true or false (got {value!r})"
+        content = fields.get("content")
+        if not isinstance(content, str) or not content:
+            yield (
+                f"{key} must be a text that is not empty, or {{content: TEXT, special: true}} (got {token!r}). "
+                "Example: 'model.add_tokens=[\"<tool>\"]'"
+            )
+
+
+def _adapter_problems(model: ModelConfig) -> Iterator[str]:
+    if model.merge_at_end and not model.is_adapter:
+        yield (
+            "model.merge_at_end=true but no LoRA adapter is trained: there is nothing to merge. "
+            "Set model/peft=lora, or model.merge_at_end=false"
+        )
+    name = model.adapter_name_or_path
+    if not name:
+        return
+    own = _adapter_config(name)
+    if model.config and not model.model_name_or_path:
+        base = own.get("base_model_name_or_path") or "FOLDER_OR_HUB_ID"
+        yield (
+            f"model.adapter_name_or_path={name} needs the pretrained model that it belongs to, but model.config trains "
+            f"one from scratch. Set model.model_name_or_path={base}"
+        )
+    yield from contradictions_of_adapter(name, own, model.peft)
+
+
+def _adapter_config(name: str) -> dict[str, Any]:
+    """adapter_config.json of a folder; empty for one on the Hub."""
+    if not is_local_path(name):
+        return {}
+    found = files.read_json_or(Path(name).expanduser() / "adapter_config.json", {})
+    return found if isinstance(found, dict) else {}
+
+
+def contradictions_of_adapter(name: str, own: Mapping[str, Any], peft: Mapping[str, Any]) -> list[str]:
+    """What is asked for otherwise than the adapter is; and an adapter that is not LoRA.
+
+    Args:
+        own: its adapter_config.json.
+        peft: `model.peft`.
+    """
+    kind = own.get("peft_type", "LORA")
+    if kind != "LORA":
+        return [f"model.adapter_name_or_path={name} is a {kind} adapter; only LORA adapters can be continued"]
+    different = [
+        f"{key}={value!r} (the adapter has {own[key]!r})"
+        for key, value in peft.items()
+        if key in own and value != "all-linear" and _plain(value) != _plain(own[key])
+    ]
+    if not different:
+        return []
+    return [
+        f"model.peft contradicts the adapter that model.adapter_name_or_path={name} continues: {', '.join(different)}. "
+        "Its own config counts: leave model.peft out (model/peft=none)"
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """target_modules is a set."""
+    return sorted(map(str, value)) if isinstance(value, (list, tuple, set)) else value
+
+
+def _quantization_problems(config: RunConfig) -> Iterator[str]:
+    model, wanted = config.model, config.model.quantization
+    if not wanted:
+        return
+    for name in wanted:
+        if name not in QUANTIZATION_FIELDS:
+            hint = did_you_mean(name, QUANTIZATION_FIELDS).replace("mean ", "mean model.quantization.")
+            yield f"model.quantization.{name} is no setting.{hint} Valid: {', '.join(QUANTIZATION_FIELDS)}"
+    if (method := wanted.get("quant_method", "bitsandbytes")) != "bitsandbytes":
+        yield f"model.quantization.quant_method={method} is not supported. Valid: bitsandbytes"
+    bits = [name for name in ("load_in_4bit", "load_in_8bit") if wanted.get(name)]
+    if len(bits) != 1:
+        yield (
+            f"model.quantization needs one of load_in_4bit and load_in_8bit (got {' and '.join(bits) or 'neither'}). "
+            "Set model.quantization.load_in_4bit=true; for a model that is not quantised: model.quantization=null"
+        )
+    off = "or model.quantization=null"
+    if not model.is_adapter:
+        yield f"model.quantization keeps the weights fixed: only an adapter is trained. Set model/peft=lora, {off}"
+    if model.config and not model.model_name_or_path:
+        yield f"model.quantization is of a pretrained model, model.config trains one from scratch: leave it out, {off}"
+    if config.strategy.zero_stage:
+        yield (
+            f"strategy={config.strategy.name} cannot spread quantised weights over processes (model.quantization). "
+            f"Set strategy=ddp, {off}"
+        )
+    if not is_in_container(config) and not is_installed("bitsandbytes"):
+        yield (
+            "model.quantization needs a package that is not installed: pip install bitsandbytes. "
+            "Without it: model.quantization=null"
+        )
