@@ -20,6 +20,8 @@ EVALUATIONS: list[int] = []
 
 
 class CountedEvaluator(Evaluator):
+    samples: tuple[()] = ()
+
     def __init__(self, config: RunConfig, state: Any) -> None:
         self._config, self._total_steps, self._state = config, 100, state
         self._data: Any = SimpleNamespace(eval=[1], train=[1] * 64)
