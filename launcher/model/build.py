@@ -120,7 +120,7 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
 
     settings = config.model
     name = str(checkpoint or expanded(settings.model_name_or_path or "model.config"))
-    model_config = _build_config(config, tokenizer, checkpoint)
+    model_config = build_model_config(config, tokenizer, checkpoint)
     arguments: dict[str, Any] = {
         "attn_implementation": _attention(config, model_config),
         "trust_remote_code": settings.trust_remote_code,
@@ -192,7 +192,12 @@ def _filled_later(config: RunConfig) -> Iterator[None]:
         yield
 
 
-def _build_config(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
+def build_model_config(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
+    """transformers' config of the model: a checkpoint's, the pretrained model's, or that of `model.config`.
+
+    Raises:
+        UserError: it cannot be read, or its fields are refused.
+    """
     from transformers import AutoConfig
 
     settings = config.model

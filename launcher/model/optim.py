@@ -15,7 +15,13 @@ from launcher.base.errors import ConfigError
 from launcher.config.settings import RunConfig
 
 
-def _decays(name: str, param: torch.nn.Parameter, norms: set[str]) -> bool:
+def norm_names(model: torch.nn.Module) -> set[str]:
+    """Of the modules whose parameters get no weight decay."""
+    return {name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+
+
+def is_decayed(name: str, norms: set[str]) -> bool:
+    """Whether a parameter gets weight decay, and so belongs to the first group."""
     return name.rpartition(".")[0] not in norms and not name.endswith("bias")
 
 
@@ -33,11 +39,11 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
         raise ConfigError(
             [f"optim.name={optim.name} cannot be imported ({error}). Example: torch.optim.AdamW"]
         ) from error
-    norms = {n for n, m in model.named_modules() if "norm" in type(m).__name__.lower()}
+    norms = norm_names(model)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for n, p in trained if _decays(n, p, norms)], "weight_decay": optim.weight_decay},
-        {"params": [p for n, p in trained if not _decays(n, p, norms)], "weight_decay": 0.0},
+        {"params": [p for n, p in trained if is_decayed(n, norms)], "weight_decay": optim.weight_decay},
+        {"params": [p for n, p in trained if not is_decayed(n, norms)], "weight_decay": 0.0},
     ]
     try:
         optimizer: torch.optim.Optimizer = cls(

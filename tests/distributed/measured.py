@@ -1,0 +1,40 @@
+"""An optimizer that measures the memory of its run, chosen by `optim.name`; its process must run under `allocations.c`.
+
+Into MEASURED_DIR, one file for each rank, a line per step: {"bytes", "peak"}: what is allocated after the step and at
+most since the step before, beyond what the process held when there was nothing of the run but its model's parameters
+(those included).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class MeasuredAdamW(torch.optim.AdamW):
+    """AdamW, bit for bit."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.param_groups[0]["is_first"] = True
+        self._library = ctypes.CDLL(None)
+        self._library.counted_bytes.restype = self._library.counted_peak.restype = ctypes.c_long
+        held = sum(p.nbytes for group in self.param_groups for p in group["params"]) + int(os.environ.get("HELD", 0))
+        self._base = self._library.counted_bytes() - held
+        self._path = Path(os.environ["MEASURED_DIR"]) / f"rank-{os.environ.get('RANK', 0)}.jsonl"
+
+    def step(self, closure: Any = None) -> Any:
+        if any(group.get("is_first") and group["params"] for group in self.param_groups):  # DeepSpeed steps each alone
+            self._tell()
+        return super().step(closure)
+
+    def _tell(self) -> None:
+        now, peak = self._library.counted_bytes() - self._base, self._library.counted_peak() - self._base
+        with self._path.open("a") as file:
+            file.write(json.dumps({"bytes": now, "peak": peak}) + "\n")
+        self._library.counted_reset()
