@@ -22,6 +22,7 @@ VERBS = {
     "checkpoints": "what a run has saved",
     "verify": "re-read every byte of a checkpoint against its manifest",
     "export": "a checkpoint for serving, or for transformers' Trainer",
+    "plan": "memory per device, what fits, disk per checkpoint, before anything is loaded",
     "preview": "rows as they are trained on, and what bears loss",
     "prefetch": "download model and data before a run without internet",
     "push": "send checkpoints to the Hugging Face Hub",

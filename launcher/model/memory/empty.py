@@ -88,7 +88,9 @@ def build_empty(config: RunConfig, tokenizer: Any) -> EmptyModel:
     if config.model.peft:
         model = with_lora(model, config.model.peft)
         stored = {
-            n: (StoredTensor(adapter_key(n), tuple(p.shape), 0),) for n, p in model.named_parameters() if p.requires_grad
+            n: (StoredTensor(adapter_key(n), tuple(p.shape), 0),)
+            for n, p in model.named_parameters()
+            if p.requires_grad
         }
         frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
         persistent = {}
@@ -126,7 +128,9 @@ def _quantised_names(model: Any) -> set[str]:
     """bitsandbytes leaves the head in its dtype, and with it what is tied to it."""
     head = model.get_output_embeddings()
     return {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,6 @@ from launcher.model.memory.activations import ActivationModel, Pass, SampledLaye
 from launcher.model.memory.devices import Device
 from launcher.model.memory.empty import EmptyModel, OptimizerStates, build_empty
 from launcher.model.memory.strategies import MemoryParts, Setting, Sizes, memory_parts
-
-SIMPLEST_FIRST = STRATEGIES
-_MAX_MICRO_BATCH = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,6 @@ class StrategyPlan:
     largest_micro_batch: int
     """0: not even one row fits."""
 
-    @property
-    def needed(self) -> float:
-        return self.parts.total + self.host
-
 
 class MemoryModel:
     """Everything of a config that does not depend on the strategy, made once; `plan` then takes microseconds."""
@@ -45,12 +40,13 @@ class MemoryModel:
         self.model: EmptyModel = build_empty(config, tokenizer)
         self.states = OptimizerStates(config)
         self.sizes = Sizes.of(self.model, self.states)
+        self.notices: list[str] = []
         self._activations: dict[bool, ActivationModel] = {}
         self._layers: SampledLayers | None = None
 
     def strategies(self) -> list[str]:
         """The names of those that this config may use, the simplest first."""
-        return [name for name in SIMPLEST_FIRST if self._is_possible(name)]
+        return [name for name in STRATEGIES if self._is_possible(name)]
 
     def _is_possible(self, name: str) -> bool:
         if name == ("ddp" if self.num_processes == 1 else "single"):
@@ -74,12 +70,23 @@ class MemoryModel:
         wanted = self.config.train.per_device_train_batch_size
         return min(wanted, own) if isinstance(wanted, int) else own
 
-    def parts(self, name: str, batch: int) -> MemoryParts:
+    def choose(self, plans: Sequence[StrategyPlan]) -> StrategyPlan:
+        """The strategy that is asked for; with auto, and where that is impossible here, the simplest that fits."""
+        wanted = next((plan for plan in plans if plan.name == self.config.strategy.name), None)
+        fitting = (plan for plan in plans if plan.fits)
+        return wanted or next(fitting, min(plans, key=lambda plan: plan.parts.total))
+
+    def setting(self, name: str, batch: int | None = None) -> Setting:
+        """A strategy with what else decides its memory."""
         own = math.ceil(self.config.train.train_batch_size / self.num_processes)
-        strategy = StrategyConfig(name, self.config.strategy.deepspeed)
-        setting = Setting(
-            strategy, self.num_processes, math.ceil(own / batch), self.config.mixed_precision, self.device.is_cuda
-        )
+        return Setting(
+            StrategyConfig(name, self.config.strategy.deepspeed), self.num_processes,
+            math.ceil(own / (batch or self.micro_batch)), self.config.mixed_precision, self.device.is_cuda,
+        )  # fmt: skip
+
+    def parts(self, name: str, batch: int) -> MemoryParts:
+        """What a device holds under a strategy with a micro-batch."""
+        setting = self.setting(name, batch)
         return memory_parts(self.sizes, setting, self._passes(setting, batch), self.states)
 
     def _largest(self, name: str, limit: float) -> int:
@@ -99,7 +106,9 @@ class MemoryModel:
             return 0.0
         trained = sum(p.numel * p.dtype.itemsize for p in self.model.trained)
         frozen = 0 if self.config.model.peft else sum(p.numel * p.dtype.itemsize for p in self.model.frozen)
-        masters = 0 if checkpoint.save_only_model else sum(4 * p.numel for p in self.model.trained if p.dtype.itemsize < 4)
+        masters = (
+            0 if checkpoint.save_only_model else sum(4 * p.numel for p in self.model.trained if p.dtype.itemsize < 4)
+        )
         states = 0 if checkpoint.save_only_model else self.sizes.plain_states
         return (trained + frozen + masters + states) / self.num_processes
 
@@ -118,7 +127,8 @@ class MemoryModel:
         if self._layers is None:
             settings, module = self.config.model, self.model.module
             if settings.gradient_checkpointing:
-                module.gradient_checkpointing_enable({"use_reentrant": False})
+                with warnings.catch_warnings(action="ignore"):  # a method that transformers renamed
+                    module.gradient_checkpointing_enable({"use_reentrant": False})
                 if settings.peft:
                     module.enable_input_require_grads()
             self._layers = SampledLayers(module)

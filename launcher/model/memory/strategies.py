@@ -189,4 +189,3 @@ def host_bytes(sizes: Sizes, setting: Setting, snapshot: float) -> Mapping[str, 
         offloaded = per_element * sizes.trained / setting.num_processes
     build = sizes.plain_weights if setting.stage == 0 else float(setting.forward_dtype.itemsize * sizes.total)
     return {"snapshot": round(snapshot), "offloaded": round(offloaded), "build": round(build)}
-

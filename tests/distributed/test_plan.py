@@ -1,0 +1,134 @@
+"""What `launcher plan` says beforehand, against real runs: bytes of checkpoints, and the most memory at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.base.paths import RunPaths
+from launcher.config.compose import compose
+from launcher.config.settings import RunConfig
+from launcher.data import build_tokenizer
+from launcher.model.memory.devices import Device
+from launcher.model.memory.plan import MemoryModel
+from launcher.saving.checkpoint_size import CheckpointSize, checkpoint_size
+from tests.distributed.runs import Lab
+from tests.distributed.zygote import Zygote
+
+_SOURCE = Path(__file__).with_name("allocations.c")
+_HOST = Device("cpu", 16 * 10**9, "a test's")
+
+
+def _memory(overrides: list[str], num_processes: int) -> tuple[RunConfig, MemoryModel]:
+    config = compose(overrides)
+    return config, MemoryModel(config, _HOST, num_processes, build_tokenizer(config))
+
+
+def _planned(overrides: list[str], num_processes: int) -> CheckpointSize:
+    config, memory = _memory(overrides, num_processes)
+    stage = config.strategy.zero_stage
+    return checkpoint_size(config, memory.model, memory.states, zero_stage=stage, num_processes=num_processes)
+
+
+_WIDE = ("model.config.hidden_size=256", "model.config.intermediate_size=704", "model.config.num_hidden_layers=3")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_processes", "more"),
+    [
+        ("single", 1, ("model.dtype=bfloat16",)),
+        ("zero3", 2, ("model.dtype=bfloat16",)),
+        ("zero2", 2, ("model/peft=lora", "model.peft.r=64")),
+        pytest.param("ddp", 2, (), marks=pytest.mark.slow),
+        pytest.param("zero1", 2, ("model.dtype=bfloat16",), marks=pytest.mark.slow),
+        pytest.param("zero3", 3, (), marks=pytest.mark.slow),
+        pytest.param("single", 1, ("optim=adafactor",), marks=pytest.mark.slow),
+        pytest.param("single", 1, ("optim=sgd", "checkpoint.save_only_model=true"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_is_as_large_as_planned_when_it_is_saved(
+    lab: Lab, tmp_path: Path, strategy: str, num_processes: int, more: tuple[str, ...]
+) -> None:
+    steps = ("train.max_steps=1", "checkpoint.save_steps=1")
+    run: RunPaths = lab.run(tmp_path, strategy, num_processes, *_WIDE, *steps, *more)
+    planned = _planned(lab.overrides(tmp_path, strategy, *_WIDE, *steps, *more), num_processes)
+    sizes = {p.relative_to(run.root / "checkpoint-1"): p.stat().st_size for p in run.checkpoint_dir(1).rglob("*")
+             if p.is_file()}  # fmt: skip
+    model = sum(n for path, n in sizes.items() if path.name.endswith("model.safetensors"))
+    state = sum(n for path, n in sizes.items() if path.parts[0] == "state")
+    assert planned.model == pytest.approx(model, rel=0.01)
+    assert planned.state == pytest.approx(state, rel=0.01, abs=1)
+    assert planned.total == pytest.approx(sum(sizes.values()), rel=0.01)
+
+
+# --------------------------------------------------------------------------- memory
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Ranks whose allocations are counted."""
+    folder = tmp_path_factory.mktemp("counting")
+    library = folder / "allocations.so"
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(_SOURCE)], check=True)
+    os.environ["LD_PRELOAD"] = str(library)
+    try:
+        zygote = Zygote(folder / "log")
+    finally:
+        del os.environ["LD_PRELOAD"]
+    yield zygote
+    zygote.close()
+
+
+def _rows(path: Path) -> None:
+    """Every other one is too long, so that every micro-batch has a whole row and padding."""
+    lines = [json.dumps({"text": "x" * (600 if i % 2 else 400)}) for i in range(64)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _overrides(folder: Path, strategy: str, *more: str) -> list[str]:
+    model = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8,
+             "num_key_value_heads": 4, "vocab_size": 8192}  # fmt: skip
+    return [
+        f"data.train_files=[{folder}/rows.jsonl]", f"data.cache_dir={folder}/cache", "data.max_length=512",
+        "model=tiny_llama", *(f"model.config.{key}={value}" for key, value in model.items()), "tracker=off",
+        "train.per_device_train_batch_size=4", "train.max_steps=3", "train.logging_steps=1", "checkpoint=off",
+        "optim.name=tests.distributed.measured.MeasuredAdamW", f"output_dir={folder}/run",
+        f"strategy={strategy}", *more,
+    ]  # fmt: skip
+
+
+_SMALL_BUCKET = "strategy.deepspeed.zero_optimization.reduce_bucket_size=4000000"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "num_processes", "more"),
+    [
+        ("single", 1, ("train.train_batch_size=4",)),
+        ("single", 1, ("train.train_batch_size=8", "model.gradient_checkpointing=true")),
+        ("ddp", 2, ("train.train_batch_size=8",)),
+        ("zero2", 2, ("train.train_batch_size=8", _SMALL_BUCKET)),
+        ("zero2", 2, ("train.train_batch_size=16",)),
+        ("zero3", 2, ("train.train_batch_size=16", _SMALL_BUCKET)),
+    ],
+)
+def test_memory_is_as_planned_when_a_run_is_measured(
+    counting: Zygote, tmp_path: Path, strategy: str, num_processes: int, more: tuple[str, ...]
+) -> None:
+    _rows(tmp_path / "rows.jsonl")
+    overrides = _overrides(tmp_path, strategy, *more)
+    counting.start(overrides, num_processes, tmp_path / "log", {"MEASURED_DIR": str(tmp_path)})
+    assert counting.wait() == [0] * num_processes, (tmp_path / "log").read_text(errors="replace")[-3000:]
+    _, memory = _memory(overrides, num_processes)
+    planned = memory.parts(strategy, 4).total
+    for rank in range(num_processes):
+        lines: list[dict[str, Any]] = [
+            json.loads(line) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()
+        ]
+        assert planned == pytest.approx(lines[-1]["peak"], rel=0.05)
