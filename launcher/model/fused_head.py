@@ -3,8 +3,9 @@ often its largest tensor, are never there as a whole."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,17 @@ _LARGEST = 9.9
 _TOLERANCE = 1e-6
 LABELS = "fused_head_labels"
 """The keyword of `forward` that asks for the loss instead of logits."""
+
+
+@contextlib.contextmanager
+def chunks_of(kind: str) -> Iterator[None]:
+    """On the CPU, chunks as large as on this kind of device: for a plan of what is needed there."""
+    before = _CHUNK_POSITIONS["cpu"]
+    _CHUNK_POSITIONS["cpu"] = _CHUNK_POSITIONS[kind]
+    try:
+        yield
+    finally:
+        _CHUNK_POSITIONS["cpu"] = before
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class _Stand(nn.Module):
         return self._answer(hidden)
 
 
-def maybe_fuse_head(model: Any, device: torch.device) -> bool:
+def maybe_fuse_head(model: Any, device: torch.device, known: AfterHead | None = None) -> bool:
     """Teaches a causal model's `forward` to give the loss itself, where that is exact: the model is tried.
 
     A stand-in for the head shows what the forward pass does with logits. Where that is neither nothing, nor a scale,
@@ -92,6 +104,7 @@ def maybe_fuse_head(model: Any, device: torch.device) -> bool:
 
     Args:
         model: prepared and unwrapped; under peft its base model.
+        known: what it does with logits, for a model without memory, which cannot be tried.
     """
     head = model.get_output_embeddings()
     where = next(
@@ -99,7 +112,7 @@ def maybe_fuse_head(model: Any, device: torch.device) -> bool:
     )
     if head is None or where is None:
         return False
-    after = _try(model, where, device)
+    after = known or _try(model, where, device)
     if after is None:
         return False
     is_linear = type(head).forward is nn.Linear.forward

@@ -47,7 +47,10 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
     ]
     try:
         optimizer: torch.optim.Optimizer = cls(
-            [g for g in groups if g["params"]], lr=optim.learning_rate, **_fused(cls, optim.kwargs), **optim.kwargs
+            [g for g in groups if g["params"]],
+            lr=optim.learning_rate,
+            **fused_arguments(cls, optim.kwargs),
+            **optim.kwargs,
         )
     except (TypeError, ValueError) as error:
         raise ConfigError([f"optim.name={optim.name} refuses its arguments: {error}. See optim.kwargs"]) from error
@@ -57,7 +60,7 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
-def _fused(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, bool]:
+def fused_arguments(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, bool]:
     """One pass over memory for an update instead of a dozen, where torch has such a kernel and nothing else was asked
     for. Without it torch takes the slowest form on the CPU."""
     if _IMPLEMENTATIONS & kwargs.keys() or not isinstance(cls, type):

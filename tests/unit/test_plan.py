@@ -88,7 +88,8 @@ def test_layers_are_extrapolated_when_there_are_several_kinds() -> None:
     settings = (
         "model.config.model_type=qwen2", "model.config.hidden_size=64", "model.config.intermediate_size=96",
         "model.config.num_attention_heads=4", "model.config.num_key_value_heads=2", "model.config.vocab_size=300",
-        "model.config.num_hidden_layers=5", "model.config.sliding_window=16", "model.config.use_sliding_window=true", f"model.config.layer_types={kinds}", "data.max_length=64",
+        "model.config.num_hidden_layers=5", "model.config.sliding_window=16",
+        "model.config.use_sliding_window=true", f"model.config.layer_types={kinds}", "data.max_length=64",
     )  # fmt: skip
     memory = _memory(*settings, "train.per_device_train_batch_size=2")
     extrapolated = memory.plan("single").parts.activations
@@ -104,7 +105,7 @@ def test_every_process_holds_less_when_there_are_more(stage: str) -> None:
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
-    memory = _memory("model=tiny_llama", "train.train_batch_size=512", device=Device("cuda", 3 * 10**9, "a test's"))
+    memory = _memory("model=tiny_llama", "train.train_batch_size=512", device=Device("cuda", 1_400_000_000, "a test's"))
     plan = memory.plan("single")
     assert 1 <= plan.largest_micro_batch < 512
     limit = memory.device.usable_bytes

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launcher.model.build import summed_loss
+from launcher.model.fused_head import AfterHead, chunks_of, maybe_fuse_head
+from launcher.model.loss import summed_loss
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class _Tracker(TorchDispatchMode):
     """Follows the storages that operations make."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, int] = {}
         self._known = {_key(tensor) for tensor in known}
         self._watched: list[Any] = []
@@ -159,8 +160,8 @@ class ActivationModel:
 
         hooks = [param.register_post_accumulate_grad_hook(took) for param in trained]
         try:
-            with tracker, _StaticShapes(), self._precision():
-                loss = summed_loss(self._called, inputs).loss_sum
+            with tracker, _StaticShapes(), self._precision(), chunks_of(self._layers.kind):
+                loss = summed_loss(self._called, inputs, is_fused=self._layers.is_fused).loss_sum
                 loss.backward()
                 del loss
         finally:
@@ -195,12 +196,17 @@ class ActivationModel:
 
 
 class SampledLayers:
-    """A model on the meta device that keeps one or two layers of each kind, made one of tensors without memory."""
+    """A model on the meta device that keeps one or two layers of each kind, made one of tensors without memory.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        is_fused: head and loss are one operation.
+        kind: of the device that is planned for.
+    """
+
+    def __init__(self, model: Any, *, is_fused: bool, kind: str) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        self.module, self.fake = model, FakeTensorMode(allow_non_fake_inputs=True)
+        self.module, self.fake, self.kind = model, FakeTensorMode(allow_non_fake_inputs=True), kind
         self._config = model.config.get_text_config()
         self._types = getattr(self._config, "layer_types", None)
         self._owner, self._name, layers = self._find()
@@ -216,6 +222,10 @@ class SampledLayers:
             setattr(self._owner, self._name, nn.ModuleList(self._kept.values()))
         with self.fake:
             model.to_empty(device="cpu")
+            base = (
+                model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+            )
+            self.is_fused = is_fused and maybe_fuse_head(base, torch.device("cpu"), AfterHead())
         model.train()
 
     def _find(self) -> tuple[nn.Module | None, str, nn.ModuleList]:

@@ -15,7 +15,7 @@ from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.config.settings import RunConfig
 from launcher.model import _transformers
 from launcher.model.build import adapter_key, build_model_config, saved_dtype, with_lora
-from launcher.model.optim import is_decayed, norm_names
+from launcher.model.optim import fused_arguments, is_decayed, norm_names
 
 _PROBE = (2, 3, 5, 7, 11)
 """Sides of the tensors that an optimizer is tried on: different, so that a state's sides tell what they are of."""
@@ -140,9 +140,11 @@ class OptimizerStates:
     def __init__(self, config: RunConfig) -> None:
         module, _, name = config.optim.name.rpartition(".")
         self._class: Any = getattr(importlib.import_module(module), name)
-        self._arguments = {"lr": 1e-3, **config.optim.kwargs}
+        fused = fused_arguments(self._class, config.optim.kwargs)
+        self._arguments = {"lr": 1e-3, **fused, **config.optim.kwargs}
         self._known: dict[int, list[tuple[tuple[int | str, ...], torch.dtype, str]]] = {}
-        self.is_foreach = not self._arguments.get("fused") and self._arguments.get("foreach") is not False
+        self.makes_copies = not self._arguments.get("fused")
+        """Of what it steps, while it steps."""
 
     def slots(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """(name, shape, dtype) of every state tensor of more than one value."""

@@ -131,5 +131,5 @@ class MemoryModel:
                     module.gradient_checkpointing_enable({"use_reentrant": False})
                 if settings.peft:
                     module.enable_input_require_grads()
-            self._layers = SampledLayers(module)
+            self._layers = SampledLayers(module, is_fused=self.config.train.fused_loss, kind=self.device.kind)
         return self._layers

@@ -113,7 +113,8 @@ def memory_parts(sizes: Sizes, setting: Setting, passes: Pass, states: Optimizer
 def _replicated(sizes: Sizes, setting: Setting, passes: Pass, states: OptimizerStates) -> list[MemoryParts]:
     grads = float(_MASTER_BYTES * sizes.trained)
     keeps_grads = setting.num_processes > 1 or setting.num_micro_steps > 1  # DDP's buckets are its gradients
-    copies = grads if setting.is_cuda and states.is_foreach else 2.0 * _MASTER_BYTES * sizes.largest
+    one_by_one = 2.0 * _MASTER_BYTES * sizes.largest
+    copies = (grads if setting.is_cuda else one_by_one) if states.makes_copies else 0.0
     held = sizes.plain_weights, float(sizes.plain_states)
 
     def at(gradients: float, activations: float, other: float = 0.0) -> MemoryParts:
@@ -175,9 +176,8 @@ def _frozen_bytes(sizes: Sizes, setting: Setting) -> float:
 
 
 def _step_copies(setting: Setting, states: OptimizerStates, numel: float) -> float:
-    """torch's optimizers make a copy of the size of what they step (for-loop: of one tensor, which here is all)."""
-    is_one_by_one = not setting.is_cuda
-    return (2.0 if is_one_by_one else 1.0) * _MASTER_BYTES * numel if states.is_foreach or is_one_by_one else 0.0
+    """torch's optimizers, if not fused, make copies of what they step: here one tensor."""
+    return (1.0 if setting.is_cuda else 2.0) * _MASTER_BYTES * numel if states.makes_copies else 0.0
 
 
 def host_bytes(sizes: Sizes, setting: Setting, snapshot: float) -> Mapping[str, int]:
