@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.config.settings import RunConfig
 from launcher.model import _transformers
-from launcher.model.build import adapter_key, build_model_config, saved_dtype, with_lora
+from launcher.model.build import build_model_config, saved_dtype
+from launcher.model.lora import adapter_folder, adapter_key, with_lora
 from launcher.model.optim import fused_arguments, is_decayed, norm_names
 
 _PROBE = (2, 3, 5, 7, 11)
@@ -74,7 +75,7 @@ def build_empty(config: RunConfig, tokenizer: Any) -> EmptyModel:
     model_config, dtype = build_model_config(config, tokenizer, None), saved_dtype(config)
     attention = config.model.attn_implementation
     wanted = {} if "flash" in attention or attention == "auto" else {"attn_implementation": attention}
-    quantised = _quantised_bytes(getattr(config.model, "quantization", {}))
+    quantised = _quantised_bytes(config.model.quantization)
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
     with _transformers.no_zero_init(), _transformers.no_init_weights(), torch.device("meta"):
@@ -85,8 +86,8 @@ def build_empty(config: RunConfig, tokenizer: Any) -> EmptyModel:
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
     linear = _quantised_names(model) if quantised else set()
     persistent = _persistent_buffers(model)
-    if config.model.peft:
-        model = with_lora(model, config.model.peft)
+    if config.model.is_adapter:
+        model = with_lora(model, config, resumed_from=adapter_folder(config), new_token_ids=(), has_masters=False)
         stored = {
             n: (StoredTensor(adapter_key(n), tuple(p.shape), 0),)
             for n, p in model.named_parameters()

@@ -105,7 +105,7 @@ class MemoryModel:
         if checkpoint.save_strategy == "no":
             return 0.0
         trained = sum(p.numel * p.dtype.itemsize for p in self.model.trained)
-        frozen = 0 if self.config.model.peft else sum(p.numel * p.dtype.itemsize for p in self.model.frozen)
+        frozen = 0 if self.config.model.is_adapter else sum(p.numel * p.dtype.itemsize for p in self.model.frozen)
         masters = (
             0 if checkpoint.save_only_model else sum(4 * p.numel for p in self.model.trained if p.dtype.itemsize < 4)
         )
@@ -129,7 +129,7 @@ class MemoryModel:
             if settings.gradient_checkpointing:
                 with warnings.catch_warnings(action="ignore"):  # a method that transformers renamed
                     module.gradient_checkpointing_enable({"use_reentrant": False})
-                if settings.peft:
+                if settings.is_adapter:
                     module.enable_input_require_grads()
             self._layers = SampledLayers(module, is_fused=self.config.train.fused_loss, kind=self.device.kind)
         return self._layers
