@@ -139,6 +139,11 @@ def _source_problems(data: DataConfig) -> Iterator[str]:
 def _eval_problems(config: RunConfig) -> Iterator[str]:
     data, ev, ck = config.data, config.eval, config.checkpoint
     if ev.eval_strategy == "no":
+        if ev.eval_every_s is not None:
+            yield (
+                f"eval.eval_every_s={ev.eval_every_s:g} evaluates but eval.eval_strategy=no. "
+                "Set eval.eval_strategy=steps, or eval.eval_every_s=null"
+            )
         if config.scheduler.lr_scheduler_type == "reduce_lr_on_plateau":
             yield (
                 "scheduler.lr_scheduler_type=reduce_lr_on_plateau follows an evaluation but eval.eval_strategy=no. "

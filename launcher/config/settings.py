@@ -122,6 +122,7 @@ class SchedulerConfig:
 class EvalConfig:
     eval_strategy: str = opt("no", "when to evaluate", choices=("no", "steps", "epoch"))
     eval_steps: int = opt(500, "optimizer steps", minimum=1)
+    eval_every_s: float | None = opt(None, "also evaluate after so many seconds", minimum=1)
     per_device_eval_batch_size: int = opt(8, "samples", minimum=1)
     metric: dict[str, Any] = opt({}, "a `_target_` that measures by generation; adds its values to the eval line")
 
@@ -221,6 +222,12 @@ class SweepConfig:
     retry_failed: bool = opt(False, "run failed jobs again")
 
 
+_PATHS = {
+    "model": ("model_name_or_path", "tokenizer_name_or_path", "adapter_name_or_path"),
+    "data": ("dataset_name", "cache_dir"), "checkpoint": ("resume_from_checkpoint",),
+}  # fmt: skip
+
+
 @dataclass
 class RunConfig:
     output_dir: str = opt("outputs/run", "everything of the run is in this folder")
@@ -238,6 +245,18 @@ class RunConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    def __post_init__(self) -> None:
+        """`~` is the home folder in every path; no library that is handed one on knows that."""
+        for group, names in _PATHS.items():
+            settings = getattr(self, group)
+            for name in names:
+                value = getattr(settings, name, None)
+                if isinstance(value, str) and value.startswith("~"):
+                    setattr(settings, name, str(Path(value).expanduser()))
+        for source in self.data.sources:
+            if isinstance(source, dict) and str(source.get("dataset_name", "")).startswith("~"):
+                source["dataset_name"] = str(Path(source["dataset_name"]).expanduser())
 
     @property
     def mixed_precision(self) -> str:

@@ -3,12 +3,12 @@
 from launcher.data.build import Data, build_data
 from launcher.data.evaluation import EvalContext
 from launcher.data.rows import TokenRows, collate
-from launcher.data.sampler import StepSampler, split_step
+from launcher.data.sampler import SORTED, StepSampler, split_step
 from launcher.data.tokenising_display import TokenisingDisplay
 from launcher.data.tokenizer import build_tokenizer, build_vocabulary
 
 __all__ = [
-    "Data", "EvalContext", "StepSampler", "TokenRows", "TokenisingDisplay", "build_data", "build_tokenizer",
+    "SORTED", "Data", "EvalContext", "StepSampler", "TokenRows", "TokenisingDisplay", "build_data", "build_tokenizer",
     "build_vocabulary", "collate",
     "split_step",
 ]  # fmt: skip

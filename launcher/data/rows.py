@@ -87,30 +87,64 @@ def row_lengths(stores: Sequence[TokenStore]) -> np.ndarray:
 def pack(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Best-fit decreasing: whole rows into as few sequences of max_length tokens as this rule finds.
 
+    Rows of one length are placed together: of all packs with the smallest space that takes such a row, each takes as
+    many as fit. The result is that of placing one row after the other.
+
     Returns:
         (order, bounds): pack i holds rows order[bounds[i]:bounds[i+1]].
     """
-    packs: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(max_length + 1)]  # packs by free tokens
-    available = 0  # bit s: some pack has exactly s tokens free
-    for row in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[row])
-        fitting = available >> length
-        if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
-            chosen = with_space[space].pop()
-            if not with_space[space]:
-                available &= ~(1 << space)
-        else:
-            space, chosen = max_length, len(packs)
-            packs.append([])
-        packs[chosen].append(row)
-        left = space - length
-        if left:
-            with_space[left].append(chosen)
-            available |= 1 << left
-    order = np.fromiter((row for rows in packs for row in rows), dtype=np.int64)
-    return order, np.cumsum([0, *(len(rows) for rows in packs)])
+    smallest = np.uint16 if max_length < 1 << 16 else np.uint32  # numpy sorts 16 bits in linear time
+    rows = np.argsort((max_length - lengths).astype(smallest), kind="stable")
+    counts = np.bincount(lengths, minlength=1)
+    pack_of = np.empty(len(rows), dtype=np.int64)  # of each of `rows`
+    spaces = _Spaces(max_length)
+    at = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            space, packs = spaces.take(length, left)
+            each = space // length
+            placed = min(left, len(packs) * each)
+            pack_of[at : at + placed] = np.repeat(packs, each)[:placed]
+            in_last = placed - (len(packs) - 1) * each
+            spaces.put(space - each * length, packs if in_last == each else packs[:-1])
+            if in_last < each:
+                spaces.put(space - in_last * length, packs[-1:])
+            at, left = at + placed, left - placed
+    order = rows[np.argsort(pack_of, kind="stable")]
+    return order, np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=spaces.num_packs))])
+
+
+class _Spaces:
+    """Packs by their free tokens; of those with equal space, the one that got it last comes first."""
+
+    def __init__(self, max_length: int) -> None:
+        self.num_packs = 0
+        self._max_length = max_length
+        self._stacks: list[list[np.ndarray]] = [[] for _ in range(max_length + 1)]
+        self._available = 0  # bit s: some pack has exactly s tokens free
+
+    def take(self, length: int, num_rows: int) -> tuple[int, np.ndarray]:
+        """(free tokens, packs): those that take up to `num_rows` rows of a length, the next one first."""
+        fitting = self._available >> length
+        if not fitting:
+            num = -(-num_rows // (self._max_length // length))
+            self.num_packs += num
+            return self._max_length, np.arange(self.num_packs - num, self.num_packs)
+        space = length + (fitting & -fitting).bit_length() - 1
+        stack = self._stacks[space]
+        packs, num = stack.pop(), -(-num_rows // (space // length))
+        if num < len(packs):
+            stack.append(packs[:-num])
+            packs = packs[-num:]
+        if not stack:
+            self._available &= ~(1 << space)
+        return space, packs[::-1]
+
+    def put(self, space: int, packs: np.ndarray) -> None:
+        if space and len(packs):
+            self._stacks[space].append(packs)
+            self._available |= 1 << space
 
 
 def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:

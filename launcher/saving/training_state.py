@@ -41,6 +41,8 @@ class ProgressState:
     stopping_best: float | None = None
     """The metric that early stopping compares with; not the best checkpoint's, which needs a save."""
     evals_without_gain: int = 0
+    seconds_since_eval: float = 0.0
+    """Of training, over all starts: a run that is stopped again and again is evaluated by the clock all the same."""
     router_loss_sum: float = 0.0
     counted_steps: int = 0
     best_metric: float | None = None

@@ -26,7 +26,7 @@ from launcher.checkpoint.engine import Checkpointer
 from launcher.checkpoint.resume import ResumePoint
 from launcher.checkpoint.retention import sweep_leftovers
 from launcher.config.settings import RunConfig, run_length, to_dict
-from launcher.data import Data, StepSampler, TokenisingDisplay, build_data, build_vocabulary
+from launcher.data import SORTED, Data, StepSampler, TokenisingDisplay, build_data, build_vocabulary
 from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.model.build import build_model, static_files
 from launcher.model.identity import agreed_identity
@@ -155,7 +155,9 @@ def build_run(
     vocabulary = build_vocabulary(config)
     tokenizer = vocabulary.tokenizer
     data = data_or_stop(config, tokenizer, processes, stop, paths, point.step if point is not None else 0)
-    sampler = StepSampler(len(data.train), config.train.train_batch_size, config.seed)
+    # A checkpoint that says nothing about it is of a version that knew one order only.
+    order = point.state["settings"].get("data.order", SORTED) if point is not None else None
+    sampler = StepSampler(len(data.train), config.train.train_batch_size, config.seed, order)
     total_steps = (
         config.train.max_steps if config.train.max_steps >= 0 else sampler.total_steps(config.train.num_train_epochs)
     )
@@ -167,6 +169,7 @@ def build_run(
             f"{sampler.epoch_after(total_steps):.3g} epochs"
         )]  # fmt: skip
     settings = result_settings(config, data.fingerprint, processes)
+    settings["data.order"] = sampler.order
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
     tell(processes, "building the model")

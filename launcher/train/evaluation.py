@@ -37,10 +37,15 @@ class Evaluator:
         self.samples: list[dict[str, Any]] = []
         """What the metric showed of the last evaluation, on this process."""
 
+    @property
+    def is_on(self) -> bool:
+        """Whether there is something to evaluate, and it is asked for."""
+        return self._config.eval.eval_strategy != "no" and self._data.eval is not None
+
     def is_due(self, step: int) -> bool:
         """Whether `eval.eval_strategy` asks for an evaluation after a step; the last step always has one."""
         settings = self._config.eval
-        if settings.eval_strategy == "no" or self._data.eval is None:
+        if not self.is_on:
             return False
         if step >= self._total_steps:
             return True

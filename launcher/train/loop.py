@@ -70,6 +70,8 @@ class Agreement:
     num_tokens: float
     stop_code: int
     is_save_due: bool
+    is_eval_due: bool
+    """By the clock."""
     num_undone: float
     num_failed: float
 
@@ -90,9 +92,10 @@ def fit(run: Run) -> str | None:
         log(run, agreed)
         if agreed.stop_code and run.step < run.total_steps:
             return stop(run, REASONS[agreed.stop_code - 1])
-        maybe_evaluate(run)
+        maybe_evaluate(run, by_clock=agreed.is_eval_due)
+        is_best = agreed.is_eval_due and run.config.checkpoint.load_best_model_at_end and run.saver.has_improved
         with run.recorder.during("save"):
-            run.saver.maybe_save(is_due=agreed.is_save_due)
+            run.saver.maybe_save(is_due=agreed.is_save_due or is_best)
         for notice in run.hub.poll():
             run.recorder.say(notice)
     return None
@@ -118,6 +121,7 @@ def train(run: Run) -> Agreement:
     progress.epoch = run.train_step.epoch_after(run.step)
     run.window.grad_norm = sums.grad_norm
     run.last_step_s = time.monotonic() - started
+    progress.seconds_since_eval += run.last_step_s
     agreed = agree(run, sums)
     is_counted = check_finite(run, agreed, sums)
     progress.loss_sum += agreed.loss_sum if is_counted else 0.0
@@ -132,14 +136,20 @@ def train(run: Run) -> Agreement:
 def agree(run: Run, sums: StepSums) -> Agreement:
     """The loop's one all-reduce per step: losses, requests to stop, whether to save, how the save in flight stands."""
     undone, failed = run.saver.checkpointer.status()
-    eval_s = run.last_eval_s if run.evaluator.is_due(run.step) else 0.0
+    eval_s = run.last_eval_s if run.evaluator.is_due(run.step) or is_eval_due_by_clock(run) else 0.0
     save_s = run.saver.expected_s() if run.stop.knows_end else 0.0
     code, is_asked = run.stop.votes(save_s, run.last_step_s + eval_s)
     due = run.saver.is_due(run.step)
-    mine = [sums.loss_sum, sums.router_loss, sums.num_tokens, code, is_asked, due, undone, failed]
-    loss, router, tokens, main_code, num_asked, is_due, undone_sum, failed_sum = run.processes.sum(mine)
+    eval_due = run.processes.is_main and is_eval_due_by_clock(run)
+    mine = [sums.loss_sum, sums.router_loss, sums.num_tokens, code, is_asked, due, eval_due, undone, failed]
+    loss, router, tokens, main_code, num_asked, is_due, is_eval_due, undone_sum, failed_sum = run.processes.sum(mine)
     stop_code = int(main_code) or (1 if num_asked else 0)
-    return Agreement(loss, router, tokens, stop_code, bool(is_due), undone_sum, failed_sum)
+    return Agreement(loss, router, tokens, stop_code, bool(is_due), bool(is_eval_due), undone_sum, failed_sum)
+
+
+def is_eval_due_by_clock(run: Run) -> bool:
+    every_s = run.config.eval.eval_every_s
+    return every_s is not None and run.evaluator.is_on and run.state.progress.seconds_since_eval >= every_s
 
 
 def check_finite(run: Run, agreed: Agreement, sums: StepSums) -> bool:
@@ -190,10 +200,11 @@ def record(run: Run, line: dict[str, Any]) -> None:
     run.recorder.measured(line)
 
 
-def maybe_evaluate(run: Run) -> None:
+def maybe_evaluate(run: Run, *, by_clock: bool = False) -> None:
     """Evaluates where it is due, and tells the schedule and the saver."""
-    if not run.evaluator.is_due(run.step):
+    if not (by_clock or run.evaluator.is_due(run.step)):
         return
+    run.state.progress.seconds_since_eval = 0.0
     started = time.monotonic()
     with run.recorder.during("evaluation"):
         values = run.evaluator.evaluate()

@@ -479,3 +479,27 @@ def test_output_dir_is_refused_when_it_and_a_checkpoint_hold_each_other(tmp_path
     assert "lies in the checkpoint" in problem(*common, own, "output_dir=run/checkpoint-10/more")
     compose((*common, own, "output_dir=run/finetuned"))
     compose((*common, own, "output_dir=other", "checkpoint.resume_from_checkpoint=run/checkpoint-10"))
+
+
+def test_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.config.settings import CheckpointConfig, DataConfig, ModelConfig, RunConfig
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = RunConfig(
+        model=ModelConfig(model_name_or_path="~/m", tokenizer_name_or_path="~/t"),
+        data=DataConfig(dataset_name="~/d", cache_dir="~/c", sources=[{"dataset_name": "~/s"}]),
+        checkpoint=CheckpointConfig(resume_from_checkpoint="~/r"),
+    )
+    found = [
+        config.model.model_name_or_path, config.model.tokenizer_name_or_path, config.data.dataset_name,
+        config.data.cache_dir, config.data.sources[0]["dataset_name"], config.checkpoint.resume_from_checkpoint,
+    ]  # fmt: skip
+    assert found == [str(tmp_path / name) for name in "mtdcsr"]
+
+
+def test_evaluation_by_the_clock_needs_a_strategy() -> None:
+    from launcher.config.rules import contradictions
+    from launcher.config.settings import EvalConfig, RunConfig
+
+    problems = "\n".join(contradictions(RunConfig(eval=EvalConfig(eval_every_s=60))))
+    assert "eval.eval_every_s=60 evaluates but eval.eval_strategy=no. Set eval.eval_strategy=steps" in problems

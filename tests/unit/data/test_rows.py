@@ -132,3 +132,73 @@ def test_packed_loss_is_that_of_the_rows(make_rows: Callable[..., TokenRows]) ->
         return model(**batch, use_cache=False).loss.item()
 
     assert loss(make_rows(packing=True)) == pytest.approx(loss(make_rows(packing=False)), rel=1e-5)
+
+
+def packed_one_by_one(lengths: np.ndarray, max_length: int) -> list[list[int]]:
+    """The rule that runs were packed by from the first version on: their checkpoints must find the same packs."""
+    packs: list[list[int]] = []
+    with_space: list[list[int]] = [[] for _ in range(max_length + 1)]
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        space = next((s for s in range(length, max_length + 1) if with_space[s]), None)
+        if space is None:
+            space, chosen = max_length, len(packs)
+            packs.append([])
+        else:
+            chosen = with_space[space].pop()
+        packs[chosen].append(row)
+        if space > length:
+            with_space[space - length].append(chosen)
+    return packs
+
+
+def test_pack_is_the_same_as_one_row_after_the_other() -> None:
+    draw = np.random.default_rng(1)
+    for i in range(200):
+        max_length = int(draw.integers(1, 60)) if i < 190 else 70_000
+        longest = max(1, max_length // int(draw.integers(1, 5)))
+        lengths = draw.integers(1, longest + 1, size=int(draw.integers(1, 400)))
+        order, bounds = pack(lengths, max_length)
+        found = [order[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+        if max_length < 60:
+            assert found == packed_one_by_one(lengths, max_length)
+        assert sorted(order.tolist()) == list(range(len(lengths)))
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen3": {"head_dim": 8}, "phi3": {"pad_token_id": 0}, "gpt2": {}, "mistral": {"sliding_window": 4},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_loss_and_gradients_are_the_same_when_rows_are_packed(
+    make_rows: Callable[..., TokenRows], model_type: str, attention: str
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type, vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        **ARCHITECTURES[model_type],
+    )  # fmt: skip
+    config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = config.attention_dropout = 0.0
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+
+    def sums(rows: TokenRows) -> tuple[float, list[torch.Tensor]]:
+        model.zero_grad()
+        batch = collate(rows, all_ids(rows), 256)
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        loss.backward()
+        return float(loss.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    (apart, apart_grads), (packed, packed_grads) = sums(make_rows()), sums(make_rows(packing=True))
+    assert packed == pytest.approx(apart, rel=1e-5)
+    assert len(apart_grads) == len(packed_grads) > 5
+    scale = max(float(grad.abs().max()) for grad in apart_grads)
+    for a, b in zip(apart_grads, packed_grads, strict=True):
+        assert float((a - b).abs().max()) <= 1e-4 * scale

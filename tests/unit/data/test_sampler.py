@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from launcher.data import StepSampler, split_step
+from launcher.data import sampler as sampler_module
 
 PINNED = [[4, 8, 1, 9, 3, 6, 0, 7, 2, 5], [1, 2, 8, 5, 3, 9, 6, 0, 4, 7]]  # epochs 0 and 1 of seed 42
+PINNED_COMPUTED = [8, 3, 2, 1, 0, 4, 7, 5, 6, 9]
 SIZES = list(itertools.product((1, 2, 7, 30), (1, 3, 8, 64)))  # rows, samples per step
 
 
@@ -89,3 +91,29 @@ def test_memory_is_bounded_over_many_epochs() -> None:
     for step in range(100):
         sampler.rows_of_step(step)
     assert len(sampler._permutations) <= 2
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 16, 17, 1000, 4097])
+def test_computed_order_is_a_permutation(num_rows: int) -> None:
+    for epoch in range(3):
+        found = sampler_module.shuffled(np.arange(num_rows), num_rows, 5, epoch)
+        assert sorted(found.tolist()) == list(range(num_rows))
+    assert num_rows < 16 or sampler_module.shuffled(np.arange(num_rows), num_rows, 5, 3).tolist() != found.tolist()
+
+
+def test_computed_order_looks_random() -> None:
+    """Neighbours go far apart, and where a row goes says nothing about where the next one goes."""
+    num = 100_000
+    found = sampler_module.shuffled(np.arange(num), num, 1, 0).astype(float)
+    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.02 and abs(np.corrcoef(found, np.arange(num))[0, 1]) < 0.02
+    assert abs(np.abs(np.diff(found)).mean() / num - 1 / 3) < 0.01
+
+
+def test_computed_order_is_pinned_and_needs_no_memory_for_a_billion_rows() -> None:
+    sampler = StepSampler(10**9, 8, seed=42)
+    assert sampler.order == "computed" and StepSampler(10**6, 8, seed=42).order == "sorted"
+    first, late = sampler.rows_of_step(0), sampler.rows_of_step(125_000_000 + 3)
+    assert len({*first.tolist(), *late.tolist()}) == 16 and not sampler._permutations
+    small = StepSampler(10, 10, seed=42, order="computed")
+    assert small.rows_of_step(0).tolist() == PINNED_COMPUTED
+    assert StepSampler(10, 25, seed=42, order="computed").rows_of_step(0)[:10].tolist() == PINNED_COMPUTED
