@@ -1,0 +1,148 @@
+"""Tokens per second that are no padding, against transformers' Trainer and TRL, step by step in turns.
+
+    python -m benchmarks.throughput --model DIR [--pairs N] [--dtype float32 bfloat16] [--json FILE]
+
+DIR: a model with a chat template, such as `python -m benchmarks.smollm2 DIR` writes.
+Two duels: on equal packed batches with the Trainer, whose losses must be ours to 1e-4 in fp32; and on the same chats
+with TRL as it ships, both at their defaults. Both contenders are processes of their own that stand still while the
+other makes its step; the first step of each warms up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, Spread, machine, report, table
+
+_BATCH, _MAX_LENGTH, _NUM_CHATS = 4, 512, 600
+
+
+def write_chats(path: Path) -> None:
+    """Chats of one to four turns out of Python's own manual; lengths as uneven as in the wild."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(topics[name] for name in sorted(topics))
+    sentences = [s for s in re.split(r"(?<=[.!?])\s+", text) if 20 < len(s) < 400]
+    source = random.Random(3)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(_NUM_CHATS):
+            messages = []
+            for _ in range(source.randint(1, 4)):
+                answer = " ".join(source.choices(sentences, k=max(1, round(source.lognormvariate(0.6, 0.7)))))
+                messages.append({"role": "user", "content": source.choice(sentences)})
+                messages.append({"role": "assistant", "content": answer})
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+class Contender:
+    """A process that makes one step when it is told to."""
+
+    def __init__(self, spec: dict[str, Any], log: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        self._log = log
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.throughput_ranks", json.dumps(spec)], cwd=ROOT, env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+        self._read()
+
+    def _read(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"a contender ended:\n{self._log.read_text()[-4000:]}")
+        found: dict[str, float] = json.loads(line)
+        return found
+
+    def step(self) -> dict[str, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def peak_bytes(self) -> int:
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def duel(work_dir: Path, model: str, peer: str, dtype: str, pairs: int) -> dict[str, Any]:
+    data = work_dir / "chats.jsonl"
+    settings = {
+        "output_dir": str(work_dir / f"run-{peer}-{dtype}"), "model": {"model_name_or_path": model, "dtype": dtype},
+        "data": {
+            "train_files": [str(data)], "max_length": _MAX_LENGTH, "packing": peer == "trainer",
+            "cache_dir": str(work_dir / "cache"),
+        },
+        "train": {"max_steps": 100_000, "train_batch_size": _BATCH, "per_device_train_batch_size": _BATCH},
+        "scheduler": {"lr_scheduler_type": "constant"}, "strategy": {"name": "single"}, "tracker": {"name": None},
+        "optim": {"learning_rate": 5e-5}, "checkpoint": {"save_strategy": "no"},
+    }  # fmt: skip
+    spec = {
+        "settings": settings, "work_dir": str(work_dir), "model": model, "data": str(data), "dtype": dtype,
+        "batch": _BATCH, "max_length": _MAX_LENGTH,
+    }  # fmt: skip
+    sides = {kind: Contender({**spec, "kind": kind}, work_dir / f"{kind}-{dtype}.log") for kind in ("ours", peer)}
+    found: dict[str, Any] = {"peer": peer, "dtype": dtype, "ours": [], "peer_steps": []}
+    for number in range(pairs + 1):
+        for kind in ("ours", peer) if number % 2 == 0 else (peer, "ours"):
+            found["ours" if kind == "ours" else "peer_steps"].append(sides[kind].step())
+    found["peak_bytes"] = {kind: side.peak_bytes() for kind, side in sides.items()}
+    for side in sides.values():
+        side.close()
+    found["ratios"] = [
+        (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
+        for a, b in zip(found["ours"][1:], found["peer_steps"][1:], strict=True)
+    ]
+    return found
+
+
+def as_text(found: dict[str, Any]) -> str:
+    rows = []
+    for case in found["duels"]:
+        rates = [
+            Spread.of([s["tokens"] / s["seconds"] for s in case[side][1:]]).text(1, 0)
+            for side in ("ours", "peer_steps")
+        ]
+        off = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(case["ours"], case["peer_steps"], strict=True))
+        peaks = " / ".join(f"{value / 2**30:.1f}" for value in case["peak_bytes"].values())
+        losses = f"{off:.1e}" if case["peer"] == "trainer" else "other rows"
+        rows.append([case["peer"], case["dtype"], *rates, Spread.of(case["ratios"]).text(1, 2), losses, peaks])
+    head = ["against", "dtype", "launcher, tokens/s", "peer, tokens/s", "ratio", "losses differ by", "peak, GiB"]
+    return f"{found['machine']}\n\nMedian (lowest to highest, number of pairs).\n\n{table(head, rows)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", required=True, help="a folder with a model and a chat template")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--peer", nargs="+", default=["trainer", "trl"])
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "records" / "throughput.json")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        work_dir = Path(name)
+        write_chats(work_dir / "chats.jsonl")
+        found: dict[str, Any] = {"machine": machine(work_dir), "duels": []}
+        for peer in arguments.peer:
+            for dtype in arguments.dtype:
+                found["duels"].append(duel(work_dir, arguments.model, peer, dtype, arguments.pairs))
+    report("throughput", found, as_text(found), arguments.json)
+
+
+if __name__ == "__main__":
+    main()

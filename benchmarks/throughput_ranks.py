@@ -1,0 +1,126 @@
+"""One contender of `throughput`: an optimizer step per line on stdin, answered with its time, tokens and loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # what libraries print is no answer
+
+
+def serve(step: Callable[[], dict[str, float]]) -> None:
+    """Answers until stdin ends."""
+    print(json.dumps({"ready": True}), file=_ANSWERS)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        found = step()
+        print(json.dumps({"seconds": time.perf_counter() - started, **found}), file=_ANSWERS)
+    os._exit(0)
+
+
+def ours(spec: dict[str, Any]) -> None:
+    from benchmarks.rank import build_product
+
+    run = build_product(spec["settings"])
+
+    def step() -> dict[str, float]:
+        sums = run.train_step.run(run.step)
+        run.state.progress.step += 1
+        return {"tokens": sums.num_tokens, "loss": sums.loss_sum / sums.num_labelled}
+
+    serve(step)
+
+
+def _turns(trainer_class: Any) -> Any:
+    """The trainer, waiting for its turn before each step."""
+    import torch
+    from transformers import TrainerCallback
+
+    seen: dict[str, float] = {}
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if not sys.stdin.readline():
+                os._exit(0)
+            seen.update(started=time.perf_counter(), tokens=0)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            answer = {"seconds": time.perf_counter() - seen["started"], "tokens": seen["tokens"], "loss": seen["loss"]}
+            print(json.dumps(answer), file=_ANSWERS)
+
+    class InTurns(trainer_class):  # type: ignore[misc, valid-type]
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            seen["tokens"] += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+            loss: torch.Tensor = found[0] if isinstance(found, tuple) else found
+            seen["loss"] = loss.item()
+            return found
+
+    return InTurns, Turns
+
+
+def trainer(spec: dict[str, Any]) -> None:
+    """transformers' Trainer on our very batches."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from launcher.config.parse import parse_config
+    from launcher.data import StepSampler, build_data, build_tokenizer, collate
+
+    config = parse_config(spec["settings"])
+    tokenizer = build_tokenizer(config)
+    rows = build_data(config, tokenizer, is_builder=True, wait=lambda: None).train
+    sampler = StepSampler(len(rows), config.train.train_batch_size, config.seed)
+
+    class Batches(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for step in range(100_000):
+                yield collate(rows, np.sort(sampler.rows_of_step(step)), tokenizer.pad_token_id)
+
+    arguments = TrainingArguments(
+        **_common(spec), per_device_train_batch_size=1, bf16=config.model.dtype == "bfloat16",
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    cls, turns = _turns(Trainer)
+    print(json.dumps({"ready": True}), file=_ANSWERS)
+    cls(
+        model=model, args=arguments, train_dataset=Batches(), data_collator=lambda items: items[0], callbacks=[turns()]
+    ).train()
+
+
+def trl(spec: dict[str, Any]) -> None:
+    """TRL's SFTTrainer as it ships; `trl` in the spec changes that."""
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        **_common(spec), per_device_train_batch_size=spec["batch"], max_length=spec["max_length"],
+        bf16=spec["dtype"] == "bfloat16", model_init_kwargs={"dtype": "float32"}, **spec.get("trl", {}),
+    )  # fmt: skip
+    cls, turns = _turns(SFTTrainer)
+    rows = load_dataset("json", data_files=spec["data"], split="train", cache_dir=str(Path(spec["work_dir"]) / "hf"))
+    made = cls(model=spec["model"], args=arguments, train_dataset=rows, callbacks=[turns()])
+    print(json.dumps({"ready": True}), file=_ANSWERS)
+    made.train()
+
+
+def _common(spec: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "output_dir": str(Path(spec["work_dir"]) / spec["kind"]), "max_steps": 100_000, "save_strategy": "no",
+        "logging_strategy": "no", "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False,
+        "learning_rate": 5e-5, "lr_scheduler_type": "constant", "use_cpu": True,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    given: dict[str, Any] = json.loads(sys.argv[1])
+    {"ours": ours, "trainer": trainer, "trl": trl}[given["kind"]](given)
