@@ -100,7 +100,8 @@ def trainer(spec: dict[str, Any]) -> None:
 def trl(spec: dict[str, Any]) -> None:
     """TRL's SFTTrainer as it ships; `trl` in the spec changes that."""
     from datasets import load_dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     arguments = SFTConfig(
         **_common(spec), per_device_train_batch_size=spec["batch"], max_length=spec["max_length"],
