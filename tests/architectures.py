@@ -9,6 +9,7 @@ _COMMON: dict[str, Any] = {
     "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 128, "eos_token_id": 257, "pad_token_id": 256,
     "bos_token_id": None,
 }  # fmt: skip
+_PLAIN = {name: value for name, value in _COMMON.items() if name != "head_dim"}
 _MIXTURE: dict[str, Any] = {
     **_COMMON, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
 }  # fmt: skip
@@ -22,12 +23,34 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmoe": {**_MIXTURE, "intermediate_size": 16},
     "deepseek_v3": {
         **_MIXTURE, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
-        "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
         "v_head_dim": 8, "n_shared_experts": 1,
     },
     "ernie4_5_moe": {**_MIXTURE, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
     "gpt_oss": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "gemma3_text": {**_COMMON, "sliding_window": 16},
+    "qwen2_moe": {**_MIXTURE, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
+    "granite": _COMMON,
+    "falcon": {**_PLAIN, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "olmo2": _COMMON,
+    "starcoder2": _COMMON,
+    "cohere2": {**_COMMON, "sliding_window": 16},
+    "glm4": _COMMON,
+    "smollm3": _COMMON,
+    "nemotron": _COMMON,
+    "deepseek_v2": {
+        **_COMMON, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+        "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "n_shared_experts": 1,
+    },
+    "bloom": {"vocab_size": 264, "hidden_size": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 257, "pad_token_id": 256,
+              "bos_token_id": None},
+    "opt": {"vocab_size": 264, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "word_embed_proj_dim": 32, "max_position_embeddings": 128, "eos_token_id": 257, "pad_token_id": 256,
+            "bos_token_id": None},
+    "gpt_neox": _COMMON,
     "phi3": {**_COMMON, "num_key_value_heads": 4},
     "gpt2": {
         "vocab_size": 264, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 257,

@@ -141,6 +141,8 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
             model.generation_config = GenerationConfig.from_pretrained(checkpoint)
         return model
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(f"{name}: {model_config.model_type} is no causal language model of transformers") from error
         is_attention = settings.attn_implementation != "auto" and re.search("attention|attn", str(error), re.I)
         mend = ". Set model.attn_implementation=auto" if is_attention else ""
         raise UserError(f"the model {name} cannot be built: {error}{mend}") from error

@@ -110,3 +110,9 @@ def test_attention_that_an_architecture_does_not_take_is_refused_with_what_it_ta
 def test_attention_that_is_not_installed_names_the_default(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Set model\.attn_implementation=auto"):
         build(make_base(tmp_path, "llama"), "model.attn_implementation=flash_attention_2")
+
+
+def test_a_model_that_is_not_causal_is_refused_by_its_type() -> None:
+    config = compose(["model.config={model_type: t5, d_model: 16}", "data=arithmetic"])
+    with pytest.raises(UserError, match=r"t5 is no causal language model"):
+        build_model(config, byte_tokenizer())

@@ -106,3 +106,10 @@ def test_ddp_rebuilds_no_buckets_when_it_looks_for_unused_parameters() -> None:
         assert rebuilt == {False: True, True: False}
     finally:
         dist.destroy_process_group()
+
+
+def test_peft_collects_rows_of_tokens_where_it_is_replaced() -> None:
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    parameters = inspect.signature(TrainableTokensLayer._collect_token_weights).parameters
+    assert list(parameters) == ["self", "weight", "rows", "embed_dim"]

@@ -1,0 +1,84 @@
+"""QLoRA on bitsandbytes' CPU backend: the base stays as it is, an adapter is trained, and a kill changes nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from launcher.base.errors import ConfigError
+from launcher.config.compose import compose
+from tests.distributed.runs import Lab
+from tests.distributed.test_exact_resume import check_exact
+from tests.distributed.test_save_pretrained import pretrained
+
+LORA = ("model/peft=lora", "model.peft.r=4")
+NF4 = ("model.quantization.load_in_4bit=true", "model.quantization.bnb_4bit_quant_type=nf4")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="an optional package: pip install bitsandbytes"
+)
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "num_processes", "more"),
+    [
+        ("single", 1, NF4),
+        ("ddp", 2, (*NF4, "model.quantization.bnb_4bit_use_double_quant=true", "model.dtype=bfloat16")),
+    ],
+)
+def test_adapters_on_quantised_weights_are_the_same_after_a_kill(
+    lab: Lab, tmp_path: Path, strategy: str, num_processes: int, more: tuple[str, ...]
+) -> None:
+    base = pretrained(tmp_path / "base", "llama")
+    before = (base / "model.safetensors").read_bytes()
+    run = check_exact(lab, tmp_path, strategy, num_processes, "model=pretrained", f"model.model_name_or_path={base}",
+                      *LORA, *more)  # fmt: skip
+    assert (base / "model.safetensors").read_bytes() == before
+    from peft import PeftModel
+
+    with warnings.catch_warnings(action="ignore"):
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(plain, run.root)
+    assert torch.isfinite(model(input_ids=torch.tensor([[97, 98]])).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (NF4, r"only an adapter is trained\. Set model/peft=lora"),
+        ((*LORA, *NF4, "strategy=zero2"), r"strategy=zero2 cannot spread quantised weights.*Set strategy=ddp"),
+        ((*LORA, *NF4, "strategy=zero3_offload"), r"strategy=zero3_offload cannot spread"),
+        ((*LORA, "model.quantization.bnb_4bit_quant_type=nf4"), r"needs one of load_in_4bit and load_in_8bit"),
+        ((*LORA, *NF4, "model.quantization.load_in_4bits=true"), r"Did you mean model\.quantization\.load_in_4bit\?"),
+        ((*LORA, *NF4, "model.quantization.quant_method=gptq"), r"quant_method=gptq is not supported"),
+    ],
+)
+def test_contradictions_of_quantisation_are_named(
+    monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr("launcher.config.model_rules.is_installed", lambda module: True)
+    with pytest.raises(ConfigError, match=message):
+        compose(["model.model_name_or_path=org/name", "data=arithmetic", *overrides])
+
+
+def test_a_missing_package_is_named_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.config.model_rules.is_installed", lambda module: False)
+    with pytest.raises(ConfigError, match=r"not installed: pip install bitsandbytes"):
+        compose(["model.model_name_or_path=org/name", "data=arithmetic", *LORA, *NF4])
+
+
+def test_fields_are_those_of_transformers() -> None:
+    import inspect
+
+    from transformers import BitsAndBytesConfig
+
+    from launcher.config.model_rules import QUANTIZATION_FIELDS
+
+    theirs = set(inspect.signature(BitsAndBytesConfig.__init__).parameters) - {"self", "kwargs"}
+    assert set(QUANTIZATION_FIELDS) - {"quant_method"} == theirs
