@@ -118,3 +118,10 @@ def test_sizes_are_read_when_people_write_them() -> None:
     assert parse_bytes("24 GiB", "x") == 24 * 2**30
     assert parse_bytes("200e9", "x") == 200 * 10**9
     assert host_bytes() > 2**30
+
+
+def test_an_architecture_is_named_when_it_cannot_run_without_values() -> None:
+    settings = [f"model.config.{key}=64" for key in ("hidden_size", "intermediate_size")]
+    heads = ("model.config.num_attention_heads=4", "model.config.num_key_value_heads=2")
+    with pytest.raises(UserError, match="mixtral cannot be planned"):
+        _memory("model.config.model_type=mixtral", "model.config.num_hidden_layers=2", *settings, *heads).plan("single")

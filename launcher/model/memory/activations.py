@@ -8,6 +8,7 @@ counted are the bytes of all storages that are alive at once, as an allocator wo
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from launcher.base.errors import UserError
 from launcher.model.fused_head import AfterHead, chunks_of, maybe_fuse_head
 from launcher.model.loss import summed_loss
 
@@ -142,8 +144,19 @@ class ActivationModel:
                 param.data = torch.empty(param.shape, dtype=wanted)
 
     def _run(self, layers: Sequence[int], batch: int) -> Pass:
-        with self._layers.only(layers), self._layers.fake:
-            return self._measured(batch)
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        before, log.disabled = log.disabled, True  # it writes a traceback of its own
+        try:
+            with self._layers.only(layers), self._layers.fake:
+                return self._measured(batch)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{self._model.config.model_type} cannot be planned: its forward pass does not run without values "
+                f"({reason:.200}). Train one step to see what it needs: launcher train train.max_steps=1 …"
+            ) from error
+        finally:
+            log.disabled = before
 
     def _measured(self, batch: int) -> Pass:
         model = self._model
