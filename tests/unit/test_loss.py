@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launcher.model import fused_head
-from launcher.model.build import _with_lora
 from launcher.model.loss import LossFunction, build_loss, summed_loss
 
 
@@ -122,7 +122,8 @@ def test_fused_loss_is_that_of_whole_logits_when_forward_is_bfloat16() -> None:
 
 @pytest.mark.parametrize("target", ["q_proj", "lm_head"])
 def test_fused_loss_is_that_of_whole_logits_when_lora_is_on(target: str) -> None:
-    adapted = _with_lora(build("llama"), {"target_modules": [target], "r": 2, "init_lora_weights": False})
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=[target], r=2, init_lora_weights=False)
+    adapted = get_peft_model(build("llama"), lora, autocast_adapter_dtype=False)
     assert_same(adapted, batch([7, 4, 9], 9), 1e-6)
 
 
