@@ -101,6 +101,11 @@ class Manifest:
     def total_bytes(self) -> int:
         return sum(f.bytes for f in self.files)
 
+    @property
+    def paths(self) -> frozenset[str]:
+        """The only files that a load of this checkpoint reads, whatever else lies beside them."""
+        return frozenset(entry.path for entry in self.files)
+
     def to_json(self) -> bytes:
         value = {"format": FORMAT, **vars(self), "files": [entry.to_dict() for entry in self.files]}
         return (json.dumps({**value, _HASH: _own_hash(value)}, indent=1) + "\n").encode()

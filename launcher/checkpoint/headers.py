@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from launcher.base import files
 from launcher.base.errors import DamagedCheckpointError
 from launcher.checkpoint.layout import ITEM_BYTES, Column, Partition, Place, TensorSpec
 
@@ -26,26 +26,18 @@ _MAX_DIMENSIONS = 64
 _METADATA = "__metadata__"
 
 
-def read_places(path: Path) -> dict[str, Place]:
-    """The tensors of a safetensors file and where their data begins.
+def read_places(path: Path, *, within: Path | None = None) -> dict[str, Place]:
+    """The tensors of a safetensors file and where their data begins; it is opened as `files.open_fd` opens it.
 
     Raises:
         DamagedCheckpointError: it cannot be read, or is not a whole safetensors file.
     """
     try:
-        with _open_file(path) as file:
+        with files.open_read(path, within=within) as file:
             size = os.fstat(file.fileno()).st_size
             return _places(path, size, _header(file, size))
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _open_file(path: Path) -> BinaryIO:
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would keep us waiting for its other end
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ValueError("it is not a file")
-    return os.fdopen(fd, "rb")
 
 
 def _header(file: BinaryIO, size: int) -> bytes:
@@ -110,18 +102,15 @@ class StateIndex:
         return {name for name, found in self.weight_map.items() if found == file_name}
 
 
-def read_state_index(path: Path) -> StateIndex:
+def read_state_index(path: Path, *, within: Path | None = None) -> StateIndex:
     """The index that `layout.state_index` or `layout.weight_index` made.
 
     Raises:
         DamagedCheckpointError: it cannot be read, or describes partitions that its files cannot hold.
     """
     try:
-        with _open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_HEADER_BYTES:
-                raise ValueError(f"it has {size:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
-            raw = json.loads(file.read(), object_pairs_hook=_unique, parse_constant=_refuse)
+        text = files.read_bytes(path, MAX_HEADER_BYTES, within=within)
+        raw = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
         weight_map = raw["weight_map"]
         if not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
             raise ValueError("its weight_map names files elsewhere")

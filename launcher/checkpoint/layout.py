@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -202,10 +203,13 @@ def _index_text(layouts: list[FileLayout], more: dict[str, Any]) -> bytes:
     return json.dumps({"metadata": {"total_size": total}, **more, "weight_map": weight_map}, indent=1).encode()
 
 
-def iter_safetensors(folder: Path, stem: str) -> Iterator[Path]:
-    """The files that `plan_files(stem)` made in a folder."""
-    single = folder / f"{stem}.safetensors"
-    if single.is_file():
-        yield single
-    else:
-        yield from sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+def iter_safetensors(folder: Path, stem: str, listed: Collection[str] | None = None) -> Iterator[Path]:
+    """The files that `plan_files(stem)` made in a folder; of a checkpoint only those that its manifest lists."""
+    if listed is None:
+        single = folder / f"{stem}.safetensors"
+        yield from [single] if single.is_file() else sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+        return
+    shard = re.compile(re.escape(stem) + r"-\d+-of-\d+\.safetensors")
+    single_name = f"{stem}.safetensors"
+    names = [single_name] if single_name in listed else sorted(path for path in listed if shard.fullmatch(path))
+    yield from (folder / name for name in names)

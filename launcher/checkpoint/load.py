@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from launcher.base import files
 from launcher.base.errors import DamagedCheckpointError, ResumeError
 from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.checkpoint.headers import StateIndex, read_places, read_state_index
@@ -41,23 +42,33 @@ class TensorFiles:
 
     Rows of partitions are shown as the tensors that they are pieces of.
 
+    Args:
+        listed: the paths in the manifest of a checkpoint: nothing else in its folder is read. None: a folder without.
+        follow_links: a model's folder that the user's settings name may consist of links.
+
     Raises:
         DamagedCheckpointError: here or when a tensor is read, the files are not whole.
     """
 
-    def __init__(self, folder: Path, stem: str) -> None:
+    def __init__(
+        self, folder: Path, stem: str, listed: Collection[str] | None = None, *, follow_links: bool = False
+    ) -> None:
         self.specs: dict[str, TensorSpec] = {}
         self._folder = (folder / stem).parent
         self._places: dict[str, Place] = {}
         self._columns: dict[str, tuple[Partition, str, Column]] = {}
         self._fds: dict[str, int] = {}
-        paths = list(iter_safetensors(folder, stem))
-        self._index = read_state_index(folder / index_path(stem)) if paths else StateIndex({}, ())
+        self._within = None if follow_links else folder
+        paths = [path.resolve() if follow_links else path for path in iter_safetensors(folder, stem, listed)]
+        self._index = StateIndex({}, ())
+        if paths and not follow_links and (listed is None or index_path(stem) in listed):
+            self._index = read_state_index(folder / index_path(stem), within=folder)
         rows = {p.row_name(slot, row) for p in self._index.partitions for slot in p.slots for row in range(p.num_rows)}
         for path in paths:
             stored = self._index.names(path.name)
             if not stored or stored - rows:  # a file of rows alone is opened when one is read: most never are
-                self._places |= read_places(path)
+                self._places |= read_places(path, within=self._within)
+        self._readable = {path.name for path in paths}
         self.specs |= {name: place.spec for name, place in self._places.items() if name not in rows}
         for partition in self._index.partitions:
             for slot, dtype in partition.slots.items():
@@ -98,8 +109,9 @@ class TensorFiles:
 
     def _row(self, partition: Partition, slot: str, row: int) -> Place:
         spec = partition.row_spec(slot, row)
-        if spec.name not in self._places:
-            self._places |= read_places(self._folder / self._index.weight_map[spec.name])
+        name = self._index.weight_map[spec.name]
+        if spec.name not in self._places and name in self._readable:
+            self._places |= read_places(self._folder / name, within=self._within)
         place = self._places.get(spec.name)
         if place is None or place.spec != spec:
             raise DamagedCheckpointError(f"{self._folder}: {spec.name} is not what its index says")
@@ -108,7 +120,7 @@ class TensorFiles:
     def _read(self, place: Place, start: int, target: Tensor) -> None:
         fd = self._fds.setdefault(place.path, -1)
         if fd < 0:
-            fd = self._fds[place.path] = os.open(place.path, os.O_RDONLY)
+            fd = self._fds[place.path] = self.open_fd(place)
         view = memoryview(target.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]
         offset = place.offset + start * place.spec.item_bytes
         while view:
@@ -116,6 +128,13 @@ class TensorFiles:
             if count == 0:
                 raise DamagedCheckpointError(f"{place.path} ends inside {place.spec.name}")
             view, offset = view[count:], offset + count
+
+    def open_fd(self, place: Place) -> int:
+        """The file that a tensor lies in, anew; the caller closes it."""
+        try:
+            return files.open_fd(Path(place.path), within=self._within)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{place.path} cannot be read any more: {error}") from error
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -127,8 +146,8 @@ class TensorFiles:
 class StoredWeights:
     """The model file of a checkpoint, by the names in memory."""
 
-    def __init__(self, folder: Path, stem: str, stored: StoredTensors) -> None:
-        self.files, self._stored = TensorFiles(folder, stem), stored
+    def __init__(self, files: TensorFiles, stored: StoredTensors) -> None:
+        self.files, self._stored = files, stored
 
     def parts(self, name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...] | None:
         """The stored tensors of a parameter, or None. The first version stored all under their names in memory."""
@@ -157,7 +176,7 @@ class StoredWeights:
 
 def load_trained_state(
     state: TrainedState, module: torch.nn.Module, folder: Path, saved: dict[str, Any], *, weights_stem: str,
-    stored: StoredTensors,
+    stored: StoredTensors, listed: Collection[str] | None = None,
 ) -> None:  # fmt: skip
     """Fills masters, optimizer states, whole forward weights, frozen parameters and persistent buffers of this process
     from a folder.
@@ -165,13 +184,14 @@ def load_trained_state(
     Args:
         saved: the `optimizer` part of state.json.
         stored: as for the snapshot.
+        listed: see `TensorFiles`.
 
     Raises:
         ResumeError: the checkpoint belongs to another model or another optimizer. DamagedCheckpointError: see
             `TensorFiles`.
     """
-    weights = StoredWeights(folder, weights_stem, stored)
-    states = TensorFiles(folder, OPTIMIZER_STEM)
+    weights = StoredWeights(TensorFiles(folder, weights_stem, listed), stored)
+    states = TensorFiles(folder, OPTIMIZER_STEM, listed)
     try:
         _check_params(state, weights, stored, folder)
         _check_partition(state, saved)
@@ -209,7 +229,7 @@ def load_masters(state: TrainedState, folder: Path, stored: StoredTensors, stem:
         False where the folder holds no fp32 weights, or not under the names that `save_pretrained` gives them: the
         masters are unchanged then.
     """
-    weights = StoredWeights(folder, stem, stored)
+    weights = StoredWeights(TensorFiles(folder, stem, follow_links=True), stored)
     try:
         infos = {p.name: p for p in state.params}
         parts = [weights.parts(p.name, p.shape) or weights.first_rows(p.name, p.shape) for p in state.params]

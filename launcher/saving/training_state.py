@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.base import _deepspeed, files
+from launcher.base import _deepspeed, files, manifest
 from launcher.base.errors import DamagedCheckpointError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.processes import Processes
@@ -193,21 +193,23 @@ class TrainingState:
 
     def _load(self, folder: Path) -> None:
         path = CheckpointPaths(folder)
-        state = files.read_json(path.run_state)
+        listed = manifest.read(folder).paths
+        state = files.read_json(path.run_state, within=folder)
         load_trained_state(
             self.trained, self._module, folder, state["optimizer"],
-            weights_stem=weights_stem(self._config), stored=self._stored,
+            weights_stem=weights_stem(self._config), stored=self._stored, listed=listed,
         )  # fmt: skip
         _deepspeed.refresh_forward_weights(self._optimizer_inner())
         self._load_scaler(state["scaler"])
         self._schedule.load(state["scheduler"], state["step"])
-        history = files.read_json(path.trainer_state, files.MAX_HISTORY_BYTES).get("log_history", [])
+        history = files.read_json(path.trainer_state, files.MAX_HISTORY_BYTES, within=folder).get("log_history", [])
         self.progress = ProgressState(**state["progress"], log_history=history)
         if self.progress.step != state["step"] or not isinstance(history, list):
             raise ValueError("its progress is of another step, or its history is no list")
         rng_path = path.state_dir / f"rng-{self._processes.rank:05d}.json"
-        if rng_path.is_file() and state["world_size"] == self._processes.world_size:
-            rng.restore(files.read_json(rng_path))
+        is_saved = rng_path.relative_to(folder).as_posix() in listed
+        if is_saved and state["world_size"] == self._processes.world_size:
+            rng.restore(files.read_json(rng_path, within=folder))
 
     def _load_scaler(self, state: dict[str, Any] | None) -> None:
         if state is None:

@@ -60,10 +60,10 @@ def model_sources(source: Exported, dtype: torch.dtype | None) -> list[Source]:
     Raises:
         DamagedCheckpointError: the folder has no model.
     """
-    if not any(iter_safetensors(source.folder, source.stem)):
+    if not any(iter_safetensors(source.folder, source.stem, source.listed)):
         raise DamagedCheckpointError(f"{source.folder} holds no {source.stem}.safetensors")
-    stored = TensorFiles(source.folder, source.stem)
-    states = TensorFiles(source.folder, OPTIMIZER_STEM)
+    stored = TensorFiles(source.folder, source.stem, source.listed)
+    states = TensorFiles(source.folder, OPTIMIZER_STEM, source.listed)
     needs_masters = dtype is not None and any(TORCH_DTYPES[spec.dtype] != dtype for spec in stored.specs.values())
     masters = _masters(source, states, set(stored.specs)) if needs_masters else {}
     found = []

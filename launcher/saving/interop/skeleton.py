@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from launcher.base import files
+from launcher.base import files, manifest
 from launcher.base.errors import ResumeError
 from launcher.base.stored import StoredTensor
 from launcher.config.settings import RunConfig
@@ -21,7 +21,10 @@ _MIN_MODULE_BYTES = 64
 
 def is_adapter(folder: Path) -> bool:
     """Whether a checkpoint holds a LoRA adapter instead of a whole model."""
-    return (folder / "adapter_config.json").is_file()
+    name = "adapter_config.json"
+    if (folder / manifest.NAME).is_file():
+        return name in manifest.read(folder).paths
+    return (folder / name).is_file()
 
 
 def build_skeleton(

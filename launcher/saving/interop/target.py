@@ -20,11 +20,15 @@ _NOT_MODEL = ("run.json", "trainer_state.json", manifest.NAME)
 
 @dataclass(frozen=True)
 class Exported:
-    """A model to export: its folder, the files to copy beside its weights, and whether it has a training state."""
+    """A model to export: its folder, the files to copy beside its weights, and whether it has a training state.
+
+    `listed`: see `TensorFiles`.
+    """
 
     folder: Path
     copied: tuple[str, ...]
     is_resumable: bool
+    listed: frozenset[str] | None = None
 
     @property
     def stem(self) -> str:
@@ -54,10 +58,10 @@ def choose(path: Path, *, newest: bool) -> Exported:
         raise UserError(f"{path} holds no manifest.json and no checkpoint-N folder of ours. Give a checkpoint or a run")
     if problems := manifest.verify(folder):
         raise DamagedCheckpointError(f"{folder} is damaged: " + "; ".join(problems))
-    entries = manifest.read(folder).files
-    copied = [entry.path for entry in entries if entry.role in ("model", "card")]
+    found = manifest.read(folder)
+    copied = [entry.path for entry in found.files if entry.role in ("model", "card")]
     state_path = CheckpointPaths(Path()).run_state.as_posix()
-    return Exported(folder, tuple(copied), any(entry.path == state_path for entry in entries))
+    return Exported(folder, tuple(copied), state_path in found.paths, found.paths)
 
 
 def _of_run(paths: RunPaths, *, newest: bool) -> Path | None:

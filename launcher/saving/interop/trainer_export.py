@@ -10,6 +10,8 @@ import base64
 import importlib
 import math
 import mmap
+import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from torch import Tensor, nn
 
 from launcher.base import files
 from launcher.base.errors import ResumeError, UserError
-from launcher.base.paths import CheckpointPaths
 from launcher.checkpoint.engine import to_text
 from launcher.checkpoint.load import TensorFiles
 from launcher.checkpoint.resume import read_state
@@ -29,8 +30,9 @@ from launcher.saving.interop.foreign import named_errors
 from launcher.saving.interop.serving import model_sources
 from launcher.saving.interop.skeleton import build_skeleton, trainer_groups
 from launcher.saving.interop.streams import write_sources
-from launcher.saving.interop.target import choose, copy_files, new_folder
+from launcher.saving.interop.target import Exported, choose, copy_files, new_folder
 
+_RNG_FILE = re.compile(r"state/rng-\d{1,9}\.json")
 _KNOWN_OPTIMIZERS = ("torch.optim.", "transformers.", "deepspeed.", "bitsandbytes.")
 
 
@@ -54,7 +56,6 @@ def export_trainer(
             f"{source.folder} holds only a model, the Trainer could not go on from it. For the model alone: "
             f"launcher export {checkpoint} {target} --format safetensors"
         )
-    paths = CheckpointPaths(source.folder)
     with named_errors(source.folder):
         state = read_state(source.folder)
         groups = trainer_groups(build_skeleton(source.folder, trust_remote_code=trust_remote_code))
@@ -63,13 +64,14 @@ def export_trainer(
             write_sources(folder, source.stem, weights, max_shard_bytes=max_shard_bytes)
             copy_files(source, folder, dtype=dtype or "float32")
             defaults = _defaults(state["optimizer"]["name"], trust_remote_code)
-            _save(_optimizer(source.folder, state["optimizer"], groups, defaults, folder), folder / "optimizer.pt")
+            _save(_optimizer(source, state["optimizer"], groups, defaults, folder), folder / "optimizer.pt")
             _save(_scheduler(state["scheduler"], len(groups)), folder / "scheduler.pt")
             if state["scaler"] and "scale" in state["scaler"]:  # DeepSpeed's own scaler has other fields
                 _save(state["scaler"], folder / "scaler.pt")
-            _write_rng(paths, folder)
+            _write_rng(source, folder)
             trainer_state = _trainer_state(
-                files.read_json(paths.trainer_state, files.MAX_HISTORY_BYTES), source.folder.parent
+                files.read_json(source.folder / "trainer_state.json", files.MAX_HISTORY_BYTES, within=source.folder),
+                source.folder.parent,
             )
             files.write_file(folder / "trainer_state.json", to_text(trainer_state).encode())
     return f"exported {source.folder} (step {state['step']}) to {target}: Trainer(...).train(resume_from_checkpoint=…)"
@@ -82,20 +84,20 @@ def _save(value: Any, path: Path) -> None:
 
 
 def _optimizer(
-    folder: Path, saved: dict[str, Any], groups: list[list[str]], defaults: dict[str, Any], scratch: Path
+    source: Exported, saved: dict[str, Any], groups: list[list[str]], defaults: dict[str, Any], scratch: Path
 ) -> dict[str, Any]:
     """The state_dict of a torch optimizer over the Trainer's parameter groups; its tensors stay on disk until written.
 
     Raises:
         ResumeError: the checkpoint's parameters are not the model's.
     """
-    stored = TensorFiles(folder, OPTIMIZER_STEM)
+    stored = TensorFiles(source.folder, OPTIMIZER_STEM, source.listed)
     names = [name for group in groups for name in group]
     entries = {name: entry for entry in saved["groups"] for name in entry["params"]}
     if set(entries) != set(names):
         odd = sorted(set(entries) ^ set(names))
         raise ResumeError(
-            f"{folder}: its optimizer and the model of its config.json differ in {len(odd)} parameters: {odd[0]}"
+            f"{source.folder}: its optimizer and the model of its config.json differ in {len(odd)} parameters: {odd[0]}"
         )
     state: dict[int, dict[str, Any]] = {}
     for i, name in enumerate(names):
@@ -149,7 +151,7 @@ def _mapped(stored: TensorFiles, name: str, scratch: Path) -> Tensor:
     spec, place = stored.specs[name], stored.place(name)
     dtype = TORCH_DTYPES[spec.dtype]
     if place is not None:
-        with Path(place.path).open("rb") as file:
+        with os.fdopen(stored.open_fd(place), "rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return torch.frombuffer(mapping, dtype=dtype, count=spec.numel, offset=place.offset).view(spec.shape)
     with tempfile.TemporaryFile(dir=scratch) as whole:
@@ -169,10 +171,11 @@ def _scheduler(saved: dict[str, Any], num_groups: int) -> dict[str, Any]:
     return values
 
 
-def _write_rng(paths: CheckpointPaths, folder: Path) -> None:
+def _write_rng(source: Exported, folder: Path) -> None:
     """rng_state.pth for one process and rng_state_R.pth for each of several."""
-    for path in sorted(paths.state_dir.glob("rng-*.json")):
-        rank, state = int(path.stem.partition("-")[2]), _rng_state(files.read_json(path))
+    for name in sorted(path for path in source.listed or () if _RNG_FILE.fullmatch(path)):
+        saved = files.read_json(source.folder / name, within=source.folder)
+        rank, state = int(name.partition("-")[2].removesuffix(".json")), _rng_state(saved)
         _save(state, folder / f"rng_state_{rank}.pth")
         if rank == 0:
             _save(state, folder / "rng_state.pth")

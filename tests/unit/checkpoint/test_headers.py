@@ -119,7 +119,7 @@ def test_long_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 def test_pipe_is_refused_when_a_file_is_expected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "file.safetensors")
-    with pytest.raises(DamagedCheckpointError, match="not a file"):
+    with pytest.raises(DamagedCheckpointError, match="is a pipe where a file should be"):
         read_places(tmp_path / "file.safetensors")
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from launcher.base import files
 from launcher.base.block_io import BLOCK_BYTES
+from launcher.base.errors import DamagedCheckpointError
 from launcher.base.stored import StoredTensor
 from launcher.checkpoint import snapshot
 from launcher.checkpoint.load import TensorFiles, load_trained_state
@@ -23,7 +25,7 @@ from launcher.checkpoint.segments import (
     cut_all,
     row_extents,
 )
-from launcher.checkpoint.snapshot import OPTIMIZER_STEM, SnapshotPlan, plan_snapshot
+from launcher.checkpoint.snapshot import OPTIMIZER_STEM, TORCH_DTYPES, SnapshotPlan, plan_snapshot
 
 _EXPERTS = "experts.gate_up_proj"
 _SHAPES = {"embed.weight": (64, 128), _EXPERTS: (3, 8, 5), "norm.weight": (2,), "head.weight": (7, 11)}
@@ -198,3 +200,55 @@ def test_process_writes_one_run_of_whole_blocks_of_the_states_when_under_zero3(t
         assert len(ranges) == 1
         assert ranges[0][1] % BLOCK_BYTES == ranges[0][2] % BLOCK_BYTES == ranges[0][3] % BLOCK_BYTES == 0
     assert sum(len(plan.heads) for plan in _save(tmp_path / "again", "zero3", 4)) == 2
+
+
+@pytest.mark.parametrize("kind", ["replicated", "zero3"])
+def test_only_files_of_the_manifest_are_read_when_others_lie_beside_them(tmp_path: Path, kind: str) -> None:
+    """Files of other values under names that are looked for first, shards and an index."""
+    folder, other = tmp_path / "checkpoint", tmp_path / "other"
+    for target in (folder, other):
+        _save(target, kind, 3)
+    for old, new in {"model": "model-00001-of-00001", "state/optimizer": "state/optimizer-00001-of-00001"}.items():
+        (folder / f"{old}.safetensors").rename(folder / f"{new}.safetensors")
+    index = folder / f"{OPTIMIZER_STEM}.safetensors.index.json"
+    if index.is_file():
+        index.write_text(index.read_text().replace('"optimizer.safetensors"', '"optimizer-00001-of-00001.safetensors"'))
+    listed = set(files.list_files(folder))
+    expected = {name: _read(TensorFiles(folder, stem, listed), name) for stem, name in _ONE_OF_EACH.items()}
+
+    for name in ("model.safetensors", "state/optimizer.safetensors"):
+        zeros = {key: torch.zeros_like(value) for key, value in load_file(other / name).items()}
+        save_file(zeros, folder / name)
+        save_file(zeros, folder / name.replace(".safetensors", "-00000-of-00001.safetensors"))
+    if not index.is_file():
+        index.write_text('{"weight_map": {}, "partitions": {"p": 7}}')
+    found = {name: _read(TensorFiles(folder, stem, listed), name) for stem, name in _ONE_OF_EACH.items()}
+    assert all(found[name].equal(expected[name]) for name in expected)
+    assert all(tensor.any() for tensor in found.values())
+
+
+@pytest.mark.parametrize("listed", [None, {"model.safetensors"}])
+def test_a_link_is_refused_when_it_takes_the_place_of_a_file_that_is_loaded(
+    tmp_path: Path, listed: set[str] | None
+) -> None:
+    _save(tmp_path / "checkpoint", "replicated", 1)
+    path = tmp_path / "checkpoint/model.safetensors"
+    stored = TensorFiles(path.parent, "model", listed)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedCheckpointError, match="is a link"):
+        _read(stored, "bias")  # checked when it was opened for its header, and swapped before its data was read
+    with pytest.raises(DamagedCheckpointError, match="is a link"):
+        TensorFiles(path.parent, "model", listed)
+    assert _read(TensorFiles(path.parent, "model", follow_links=True), "bias").numel() == 3  # the user's own folder
+
+
+_ONE_OF_EACH = {"model": "bias", OPTIMIZER_STEM: "exp_avg.embed.weight"}
+
+
+def _read(stored: TensorFiles, name: str) -> torch.Tensor:
+    spec = stored.specs[name]
+    found = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+    stored.read_into(name, 0, found.view(-1))
+    stored.close()
+    return found
