@@ -46,6 +46,22 @@ def role_of(path: str) -> Role:
     return "weights" if ".safetensors" in path else "model"
 
 
+_TEMPLATES_DIR = "additional_chat_templates"
+"""Where transformers keeps a tokenizer's templates beside the default one."""
+_MODEL_FILE = re.compile(r"[^.][^/]*\.(safetensors|json|txt|model|jinja|tiktoken)")
+_OF_A_RUN = {"run.json", "sweep.json", "report.json", "trainer_state.json", NAME}
+
+
+def model_files(folder: Path) -> list[str]:
+    """The weights and model files of a folder without a manifest: the top of a run, an exported model; links too."""
+    with os.scandir(folder) as entries:
+        kinds = {e.name: e.is_symlink() or e.is_file(follow_symlinks=False) for e in entries}
+    names = [n for n, is_file in kinds.items() if is_file and _MODEL_FILE.fullmatch(n) and n not in _OF_A_RUN]
+    if kinds.get(_TEMPLATES_DIR) is False:
+        names += [f"{_TEMPLATES_DIR}/{n}" for n in os.listdir(folder / _TEMPLATES_DIR) if n.endswith(".jinja")]  # noqa: PTH208
+    return sorted(names)
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One file of a checkpoint: path relative to its folder, length in bytes, and hashes in hex."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -170,6 +171,18 @@ def _precision_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"train.mixed_precision={wanted} contradicts model.dtype={config.model.dtype} (which means {implied}). "
             f"Set model.dtype={dtype}, or train.mixed_precision=null"
+        )
+
+
+def _length_problems(config: RunConfig) -> Iterator[str]:
+    steps, epochs = config.train.max_steps, config.train.num_train_epochs
+    look = "To train nothing and only look: launcher plan, or launcher preview"
+    if steps == 0:
+        yield f"train.max_steps must be at least 1, or -1 for train.num_train_epochs (got 0). {look}"
+    elif steps < 0 and not 0 < epochs < math.inf:
+        yield (
+            f"train.num_train_epochs must be above 0, and finite where train.max_steps is not set (got {epochs:g}): "
+            f"train.num_train_epochs=1. {look}"
         )
 
 
@@ -358,6 +371,6 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     model_problems, _data_problems, _eval_problems, _early_stopping_problems, _precision_problems,
-    _checkpoint_problems,
+    _length_problems, _checkpoint_problems,
     _hub_problems, _secret_problems, tracker_problems, _launch_problems, _folder_problems, optimizer_problems,
 )  # fmt: skip

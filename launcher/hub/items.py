@@ -5,7 +5,6 @@ An item or settings file may come from elsewhere with a whole run folder, so eve
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -20,8 +19,6 @@ STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 _KINDS = ("checkpoint", "final", "folder")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MODEL_FILE = re.compile(r"[^.].*\.(safetensors|json|txt|model|jinja|tiktoken)")
-_NOT_MODEL = {"run.json", "manifest.json", "trainer_state.json", "report.json"}
 _MAX_BYTES = 2**60
 
 
@@ -181,7 +178,5 @@ def model_item(folder: Path, step: int | None, kind: str = "final", name: str = 
     Raises:
         UnsafeFileError: one of them is a link that is not followed.
     """
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() or entry.is_symlink())
-    wanted = [n for n in names if _MODEL_FILE.fullmatch(n) and n not in _NOT_MODEL]
-    sizes = {n: inner_file(folder, n).lstat().st_size for n in wanted}
+    sizes = {n: inner_file(folder, n).lstat().st_size for n in manifest.model_files(folder)}
     return Item(kind, name, step, tuple(SpoolFile(n, size) for n, size in sizes.items()), folder)

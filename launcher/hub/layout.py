@@ -20,6 +20,7 @@ _CHECKPOINT_FILE = re.compile(r"^checkpoint-(\d+)/")
 _WEIGHTS = re.compile(
     r"^(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors$|^model\.safetensors\.index\.json$|^adapter_config\.json$"
 )
+"""What may be deleted at the top of a repository. Fewer than have the role: others may keep files there too."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +56,19 @@ def wanted_files(items: Sequence[Item], strategy: str) -> dict[str, LocalFile]:
     """Path in the repository → local file, for uploads in the order of their age: the newest model is at the top.
 
     end, every_save: the model at the top. checkpoint: also `last-checkpoint/`. all_checkpoints: also `checkpoint-N/`.
+    Each of these folders, and the top, is of one upload: never a mixture of two models' shards or templates.
 
     Raises:
         UnsafeFileError, OSError: a file is a link, or not there.
     """
-    wanted: dict[str, LocalFile] = {}
+    folders: dict[str, dict[str, LocalFile]] = {"": {}}
     for item in items:
-        for path in [p for p in wanted if "/" not in p and _WEIGHTS.match(p)]:
-            del wanted[path]  # never a mixture of two models' shards
-        if item.kind == "checkpoint" and strategy == "checkpoint":
-            for path in [p for p in wanted if p.startswith("last-checkpoint/")]:
-                del wanted[path]
+        found = [LocalFile(item.source(f.path), f.bytes, f.sha256, item.name, f.path) for f in item.files]
+        folders[""] = {f.path: f for f in found if manifest.role_of(f.path) != "state"}
         folder = {"checkpoint": "last-checkpoint", "all_checkpoints": item.name}.get(strategy)
-        for file in item.files:
-            local = LocalFile(item.source(file.path), file.bytes, file.sha256, item.name, file.path)
-            if "/" not in file.path and file.path not in (manifest.NAME, "trainer_state.json"):
-                wanted[file.path] = local
-            if item.kind == "checkpoint" and folder:
-                wanted[f"{folder}/{file.path}"] = local
-    return wanted
+        if item.kind == "checkpoint" and folder:
+            folders[folder] = {f"{folder}/{f.path}": f for f in found}
+    return {path: file for wanted in folders.values() for path, file in wanted.items()}
 
 
 def stale_paths(wanted: Iterable[str], remote: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from launcher.base.files import replace_file
-from launcher.base.process import die_with_parent, host, start_ticks
+from launcher.base.process import boot_id, die_with_parent, host, pid_namespace, start_ticks
 
 
 def main(arguments: list[str]) -> None:
@@ -21,7 +21,10 @@ def main(arguments: list[str]) -> None:
     parent, record, *command = arguments
     die_with_parent(int(parent), signal.SIGTERM)
     info = json.loads(record)
-    me = {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "host": host()}
+    me = {
+        "pid": os.getpid(), "ticks": start_ticks(os.getpid()), "host": host(), "boot_id": boot_id(),
+        "pid_namespace": pid_namespace(),
+    }  # fmt: skip
     replace_file(Path(info.pop("path")), json.dumps({**info, **me}).encode())
     os.execvp(command[0], command)
 

@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import files
-from launcher.base.errors import EXIT_FAILED, EXIT_STOPPED
+from launcher.base.errors import EXIT_FAILED, EXIT_STOPPED, UserError
 from launcher.base.paths import RunPaths
-from launcher.base.process import host, is_alive
-from launcher.sweep.runs import FAILED, FINISHED, INTERRUPTED, PENDING, PRUNED, RUNNING, Metric, RunStatus, read_run
+from launcher.base.process import boot_id, is_alive, pid_namespace
+from launcher.sweep.runs import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    PENDING,
+    PRUNED,
+    RUNNING,
+    Metric,
+    RunStatus,
+    read_run,
+)
 
 MAX_NAME_BYTES = 200
 _FORMAT_VERSION = 1
@@ -89,29 +99,62 @@ def job_log(output_dir: Path) -> Path:
 
 
 def job_record(output_dir: Path) -> Path:
-    """JSON on the job's last start: pid, ticks, host, devices, overrides; once it ended exit_code, was_killed."""
+    """JSON on the job's last start, see `JobRecord`; also host, devices, started_at."""
     return RunPaths(output_dir).logs_dir / "job.json"
 
 
+@dataclass(frozen=True)
+class JobRecord:
+    """What job.json says. Values of a wrong type are left out: a sweep may have been received, and pids are signalled.
+
+    A pid means something in one PID namespace of one boot of one machine: see `lock_file.Holder`.
+    """
+
+    pid: int | None = None
+    ticks: int | None = None
+    boot_id: str | None = None
+    pid_namespace: str | None = None
+    exit_code: int | None = None
+    was_killed: bool = False
+    overrides: tuple[str, ...] | None = None
+
+    @classmethod
+    def read(cls, output_dir: Path) -> JobRecord:
+        raw = files.read_json_or(job_record(output_dir), {})
+        types: dict[str, type] = {
+            "pid": int, "ticks": int, "boot_id": str, "pid_namespace": str, "exit_code": int, "was_killed": bool
+        }  # fmt: skip
+        found = {k: raw[k] for k, kind in types.items() if type(raw.get(k)) is kind}
+        found = {k: value for k, value in found.items() if isinstance(value, bool) or is_plain(value)}
+        overrides = raw.get("overrides")
+        return cls(**found, overrides=tuple(overrides) if _is_texts(overrides) else None)
+
+    @property
+    def living_pid(self) -> int | None:
+        """Its process, where one lives here that is certainly the job's."""
+        is_here = None not in (self.boot_id, self.pid_namespace)
+        is_here = is_here and (self.boot_id, self.pid_namespace) == (boot_id(), pid_namespace())
+        if not is_here or self.exit_code is not None or self.pid is None or self.pid <= 1 or self.ticks is None:
+            return None
+        return self.pid if is_alive(self.pid, self.ticks) else None
+
+
 def job_process(output_dir: Path) -> int | None:
-    """The pid of the job's process where one lives on this host, whoever started it."""
-    record = files.read_json_or(job_record(output_dir), {})
-    if record.get("host") == host() and "exit_code" not in record and is_alive(record["pid"], record["ticks"]):
-        return int(record["pid"])
-    return None
+    """The pid of the job's process where one lives on this machine, whoever started it."""
+    return JobRecord.read(output_dir).living_pid
 
 
 def read_job(output_dir: Path, metric: Metric | None) -> RunStatus:
     """How a job stands: run.json is the authority, and where a job ended before it wrote one, its exit code."""
     status = read_run(output_dir, metric)
-    record = files.read_json_or(job_record(output_dir), {})
-    exit_code, of_run = record.get("exit_code"), status.exit_code
+    record = JobRecord.read(output_dir)
+    exit_code, of_run = record.exit_code, status.exit_code
     status.exit_code = status.exit_code if exit_code is None else exit_code
-    if job_process(output_dir) is not None:
+    if record.living_pid is not None:
         status.state = RUNNING
     elif status.state in (FINISHED, PRUNED, RUNNING):
         return status
-    elif record.get("was_killed"):  # at the user's second Ctrl-C: nothing is wrong with the job
+    elif record.was_killed:  # at the user's second Ctrl-C: nothing is wrong with the job
         status.state = INTERRUPTED
     elif exit_code == 0 and status.state == PENDING:
         status.state = FINISHED
@@ -125,20 +168,30 @@ def read_job(output_dir: Path, metric: Metric | None) -> RunStatus:
 def needs_run(job: Job, status: RunStatus, *, retry_failed: bool) -> bool:
     """Whether this start of the sweep runs the job: again, if its settings are others than last time."""
     if status.state in (FINISHED, PRUNED, FAILED):
-        last = files.read_json_or(job_record(job.output_dir), {}).get("overrides")
+        last = JobRecord.read(job.output_dir).overrides
         is_changed = last is not None and sorted(last) != sorted(job.overrides)
         return is_changed or (status.state == FAILED and retry_failed)
     return True
 
 
 class SweepTable:
-    """sweep.json. Jobs are only added: earlier ones stay listed when a later command names other values."""
+    """sweep.json. Jobs are only added: earlier ones stay listed when a later command names other values.
+
+    Raises:
+        UserError: there is a file or folder of that name which is none of ours; it is not overwritten.
+    """
 
     def __init__(self, paths: SweepPaths) -> None:
         self._paths = paths
         data = _read_table(paths.table)
+        if not data and files.is_taken(paths.table):
+            raise UserError(
+                f"{paths.table} cannot be read as the list of a sweep's jobs. Nothing was changed. To start with "
+                f"the jobs' own folders, which are kept: mv {paths.table} {paths.table}.old. Else set output_dir"
+            )
         self.metric = Metric(**data["metric"]) if "metric" in data else None
-        self.info: dict[str, Any] = data.get("info", {})
+        info = data.get("info")
+        self.info: dict[str, Any] = info if isinstance(info, dict) else {}
         self.jobs: dict[str, dict[str, Any]] = data.get("jobs", {})
 
     def known_name(self, overrides: Iterable[str]) -> str | None:
@@ -172,6 +225,20 @@ def is_sweep(path: Path) -> bool:
 def _read_table(path: Path) -> dict[str, Any]:
     """What `SweepTable.write` wrote; {} where it is missing, broken or of another tool's."""
     data: dict[str, Any] = files.read_json_or(path, {})
-    metric = data.get("metric")
-    is_ours = isinstance(metric, dict) and metric.keys() == {"key", "is_greater_better"}
-    return data if is_ours and isinstance(data.get("jobs"), dict) else {}
+    metric, jobs = data.get("metric"), data.get("jobs")
+    if not isinstance(metric, dict) or metric.keys() != {"key", "is_greater_better"} or not isinstance(jobs, dict):
+        return {}
+    if not _is_texts([metric["key"]]) or not isinstance(metric["is_greater_better"], bool):
+        return {}
+    return data if all(_is_job(name, job) for name, job in jobs.items()) else {}
+
+
+def _is_job(name: str, job: Any) -> bool:
+    """Whether an entry of `jobs` is one that `SweepTable.add` made: its name is that of a folder inside the sweep's."""
+    is_name = name not in ("", ".", "..") and not re.search(r"[/\x00]", name)
+    swept = job.get("swept") if isinstance(job, dict) else None
+    return is_name and isinstance(swept, dict) and _is_texts([*swept.values()]) and _is_texts(job.get("overrides"))
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)

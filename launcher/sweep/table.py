@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.base.text import printable
 from launcher.sweep.runs import FAILED, FINISHED, INTERRUPTED, PENDING, PRUNED, RUNNING, Metric, RunStatus
 
 STATES = (FINISHED, PRUNED, RUNNING, INTERRUPTED, FAILED, PENDING)
@@ -43,15 +44,16 @@ def jobs_table(statuses: Mapping[str, RunStatus], metric: Metric) -> Table:
     table.add_column("job", overflow="fold")
     table.add_column("state")
     table.add_column("step", justify="right")
-    table.add_column(f"best {metric.key}", justify="right")
+    table.add_column(escape(printable(f"best {metric.key}")), justify="right")
     table.add_column("at step", justify="right")
     table.add_column("where")
     for rank, (name, status) in enumerate(ranked(statuses, metric), start=1):
         has_metric = status.best_metric is not None
+        where = (status.host or "") + (f" job {status.job_id}" if status.job_id else "")
         table.add_row(
-            str(rank) if has_metric else "", escape(name), f"[{_STYLES.get(status.state, 'default')}]{status.state}",
-            steps(status), short(status.best_metric), str(status.best_step or "") if has_metric else "",
-            escape((status.host or "") + (f" job {status.job_id}" if status.job_id else "")),
+            str(rank) if has_metric else "", escape(printable(name)),
+            f"[{_STYLES.get(status.state, 'default')}]{printable(status.state)}", steps(status),
+            short(status.best_metric), str(status.best_step or "") if has_metric else "", escape(where),
         )  # fmt: skip
     return table
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.base.errors import ResumeError
+from launcher.base import manifest
+from launcher.base.errors import ResumeError, UnsafeFileError
 from launcher.hub.curve import draw_curve
 from launcher.hub.faults import Backoff, classify, next_commit_delay_s, redact, remember_token
 from launcher.hub.fetch import choose_folder, model_files, parse_uri
@@ -73,6 +74,35 @@ def test_own_files_of_a_run_are_not_published(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     names = {f.path for f in model_item(tmp_path, None).files}
     assert names == {"model.safetensors", "config.json", "tokenizer_config.json"}
+
+
+def test_a_tokenizers_further_templates_go_to_the_top_and_are_those_of_the_newest_model(tmp_path: Path) -> None:
+    folders = [make_checkpoint(tmp_path, step) for step in (10, 20)]
+    for folder, name in zip(folders, ("old", "tool_use"), strict=True):
+        (folder / "additional_chat_templates").mkdir()
+        (folder / f"additional_chat_templates/{name}.jinja").write_text("{{ messages }}")
+        step = int(folder.name.rpartition("-")[2])
+        (folder / "manifest.json").write_bytes(manifest.build(folder, step=step, world_size=1, zero_stage=0).to_json())
+    wanted = wanted_files([checkpoint_item(s, f) for s, f in zip((10, 20), folders, strict=True)], "every_save")
+    assert {p for p in wanted if "/" in p} == {"additional_chat_templates/tool_use.jinja"}
+    for name in (".", "additional_chat_templates"):  # as a run's end publishes them
+        for path in (folders[1] / name).glob("*.*"):
+            if path.is_file() and path.name not in ("manifest.json", "trainer_state.json"):
+                (tmp_path / "run" / name).mkdir(parents=True, exist_ok=True)
+                (tmp_path / "run" / name / path.name).write_bytes(path.read_bytes())
+    item = model_item(tmp_path / "run", None)
+    assert "additional_chat_templates/tool_use.jinja" in {f.path for f in item.files}
+    assert set(wanted_files([item], "end")) == {f.path for f in item.files}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "additional_chat_templates/x.jinja"])
+def test_a_model_is_refused_by_name_when_a_file_is_a_link_to_itself(tmp_path: Path, name: str) -> None:
+    write_model(tmp_path, 1)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to(Path(name).name)
+    with pytest.raises(UnsafeFileError, match="is a link"):
+        model_item(tmp_path, None)
 
 
 def test_stale_files_are_those_of_the_old_model_only() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from launcher.base.errors import UserError
 from launcher.base.process import boot_id, host, pid_namespace, start_ticks
 from launcher.cli import status
-from launcher.sweep.jobs import read_job
+from launcher.sweep.jobs import SweepPaths, SweepTable, is_sweep, job_process, read_job
 from launcher.sweep.run import exit_code
 from launcher.sweep.runs import Metric, MetricsTail, read_run
 from launcher.sweep.table import show_table
@@ -217,3 +218,94 @@ def test_job_whose_stop_could_not_save_goes_on_and_one_that_failed_does_not(tmp_
         found[folder] = read_job(folder, LOSS)
     assert (found[unsaved].state, found[refused].state) == ("interrupted", "failed")
     assert exit_code(Any, {"a": found[unsaved]}, num_stops=1) == 1  # type: ignore[arg-type]
+
+
+_SWEEP = {
+    "format_version": 1, "metric": {"key": "eval_loss", "is_greater_better": False}, "info": {},
+    "jobs": {"seed=1": {"swept": {"seed": "1"}, "overrides": ["seed=1"]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("jobs", "seed=1"), 7),
+        (("jobs", "seed=1"), None),
+        (("jobs", "seed=1", "swept"), [1]),
+        (("jobs", "seed=1", "swept"), {"seed": 1}),
+        (("jobs", "seed=1", "overrides"), "seed=1"),
+        (("jobs", "seed=1", "overrides"), [["seed=1"]]),
+        (("jobs", "../other"), {"swept": {}, "overrides": []}),
+        (("jobs", ".."), {"swept": {}, "overrides": []}),
+        (("jobs", ""), {"swept": {}, "overrides": []}),
+        (("jobs", "a\0b"), {"swept": {}, "overrides": []}),
+        (("metric", "key"), 7),
+        (("metric", "key"), ["eval_loss"]),
+        (("metric", "is_greater_better"), "no"),
+        (("jobs",), []),
+        ((), "text"),
+    ],
+)
+def test_a_list_of_jobs_is_refused_by_name_when_a_value_has_another_type(
+    path: tuple[str, ...], value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`launcher status` shows no sweep there, and a start does not overwrite it."""
+    sweep, whole = tmp_path / "sweep", json.loads(json.dumps(_SWEEP))
+    make_run(sweep / "seed=1")
+    make_run(tmp_path / "other", step=999)
+    (sweep / "sweep.json").write_text(json.dumps(whole))
+    assert is_sweep(sweep) and list(SweepTable(SweepPaths(sweep)).jobs) == ["seed=1"]
+    node = whole
+    for key in path[:-1]:
+        node = node[key]
+    whole = {**whole, "metric": None} if not path else whole
+    if path:
+        node[path[-1]] = value
+    (sweep / "sweep.json").write_text(json.dumps(whole))
+    assert status.main([str(sweep)]) == status.main([str(sweep), "--json"]) == 0
+    assert "999" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"sweep\.json cannot be read"):
+        SweepTable(SweepPaths(sweep))
+    assert json.loads((sweep / "sweep.json").read_text()) == whole
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe", "empty"])
+def test_a_sweep_is_not_started_when_something_else_has_the_name_of_its_list(kind: str, tmp_path: Path) -> None:
+    table = tmp_path / "sweep.json"
+    {
+        "folder": table.mkdir, "link": lambda: table.symlink_to("nowhere"), "pipe": lambda: os.mkfifo(table),
+        "empty": table.touch,
+    }[kind]()  # fmt: skip
+    assert not is_sweep(tmp_path)
+    with pytest.raises(UserError, match=r"mv .*sweep\.json"):
+        SweepTable(SweepPaths(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_living"),
+    [
+        ({}, True),
+        ({"boot_id": "another boot"}, False),
+        ({"boot_id": None}, False),
+        ({"pid_namespace": "pid:[4026532999]"}, False),
+        ({"ticks": 1}, False),
+        ({"ticks": None}, False),
+        ({"pid": 1, "ticks": None}, False),
+        ({"pid": -1}, False),
+        ({"pid": True}, False),
+        ({"pid": str(os.getpid())}, False),
+        ({"pid": 10**30}, False),
+        ({"exit_code": 0}, False),
+        ({"host": "another name of this machine"}, True),
+    ],
+)
+def test_a_process_is_taken_for_a_jobs_only_when_boot_namespace_and_start_say_so(
+    changed: dict[str, Any], is_living: bool, tmp_path: Path
+) -> None:
+    """Containers share host names, and their pids mean other processes; what lives is waited for and signalled."""
+    ticks = start_ticks(os.getpid())
+    me = {"pid": os.getpid(), "ticks": ticks, "host": host(), "boot_id": boot_id(), "pid_namespace": pid_namespace()}
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/job.json").write_text(json.dumps({**me, **changed}))
+    assert job_process(tmp_path) == (os.getpid() if is_living else None)
+    assert (read_job(tmp_path, LOSS).state == "running") is is_living

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from launcher.base.errors import UserError
 from launcher.base.stored import StoredTensors
 from launcher.checkpoint.layout import iter_safetensors, overlaps
-from launcher.checkpoint.load import StoredWeights
+from launcher.checkpoint.load import StoredWeights, TensorFiles
 from launcher.checkpoint.snapshot import SAFETENSORS_NAMES, TORCH_DTYPES
 from launcher.saving.interop.streams import CHUNK_ITEMS
 
@@ -36,7 +36,7 @@ class BaseWeights:
         self._memory: dict[str, Tensor] = {}
         self._files: StoredWeights | None = None
         if any(iter_safetensors(folder, "model")):
-            self._files = StoredWeights(folder, "model", stored)
+            self._files = StoredWeights(TensorFiles(folder, "model", follow_links=True), stored)
         if self._files is None or any(self._parts(name) is None for name in stored):
             self._files = None
             self._memory = _loaded(folder, trust_remote_code)

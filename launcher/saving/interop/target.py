@@ -14,9 +14,6 @@ from launcher.base.inner_files import inner_file
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.checkpoint.engine import to_text
 
-_MODEL_FILES = (".json", ".jinja", ".model", ".txt")
-_NOT_MODEL = ("run.json", "trainer_state.json", manifest.NAME)
-
 
 @dataclass(frozen=True)
 class Exported:
@@ -51,10 +48,11 @@ def choose(path: Path, *, newest: bool) -> Exported:
     folder = path if (path / manifest.NAME).is_file() else _of_run(RunPaths(path), newest=newest)
     if folder is None:
         if (path / "run.json").is_file() and (path / "config.json").is_file():
-            names = tuple(_model_files(path))
-            for name in (*names, *(p.name for p in path.glob("*.safetensors"))):
+            names = manifest.model_files(path)
+            for name in names:
                 inner_file(path, name)
-            return Exported(path, names, is_resumable=False)
+            copied = tuple(name for name in names if manifest.role_of(name) == "model")
+            return Exported(path, copied, is_resumable=False, listed=frozenset(names))
         raise UserError(f"{path} holds no manifest.json and no checkpoint-N folder of ours. Give a checkpoint or a run")
     if problems := manifest.verify(folder):
         raise DamagedCheckpointError(f"{folder} is damaged: " + "; ".join(problems))
@@ -71,13 +69,6 @@ def _of_run(paths: RunPaths, *, newest: bool) -> Path | None:
     last = ours[max(ours)]
     best = files.read_json_or(CheckpointPaths(last).trainer_state, {}, files.MAX_HISTORY_BYTES).get("best_global_step")
     return last if newest else ours.get(best, last)
-
-
-def _model_files(root: Path) -> Iterator[str]:
-    for path in sorted(root.iterdir()):
-        is_index = path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _MODEL_FILES and path.name not in _NOT_MODEL and not is_index:
-            yield path.name
 
 
 @contextlib.contextmanager
