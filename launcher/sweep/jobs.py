@@ -23,6 +23,7 @@ from launcher.sweep.runs import (
     RUNNING,
     Metric,
     RunStatus,
+    is_plain,
     read_run,
 )
 
