@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from launcher.base.cached_blobs import cached_blob
+
 on_operation: Callable[[str, Path], None] | None = None
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -40,8 +42,6 @@ _ODD_KINDS = {
     stat.S_IFBLK: (errno.EINVAL, "is a device where a file should be"),
 }
 _TOO_DEEP = f"its brackets are nested deeper than {MAX_JSON_DEPTH}"
-_CACHED_REPO = re.compile(r"(models|datasets)--[\w.-]+(--[\w.-]+)?")
-_SHARED_BLOB = re.compile(r"blobs/[0-9a-f]{2}/[0-9a-f]{64}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -117,28 +117,6 @@ def _refuse_odd(info: os.stat_result, path: Path) -> None:
     odd = _ODD_KINDS.get(stat.S_IFMT(info.st_mode))
     if odd is not None:
         raise OSError(*odd, str(path))
-
-
-def cached_blob(link: Path) -> Path | None:
-    """The blob behind a link of a Hub cache's `models--ORG--NAME/snapshots/COMMIT`; None where it leads elsewhere.
-
-    It lies in the `blobs` beside the snapshots, or is itself a link to one that several repositories share.
-    """
-    link = Path(os.path.normpath(link.absolute()))
-    repo = next(
-        (p.parent for p in link.parents if p.name == "snapshots" and _CACHED_REPO.fullmatch(p.parent.name)), None
-    )
-    if repo is None:
-        return None
-    blob = Path(os.path.normpath(link.parent / link.readlink()))
-    if blob.parent != repo / "blobs" or blob.parent.is_symlink():
-        return None
-    if blob.is_symlink():
-        blob = Path(os.path.normpath(blob.parent / blob.readlink()))
-        inside = blob.relative_to(repo.parent).as_posix() if blob.is_relative_to(repo.parent) else ""
-        if not _SHARED_BLOB.fullmatch(inside) or blob.parent.is_symlink() or blob.parent.parent.is_symlink():
-            return None
-    return blob
 
 
 def open_read(path: Path, *, within: Path | None = None) -> BinaryIO:
@@ -289,6 +267,16 @@ def fsync_path(path: Path) -> None:
     for folder in path.parents:
         with contextlib.suppress(OSError):
             fsync_dir(folder)
+
+
+def fsync_tree(path: Path) -> None:
+    """Makes everything below a folder durable, names and contents; what goes away meanwhile or is odd is left out."""
+    for inner, _, names in os.walk(path):
+        for file_path in (Path(inner, name) for name in names):
+            with contextlib.suppress(OSError), open_read(file_path, within=path) as file:
+                fsync_file(file.fileno(), file_path)
+        with contextlib.suppress(OSError):
+            fsync_dir(Path(inner))
 
 
 def fsync_file(fd: int, path: Path) -> None:

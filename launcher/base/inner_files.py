@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.base import files
+from launcher.base.cached_blobs import cached_blob
 from launcher.base.errors import UnsafeFileError
 
 
@@ -48,7 +49,7 @@ def inner_file(folder: Path, name: str) -> Path:
         path = path / part
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
-            if (blob := files.cached_blob(path)) is not None:
+            if (blob := cached_blob(path)) is not None:
                 return blob
             raise UnsafeFileError(
                 f"{path} is a link to {str(path.readlink())!r}, and links are not followed: what they lead to may lie "

@@ -14,7 +14,7 @@ import enum
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -361,10 +361,15 @@ class Checkpointer:
         while self._num_outstanding and not self.is_stuck:
             self.status(timeout_s=0.2)
 
-    def expire(self, folders: list[Path]) -> None:
-        """Main process: has the writer delete these checkpoints (rename first), behind whatever it does."""
+    def expire(self, folders: list[Path], durable: Sequence[Path] = ()) -> None:
+        """Main process: has the writer delete these checkpoints (rename first), behind whatever it does.
+
+        Args:
+            durable: folders that must have reached the disk before, with all in them.
+        """
         if folders:
-            self._outstanding({"cmd": "retain", "step": -1, "expired": [str(f) for f in folders]})
+            paths = {"expired": [str(f) for f in folders], "durable": [str(f) for f in durable]}
+            self._outstanding({"cmd": "retain", "step": -1, **paths})
 
     def close(self) -> None:
         """Ends the writer once it has done all it was told."""

@@ -11,7 +11,8 @@ the snapshot buffer (a memfd) with its rank, takes a JSON command per line on st
     {"cmd": "hash", "step", "dir", "files": [path]}       → {"event": "hashed", "step", "entries": [manifest entry]}
     {"cmd": "commit", "step", "dir", "target", "world_size", "zero_stage", "files": [path], "hashed": [manifest entry]}
                                                           → {"event": "committed", "step", "bytes", "seconds"}
-    {"cmd": "retain", "step", "expired": [folder]}        → {"event": "retained"}
+    {"cmd": "retain", "step", "expired": [folder], "durable": [folder]}
+                                                          → {"event": "retained"}
     {"cmd": "discard", "step", "dir"}                     → {"event": "discarded"}
 
 The last three change what a run keeps; with "fence": {path, id} they are refused where that lock has another id.
@@ -121,7 +122,10 @@ class Writer:
         """Deletes what retention chose; renames first, so that no half checkpoint keeps a valid name.
 
         Retention chooses no link; one that took a folder's place since then is deleted itself, not what it leads to.
+        Before anything goes, all in `durable` is made so: an upload's names for these very files, made without a wait.
         """
+        for name in command["durable"]:
+            files.fsync_tree(Path(name))
         for name in command["expired"]:
             _check_fence(command)
             path = Path(name)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 class Hub(Protocol):
     """What the training loop sees; called on the main process only. No method raises or waits for the network."""
 
+    @property
+    def pending_dirs(self) -> tuple[Path, ...]:
+        """Folders with uploads that only page cache may hold: to be made durable before their checkpoints go."""
+
     def start(self) -> None:
         """Picks up what an earlier run left. The uploader itself starts at the first poll or save."""
 
@@ -43,6 +47,8 @@ class Hub(Protocol):
 
 class NoHub:
     """The null object where nothing is pushed."""
+
+    pending_dirs: tuple[Path, ...] = ()
 
     def start(self) -> None:
         pass

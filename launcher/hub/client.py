@@ -56,6 +56,10 @@ class SpoolHub:
         self._events_offset = 0
         self._next_poll = 0.0
 
+    @property
+    def pending_dirs(self) -> tuple[Path, ...]:
+        return (self._spool.queue_dir, self._spool.active_dir)  # in this order: uploads move from one to the other
+
     def start(self) -> None:
         with self._never_raising("start"):
             self._try_begin()

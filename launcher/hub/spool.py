@@ -81,8 +81,12 @@ class Spool:
             UnsafeFileError: one of them is a link.
         """
         self.refuse_links()
+        is_new = not self.trash_dir.is_dir()
         for folder in (self.root, self.queue_dir, self.active_dir, self.trash_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if is_new:
+            files.fsync_dir(self.root)
+            files.fsync_dir(self.root.parent)
 
     def refuse_links(self) -> None:
         """Files are taken from these folders and deleted in them, which must not happen elsewhere.
@@ -157,6 +161,7 @@ class Spool:
         Where links are impossible (other file system, no such feature), the files are opened and copied in the
         background: an open file survives the deletion of its folder. Nothing is fsynced, because the training loop
         waits here: a kill loses nothing, and after a power cut `problems` tells and the checkpoint is linked again.
+        Who deletes the checkpoint makes the queue durable before (`Hub.pending_dirs`).
 
         Raises:
             UnsafeFileError: a file of it is a link. OSError: it is not there, or the disk refuses.

@@ -299,4 +299,4 @@ class Saver:
         self._hub.checkpoint_committed(result.step, self._paths.checkpoint_dir(result.step))
         if self._processes.is_main:
             old = expired_steps(our_steps(self._paths), self._config.checkpoint.save_total_limit, p.best_step)
-            self.checkpointer.expire([self._paths.checkpoint_dir(step) for step in old])
+            self.checkpointer.expire([self._paths.checkpoint_dir(step) for step in old], self._hub.pending_dirs)

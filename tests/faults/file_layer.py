@@ -134,7 +134,7 @@ class FakeSave:
 def retain(paths: RunPaths) -> list[dict[str, Any]]:
     expired = retention.expired_steps(retention.our_steps(paths), LIMIT, BEST)
     names = [str(paths.checkpoint_dir(step)) for step in expired]
-    return Writer(memoryview(b"")).execute({"cmd": "retain", "step": -1, "expired": names})
+    return Writer(memoryview(b"")).execute({"cmd": "retain", "step": -1, "expired": names, "durable": []})
 
 
 def start_again(paths: RunPaths) -> int:

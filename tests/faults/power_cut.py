@@ -53,6 +53,8 @@ class Expected:
     """What the run had told so far: it must survive."""
 
     newest: int = -1
+    committed: frozenset[int] = frozenset()
+    """Every step whose checkpoint was reported: all of them are promised to the Hub."""
     published: dict[str, bytes] = field(default_factory=dict)
     allowed: dict[str, set[bytes]] = field(default_factory=dict)
     """Of each published file: every whole version that there was."""
@@ -80,7 +82,7 @@ class PowerCuts:
         self._config.hub.push_to_hub, self._config.hub.hub_strategy = True, "all_checkpoints"
         self._config.hub.hub_model_id = REPO
         self._damaged: set[int | None] = set()
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[tuple[int, int | frozenset[int]]] = set()
         self._whole: dict[int, bool] = {}
         self.num_cuts = self.num_disks = self.num_checked = 0
         self.problems: list[str] = []
@@ -109,6 +111,7 @@ class PowerCuts:
         for line in lines:
             with contextlib.suppress(ValueError):
                 steps.append(int(json.loads(line)["step"]))
+        expected.committed |= {step for step in steps if self._is_whole(tree, step)}
         expected.newest = max((step for step in steps if self._is_whole(tree, step)), default=-1)
         state = tree.get(f"{_RUN}/run.json") or b"{}"
         if b'"finished"' in state:
@@ -145,8 +148,9 @@ class PowerCuts:
         found: list[str] = []
         self._check_published(tree, expected, found)
         hub, rest = _parts(tree)
-        for part, newest, check in ((rest, expected.newest, self._check_start), (hub, -1, self._check_hub)):
-            key = (digest(part), newest)
+        checks = ((rest, expected.newest, self._check_start), (hub, expected.committed, self._check_hub))
+        for part, promised, check in checks:
+            key = (digest(part), promised)
             if key not in self._seen:
                 self._seen.add(key)
                 self.num_checked += 1
@@ -195,12 +199,18 @@ class PowerCuts:
                     item = spool.read_item(home)
                     if not any(item.problems()):
                         ready.add(item.name)
+                        if (
+                            item.step in self._damaged
+                        ):  # the same file: what a disk changes there is found when it is sent
+                            continue
                         wrong = [f.path for f in item.files if f.sha256 and _sha256(item.source(f.path)) != f.sha256]
                         found += [f"{name} of the pending {item.name} holds other bytes" for name in wrong]
             spool.release()
         found += [
-            f"checkpoint-{step} has not arrived and nothing sends it" for step in _steps(tree)
-            if f"checkpoint-{step}" not in {*pushed, *ready} and self._is_whole(tree, step)
+            f"checkpoint-{step} has not arrived and nothing sends it"
+            for step in {*_steps(tree), *expected.committed} - self._damaged
+            if f"checkpoint-{step}" not in {*pushed, *ready}
+            and (step in expected.committed or self._is_whole(tree, step))
         ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tests.distributed.zygote import Zygote
 from tests.faults.power_cut import PowerCuts, Recording
 from tests.faults.syscalls import preloaded
 from tests.hub.helpers import REPO, hub_environment
-from tests.hub.server import HubServer
+from tests.hub.server import Fault, HubServer
 
 
 @pytest.fixture
@@ -40,7 +40,10 @@ def recorded(tmp_path: Path) -> Iterator[tuple[Lab, Recording]]:
 
 
 def record_run(lab: Lab, recording: Recording, hub: HubServer, strategy: str, count: int, *more: str) -> None:
-    """A run to its end with saves, retention, publication and pushes; damage; and a start that goes on after it."""
+    """A run to its end with saves, retention, publication and pushes; damage; and a start that goes on after it.
+
+    The Hub takes nothing before the second start, so that checkpoints go while their uploads wait.
+    """
     folder = recording.root / "run"
     overrides = [
         "checkpoint.save_steps=2", "checkpoint.save_total_limit=2", "train.logging_steps=2", "hub.push_to_hub=true",
@@ -53,7 +56,11 @@ def record_run(lab: Lab, recording: Recording, hub: HubServer, strategy: str, co
         codes = lab.zygote.run(lab.overrides(folder, strategy, *overrides, *last), count, log, env)
         assert codes == [0] * count, log.read_text()[-5000:]
 
-    start("train.max_steps=6")
+    hub.faults.append(Fault("POST .*/commit/", status=503, times=None))
+    start("train.max_steps=6", "hub.max_wait_s=2")
+    hub.faults.clear()
+    queue = folder / ".hub"
+    assert {path.name.partition("-")[2] for path in queue.glob("[qa]*e/*")} >= {"checkpoint-2", "checkpoint-4"}
     recording.damage(folder / "checkpoint-6/model.safetensors")
     start("train.max_steps=8", "checkpoint.accept_changes=true")
     assert "checkpoint-6 is damaged" in log.read_text()

@@ -48,11 +48,11 @@ def choose(path: Path, *, newest: bool) -> Exported:
     folder = path if (path / manifest.NAME).is_file() else _of_run(RunPaths(path), newest=newest)
     if folder is None:
         if (path / "run.json").is_file() and (path / "config.json").is_file():
-            names = manifest.model_files(path)
-            for name in names:
+            listed = frozenset(manifest.model_files(path))
+            for name in listed:
                 inner_file(path, name)
-            copied = tuple(name for name in names if manifest.role_of(name) == "model")
-            return Exported(path, copied, is_resumable=False, listed=frozenset(names))
+            model = tuple(sorted(name for name in listed if manifest.role_of(name) == "model"))
+            return Exported(path, model, is_resumable=False, listed=listed)
         raise UserError(f"{path} holds no manifest.json and no checkpoint-N folder of ours. Give a checkpoint or a run")
     if problems := manifest.verify(folder):
         raise DamagedCheckpointError(f"{folder} is damaged: " + "; ".join(problems))
