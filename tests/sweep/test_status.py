@@ -272,10 +272,15 @@ def test_a_list_of_jobs_is_refused_by_name_when_a_value_has_another_type(
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe", "empty"])
 def test_a_sweep_is_not_started_when_something_else_has_the_name_of_its_list(kind: str, tmp_path: Path) -> None:
     table = tmp_path / "sweep.json"
-    {
-        "folder": table.mkdir, "link": lambda: table.symlink_to("nowhere"), "pipe": lambda: os.mkfifo(table),
-        "empty": table.touch,
-    }[kind]()  # fmt: skip
+    match kind:
+        case "folder":
+            table.mkdir()
+        case "link":
+            table.symlink_to("nowhere")
+        case "pipe":
+            os.mkfifo(table)
+        case _:
+            table.touch()
     assert not is_sweep(tmp_path)
     with pytest.raises(UserError, match=r"mv .*sweep\.json"):
         SweepTable(SweepPaths(tmp_path))
