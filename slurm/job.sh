@@ -112,11 +112,11 @@ check_nodes() { # every node answers, and proves that it sees the same output_di
   mkdir -p "$proof_dir" && printf %s "$proof_dir" >"$proof_dir/token"
   on_nodes sees_output_dir
   code=$?
-  ((code == 9)) && exit 1
+  ((code == 9)) && exit 2
   for ((node = 0; code == 0 && node < SLURM_JOB_NUM_NODES; node++)); do
     [[ -s $proof_dir/node-$node ]] && continue
     say "what node $node writes is not in output_dir=$run_dir. All nodes need it on a shared file system"
-    exit 1
+    exit 2
   done
   rm -rf "$proof_dir"
   if ((code)); then # dead, and Slurm has not noticed yet: it will, before the job starts again

@@ -19,7 +19,7 @@ from launcher.base.environment import without_inherited
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED, die_with_parent, host
-from launcher.base.rank_reports import ATTEMPT, make_report, read_reports
+from launcher.base.rank_reports import ATTEMPT, is_library, make_report, read_reports
 from launcher.base.stop_requests import SUPERVISED
 from launcher.base.timeline import BEGAN
 from launcher.config.settings import RunConfig
@@ -32,6 +32,7 @@ _POLL_S = 0.1
 _FAILED_RANK = re.compile(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*-(\d+)")
 """In torchrun's summary. `accelerate launch` starts a single process without torchrun: the line below."""
 _FAILED_SINGLE = re.compile(r"CalledProcessError.*died with <Signals\.\w+: (\d+)>")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
 _WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/graph.py")
 
 
@@ -73,8 +74,8 @@ class Attempt:
             output = _text_from(self._log, begin)
             return Ended(
                 self._machine, host(), code, read_reports(Path(error_dir)), self._killed(output),
-                {rank: is_waiting for rank, size in stacks.items()
-                 if (is_waiting := self._is_waiting(rank, size)) is not None}, output[-4000:],
+                {rank: stood for rank, size in stacks.items() if (stood := self._where_it_hung(rank, size))},
+                output[-4000:],
             )  # fmt: skip
 
     def _popen(self, start: Start, error_dir: str, log: int, began: float) -> subprocess.Popen[bytes]:
@@ -121,12 +122,24 @@ class Attempt:
         path = self._paths.stacks(rank)
         return path.stat().st_size if path.exists() else 0
 
-    def _is_waiting(self, rank: int, size_before: int) -> bool | None:
-        """Whether a rank that hung stood in a collective, waiting for others; None where it did not hang."""
+    def _where_it_hung(self, rank: int, size_before: int) -> tuple[bool, str] | None:
+        """As in `Ended.hung`; None where it did not hang."""
         if self._stack_bytes(rank) <= size_before:
             return None
-        main_thread = _text_from(self._paths.stacks(rank), size_before).rpartition("most recent call first")[2]
-        return any(room in line for line in main_thread.splitlines()[:6] for room in _WAITING)
+        return where_it_stood(_text_from(self._paths.stacks(rank), size_before))
+
+
+def where_it_stood(stacks: str) -> tuple[bool, str]:
+    """Whether the main thread stood in a collective, waiting for others, and its innermost line outside of libraries.
+
+    Args:
+        stacks: what faulthandler wrote; the main thread comes last, its innermost line first.
+    """
+    frames = _FRAME.findall(stacks.rpartition("most recent call first")[2])
+    is_waiting = any(room in file for file, _, _ in frames[:6] for room in _WAITING)
+    own = [frame for frame in frames if not is_library(frame[0])]
+    file, line, function = (own or frames or [("", "", "")])[0]
+    return is_waiting, f"{function} ({file}:{line})" if file else "a place that it could not write down"
 
 
 def _text_from(path: Path, start: int) -> str:

@@ -64,8 +64,8 @@ class Ended:
     reports: list[Report] = dataclasses.field(default_factory=list)
     killed: dict[int, int] = dataclasses.field(default_factory=dict)
     """Signal by rank, of those that a signal ended."""
-    hung: dict[int, bool] = dataclasses.field(default_factory=dict)
-    """By rank: whether it stood in a collective, waiting for others."""
+    hung: dict[int, tuple[bool, str]] = dataclasses.field(default_factory=dict)
+    """By rank: whether it stood in a collective, waiting for others; where it stood, in words."""
     agent_output: str = ""
     is_lost: bool = False
     """The agent itself has gone, or does not answer."""

@@ -57,7 +57,7 @@ def _failed(paths: RunPaths, machines: Sequence[Ended], *, is_killed: bool) -> O
         return Outcome("interrupted", "signal", EXIT_FAILED, "killed at once, as asked; the last checkpoint is whole")
     lost = next((ended for ended in machines if ended.is_lost), None)
     reports = [report for ended in machines for report in ended.reports]
-    hung = {rank: (ended.host, waits) for ended in machines for rank, waits in ended.hung.items()}
+    hung = {rank: (ended.host, *stood) for ended in machines for rank, stood in ended.hung.items()}
     killed = {rank: (ended.host, number) for ended in machines for rank, number in ended.killed.items()}
     first = first_failure(reports, has_silent_death=bool(hung or killed or lost))
     asked = _asked(paths)
@@ -77,12 +77,20 @@ def _failed(paths: RunPaths, machines: Sequence[Ended], *, is_killed: bool) -> O
     return Outcome("failed", "crash", EXIT_FAILED, _unexplained(machines, paths))
 
 
-def _hang_in_words(hung: dict[int, tuple[str, bool]], paths: RunPaths) -> str:
+def _hang_in_words(hung: dict[int, tuple[str, bool, str]], paths: RunPaths) -> str:
     """Those that wait for others in a collective are not to blame, as far as one can tell."""
-    to_blame = [rank for rank, (_, is_waiting) in hung.items() if not is_waiting] or list(hung)
-    names = ", ".join(f"rank {rank} on {hung[rank][0]}" for rank in sorted(to_blame))
-    where = ", ".join(str(paths.stacks(rank)) for rank in sorted(to_blame))
-    return f"{names}: no step for launch.hang_timeout_s; where it stood is in {where}"
+    to_blame = sorted(rank for rank, (_, is_waiting, _) in hung.items() if not is_waiting)
+    lines = []
+    for rank in to_blame or sorted(hung):
+        where, is_waiting, place = hung[rank]
+        did = "waited for the others" if is_waiting else "stood"
+        lines.append(
+            f"rank {rank} on {where}: no step for launch.hang_timeout_s; it {did} in {place}. All its threads: "
+            f"{paths.stacks(rank)}"
+        )
+    if waiting := sorted(set(hung) - set(to_blame)) if to_blame else []:
+        lines.append(f"rank{'s' * (len(waiting) > 1)} {', '.join(map(str, waiting))} waited for it")
+    return "\n  ".join(lines)
 
 
 def _kill_in_words(killed: dict[int, tuple[str, int]], paths: RunPaths) -> str:

@@ -7,6 +7,7 @@ WORLD_SIZE=8 makes one process wait for seven others.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, MutableMapping
 
 _LAUNCH = (
@@ -68,3 +69,20 @@ def drop_engine_settings(env: MutableMapping[str, str]) -> None:
     """Takes out what such engines would read."""
     for name in [name for name in env if name.startswith(_ENGINE_PREFIXES)]:
         del env[name]
+
+
+def interface_problems(env: Mapping[str, str]) -> list[str]:
+    """Network interfaces that gloo is told to use and that this machine does not have: gloo would end, or wait, later.
+
+    Elsewhere than for NCCL, GLOO_SOCKET_IFNAME holds whole names, separated by commas.
+    """
+    given = env.get("GLOO_SOCKET_IFNAME", "")
+    known = [name for _, name in socket.if_nameindex()]
+    unknown = [name for name in given.split(",") if name and name not in known]
+    if not unknown:
+        return []
+    return [
+        f"GLOO_SOCKET_IFNAME={given}: host {socket.gethostname()} has no network interface {', '.join(unknown)}, it has "
+        f"{', '.join(known)}. Name the one that leads to the other machines (launch.env.GLOO_SOCKET_IFNAME=NAME), or "
+        "unset it"
+    ]

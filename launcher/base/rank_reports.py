@@ -51,6 +51,11 @@ class Report(TypedDict):
     traceback: list[str]
 
 
+def is_library(file: str) -> bool:
+    """Whether a source file belongs to Python or to something installed."""
+    return file.startswith((*_LIBRARIES, "<"))
+
+
 def make_report(error: BaseException, *, rank: int, training_began: bool, step: int | None) -> Report:
     """Describes what ended this rank. `step`: how many steps it had done."""
     frames = traceback.extract_tb(error.__traceback__)

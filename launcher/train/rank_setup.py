@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launcher.base import files
 from launcher.base.end_report import write_end_report
-from launcher.base.environment import clean_rank, drop_engine_settings, other_engines
+from launcher.base.environment import clean_rank, drop_engine_settings, interface_problems, other_engines
 from launcher.base.errors import ConfigError
 from launcher.base.output import survive_closed_output
 from launcher.base.process import RESTARTED, die_with_parent, host
@@ -96,6 +96,8 @@ def check_agent(config: RunConfig, argv: Sequence[str]) -> None:
             f"{name}={os.environ[name]}: accelerate launch was told to use another engine than strategy="
             f"{config.strategy.name}. Leave it out; ZeRO is chosen by strategy=zero1|zero2|zero3"
         )
+    if world > 1:
+        problems += interface_problems(os.environ)
     if problems:
         raise ConfigError(problems)
     drop_engine_settings(os.environ)

@@ -203,6 +203,7 @@ def test_job_is_failed_when_a_node_does_not_see_output_dir(
 ) -> None:
     run = submit_stand_in(output_dir=str(use_cluster.private_dir / "run"))
     run.cluster.wait_state(run.job_id, "FAILED", timeout_s=60)
+    assert run.cluster.job(run.job_id)["ExitCode"] == "2:0"
     assert f"node n1 does not see, or cannot write to, output_dir={run.root}" in run.log()
 
 
