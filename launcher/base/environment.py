@@ -82,7 +82,7 @@ def interface_problems(env: Mapping[str, str]) -> list[str]:
     if not unknown:
         return []
     return [
-        f"GLOO_SOCKET_IFNAME={given}: host {socket.gethostname()} has no network interface {', '.join(unknown)}, it has "
-        f"{', '.join(known)}. Name the one that leads to the other machines (launch.env.GLOO_SOCKET_IFNAME=NAME), or "
-        "unset it"
+        f"GLOO_SOCKET_IFNAME={given}: host {socket.gethostname()} has no network interface {', '.join(unknown)}, "
+        f"it has {', '.join(known)}. Name the one that leads to the other machines "
+        "(launch.env.GLOO_SOCKET_IFNAME=NAME), or unset it"
     ]
