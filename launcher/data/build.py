@@ -39,6 +39,10 @@ class Data:
     notices: list[str]  # what was cut, left out or repeated
     end_token_ids: list[int]  # the special tokens that end what is learnt from, the most frequent first
     fingerprint: str  # of the training samples: their tokens, masks and order
+    longest: int = 0
+    """Tokens of the longest row of all, as cut by max_length."""
+    longest_place: Callable[[], str] = lambda: ""
+    """File and line of that row: reads its source again."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,23 @@ def _assemble(config: RunConfig, plan: _Plan, stores: list[TokenStore]) -> Data:
         raw = _RawRows([(source, store.numbers[ids]) for source, store, ids in pieces])
     else:
         evaluation, raw = None, _RawRows([])
-    return Data(train, evaluation, raw, notices, _end_tokens(train_stores), _fingerprint(train_stores, order, bounds))
+    longest, place = _longest([*plan.train, *([plan.eval] if plan.eval else [])], stores)
+    return Data(
+        train, evaluation, raw, notices, _end_tokens(train_stores), _fingerprint(train_stores, order, bounds), longest,
+        place,
+    )  # fmt: skip
+
+
+def _longest(sources: list[Source], stores: list[TokenStore]) -> tuple[int, Callable[[], str]]:
+    lengths = [np.diff(store.offsets) for store in stores]
+    part = max(range(len(stores)), key=lambda i: int(lengths[i].max()))
+    row = int(lengths[part].argmax())
+    number = int(stores[part].numbers[row])
+
+    def place() -> str:
+        return next(raw.where for i, raw in enumerate(rows_of(sources[part])) if i == number)
+
+    return int(lengths[part][row]), place
 
 
 def _end_tokens(stores: list[TokenStore]) -> list[int]:

@@ -33,6 +33,7 @@ from launcher.model.identity import agreed_identity
 from launcher.model.loss import build_loss
 from launcher.model.optim import Schedule, build_optimizer
 from launcher.model.packing_check import check_packing
+from launcher.model.positions import check_positions
 from launcher.model.stop_tokens import end_generation_with
 from launcher.saving.interop.importing import import_checkpoint, import_notices
 from launcher.saving.save_schedule import SaveSchedule
@@ -178,6 +179,7 @@ def build_run(
         resumed_from=point.folder if point is not None else None,
     )  # fmt: skip
     end_generation_with(built.module, data.end_token_ids)
+    notices = [*notices, *check_positions(built.module, built.config, data.longest, data.longest_place)]
     notices = [*notices, *vocabulary.notices(), *built.notices]
     late: dict[str, Any] = {"model.attn_implementation": built.attn_implementation}
     if settings["model.base"] is None and config.model.model_name_or_path:  # downloaded only now, or not needed
