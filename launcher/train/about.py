@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from importlib import metadata
@@ -12,6 +13,7 @@ import torch
 
 from launcher import __version__
 from launcher.base import words
+from launcher.base._deepspeed import full_shape
 from launcher.config.settings import RunConfig
 
 _PEAK_FLOPS = {
@@ -24,7 +26,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 
 def about_run(model: torch.nn.Module, *, num_rows: int, num_eval_rows: int | None, device: Any) -> dict[str, Any]:
     """For run.json: parameters, rows, versions, device."""
-    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    sizes = [(math.prod(full_shape(p)), p.requires_grad) for p in model.parameters()]
     return {
         "num_parameters": sum(size for size, _ in sizes),
         "num_trainable_parameters": sum(size for size, is_trained in sizes if is_trained),

@@ -120,6 +120,7 @@ def test_fused_loss_is_that_of_whole_logits_when_forward_is_bfloat16() -> None:
     assert_same(model, rows, 2e-2, loss_relative=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks for it
 @pytest.mark.parametrize("target", ["q_proj", "lm_head"])
 def test_fused_loss_is_that_of_whole_logits_when_lora_is_on(target: str) -> None:
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=[target], r=2, init_lora_weights=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_missing_package_is_refused_with_the_pip_line(tmp_path: Path, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "pip install wandb" in problem(name="wandb")
     (tmp_path / "wandb/__init__.py").write_text("raise RuntimeError('it is not imported')")
-    packages.importlib.invalidate_caches()
+    importlib.invalidate_caches()
     assert problem(name="wandb") == ""
     assert problem(name="tensorboard") == problem(name=None) == ""
 
