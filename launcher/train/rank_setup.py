@@ -44,6 +44,8 @@ def rank() -> int:
 
 def before_imports() -> None:
     """Before torch and its friends are imported: they read the environment then."""
+    if os.environ.get(SUPERVISED) and os.getppid() == 1:
+        os._exit(1)  # the agent was killed while this interpreter started: nobody will ever end this process
     die_with_parent(os.getppid())
     survive_closed_output()
     _notices.extend(clean_rank(os.environ))
