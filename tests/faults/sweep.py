@@ -179,7 +179,7 @@ class Remote:
         return False
 
 
-def _end(*args: Any) -> bool:
+def _end(*args: Any, **kwargs: Any) -> bool:
     """Instead of trying again for ever, as the uploader does while a disk or the Hub does not answer."""
     raise OSError("it would wait")
 
