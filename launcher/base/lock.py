@@ -123,6 +123,11 @@ class RunLock:
     def loss(self) -> RunLockLostError:
         """What to tell where the lock is no longer held."""
         other: Holder | None = None
+        if not self._path.parent.is_dir():
+            return RunLockLostError(
+                f"output_dir={self._path.parent} cannot be reached any more: it was moved, removed or unmounted. The run "
+                "ends; what was saved before is whole. Start it again where the folder is"
+            )
         with contextlib.suppress(UserError):
             other = lock_file.read(self._path)
         how = "was taken over by " + str(other) if other is not None else "is gone"

@@ -16,6 +16,7 @@ from launcher.config import sbatch
 from launcher.config.model_rules import model_problems
 from launcher.config.optimizers import optimizer_problems
 from launcher.config.settings import (
+    AUTO,
     DATA_SUFFIX,
     MIXED_PRECISION,
     CheckpointConfig,
@@ -193,6 +194,8 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
             f"checkpoint.save_total_limit must be at least 1 (got {ck.save_total_limit}). "
             "To keep no checkpoints: checkpoint=off"
         )
+    if isinstance(size := config.train.per_device_train_batch_size, str) and size != AUTO:
+        yield f"train.per_device_train_batch_size must be a whole number or auto (got {size!r})"
     if isinstance(ck.save_steps, str) and ck.save_steps != "auto":
         yield f"checkpoint.save_steps must be a whole number or auto (got {ck.save_steps!r})"
     if isinstance(ck.save_steps, int) and ck.save_steps < 1:

@@ -15,6 +15,7 @@ from typing import Any
 
 from launcher.config.schema import opt
 
+AUTO = "auto"
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 SAVE_STRATEGIES = ("no", "steps", "epoch", "best")
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
@@ -92,7 +93,9 @@ class TrainConfig:
     max_steps: int = opt(-1, "optimizer steps; wins over num_train_epochs; -1: not set", minimum=-1)
     num_train_epochs: float = opt(1.0, "passes over the training rows", minimum=0)
     train_batch_size: int = opt(32, "samples per optimizer step over all processes", minimum=1)
-    per_device_train_batch_size: int = opt(8, "samples per forward and backward of one process", minimum=1)
+    per_device_train_batch_size: int | str = opt(
+        8, "samples per forward and backward of one process, or auto: as many as fit", minimum=1
+    )
     max_grad_norm: float = opt(1.0, "global norm to clip to; 0: no clipping", minimum=0)
     mixed_precision: str | None = opt(None, "default: what model.dtype implies", choices=("no", "bf16", "fp16"))
     logging_steps: int = opt(10, "optimizer steps between lines of metrics.jsonl", minimum=1)
@@ -101,6 +104,12 @@ class TrainConfig:
     early_stopping_threshold: float = opt(0.0, "what counts as an improvement of the metric", minimum=0)
     fused_loss: bool = opt(True, "head and loss in one, in chunks over labelled positions, where the model allows it")
     full_determinism: bool = opt(False, "deterministic CUDA kernels; CPU is always deterministic")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """per_device_train_batch_size; where it is still open, all of a step."""
+        size = self.per_device_train_batch_size
+        return size if isinstance(size, int) else self.train_batch_size
 
 
 @dataclass
@@ -129,7 +138,9 @@ class EvalConfig:
 
 @dataclass
 class StrategyConfig:
-    name: str = opt("ddp", "how state is spread over processes", choices=STRATEGIES)
+    name: str = opt(
+        "ddp", "how state is spread over processes; auto: the simplest that fits", choices=(*STRATEGIES, AUTO)
+    )
     deepspeed: dict[str, Any] = opt({}, "DeepSpeed settings merged over ours")
 
     @property

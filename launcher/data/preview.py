@@ -113,7 +113,7 @@ def _padding(config: RunConfig, lengths: np.ndarray, num_processes: int) -> floa
     for step in range(min(_MAX_STEPS_MEASURED, sampler.total_steps(1.0))):
         ids = sampler.rows_of_step(step)
         for rank in range(num_processes):
-            for batch in split_step(ids, rank, num_processes, config.train.per_device_train_batch_size):
+            for batch in split_step(ids, rank, num_processes, config.train.micro_batch_size):
                 if len(batch):
                     real += int(lengths[batch].sum())
                     padded += int(lengths[batch].max()) * len(batch)

@@ -19,13 +19,16 @@ def main() -> None:
         config = compose_arguments(sys.argv[1:])
         rank_setup.check_agent(config, sys.argv[1:])
         from launcher.base.processes import Processes
+        from launcher.train import sizing
         from launcher.train.accelerator import build_accelerator
         from launcher.train.build import build_run, open_output_dir
         from launcher.train.finish import finish, interrupted
         from launcher.train.loop import fit
 
+        config = sizing.settle(config)
         accelerator = build_accelerator(config)
         processes = Processes()
+        sizing.check_agreement(config, processes)
         paths, lock = open_output_dir(config, processes)
         rank_setup.opened(paths, lock, processes)
         run = build_run(config, accelerator, processes, paths, lock)

@@ -83,9 +83,9 @@ def summary(config: RunConfig, about: dict[str, Any], *, epochs: float, total_st
     name = config.model.model_name_or_path or f"{config.model.config.get('model_type', 'model')} from scratch"
     which = "all trained" if trained == total else f"{words.count(trained)} trained, {words.percent(trained / total)}"
     train, world = config.train, about["num_processes"]
-    micro_steps = -(-train.train_batch_size // (train.per_device_train_batch_size * world))
+    micro_steps = -(-train.train_batch_size // (train.micro_batch_size * world))
     held_out = f", {about['num_eval_rows']:,} to evaluate on" if about["num_eval_rows"] else ""
-    split = f"{world} process{'es' if world > 1 else ''} x {train.per_device_train_batch_size} x {micro_steps}"
+    split = f"{world} process{'es' if world > 1 else ''} x {train.micro_batch_size} x {micro_steps}"
     return [
         f"model    {name}, {words.count(total)} parameters ({which}), {config.model.dtype}",
         f"data     {about['num_rows']:,} rows{held_out}",

@@ -58,7 +58,7 @@ class TrainStep:
         rng.seed_step(config.seed, self._processes.rank, step)
         rows = self._sampler.rows_of_step(step)
         num_labelled, lengths = max(1, self._rows.num_labelled_tokens(rows)), self._rows.sample_lengths()
-        micro_batches = split_step(rows, self._processes.rank, world_size, config.train.per_device_train_batch_size)
+        micro_batches = split_step(rows, self._processes.rank, world_size, config.train.micro_batch_size)
         self.model.train()
         loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
         router_loss = torch.zeros((), dtype=torch.float64, device=device)

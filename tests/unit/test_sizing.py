@@ -1,0 +1,96 @@
+"""`auto`: the simplest strategy that fits, the largest micro-batch, and the same again at a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.base.errors import ConfigError, UserError
+from launcher.base.processes import Processes
+from launcher.config.compose import compose
+from launcher.config.settings import RunConfig, to_dict
+from launcher.data import build_tokenizer
+from launcher.model.memory import devices
+from launcher.model.memory.devices import Device
+from launcher.model.memory.plan import MemoryModel
+from launcher.train import sizing
+
+_AUTO = (
+    "strategy=auto",
+    "model=tiny_llama",
+    "data=arithmetic",
+    "model.config.hidden_size=512",
+    "train.train_batch_size=32",
+)
+
+
+def settled(
+    monkeypatch: pytest.MonkeyPatch, num_processes: int, num_bytes: float, *overrides: str, kind: str = "cuda"
+) -> RunConfig:
+    monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+    monkeypatch.setattr(devices, "find_device", lambda *_: Device(kind, int(num_bytes), "as the test says"))
+    return sizing.settle(compose([*_AUTO, *overrides]))
+
+
+def memory_of(config: RunConfig, num_processes: int) -> MemoryModel:
+    return MemoryModel(config, Device("cuda", 10**12, "big"), num_processes, build_tokenizer(config))
+
+
+def device_bytes(needed: float) -> float:
+    """Of a device on which just so much fits."""
+    return (needed * 1.0001 + 800e6) / 0.94
+
+
+@pytest.mark.parametrize(("num_processes", "expected"), [(1, "single"), (2, "ddp"), (3, "ddp"), (4, "ddp")])
+def test_simplest_strategy_is_chosen_when_all_fit(
+    num_processes: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settled(monkeypatch, num_processes, 80e9)
+    assert config.strategy.name == expected and config.train.per_device_train_batch_size == 8
+    assert f"strategy={expected}, 8 samples" in capsys.readouterr().err
+
+
+def test_less_memory_leads_to_more_partitioning(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose([*_AUTO, "model.dtype=bfloat16"])
+    memory = memory_of(config, 4)
+    needs = {name: memory.plan(name).parts.total for name in memory.strategies()}
+    for name, needed in needs.items():
+        simpler = [other for other in list(needs)[: list(needs).index(name)] if needs[other] <= needed]
+        chosen = settled(monkeypatch, 4, device_bytes(needed), "model.dtype=bfloat16").strategy.name
+        assert chosen == (simpler[0] if simpler else name)
+
+
+def test_largest_micro_batch_is_found_and_never_exceeds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_batch = "train.per_device_train_batch_size=auto"
+    assert settled(monkeypatch, 2, 80e9, open_batch).train.per_device_train_batch_size == 16
+    memory = memory_of(compose(_AUTO), 1)
+    for size in (1, 3, 20):
+        needed = memory.parts("single", size).total
+        assert settled(monkeypatch, 1, device_bytes(needed), open_batch).train.per_device_train_batch_size == size
+
+
+def test_run_keeps_its_strategy_when_it_goes_on_with_as_many_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(compose([*_AUTO[1:], "strategy=zero2"]))))
+    (tmp_path / "run.json").write_text(json.dumps({"world_size": 2}))
+    assert settled(monkeypatch, 2, 80e9, f"output_dir={tmp_path}").strategy.name == "zero2"
+    assert settled(monkeypatch, 3, 80e9, f"output_dir={tmp_path}").strategy.name == "ddp"
+    for odd in ("[1]", "strategy: 3", "strategy: {name: [auto]}", "\x00"):
+        (tmp_path / "config.yaml").write_text(odd)
+        assert settled(monkeypatch, 2, 80e9, f"output_dir={tmp_path}").strategy.name == "ddp"
+
+
+def test_processes_that_chose_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes()
+    monkeypatch.setattr(processes, "gather", lambda value: [value, ("zero3", 4)])
+    with pytest.raises(UserError, match=r"rank 0: ddp, 8; rank 1: zero3, 4"):
+        sizing.check_agreement(compose([*_AUTO[1:], "strategy=ddp"]), processes)
+
+
+def test_another_word_than_auto_is_refused() -> None:
+    with pytest.raises(ConfigError, match="per_device_train_batch_size"):
+        compose([*_AUTO, "train.per_device_train_batch_size=big"])
