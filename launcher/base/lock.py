@@ -125,8 +125,8 @@ class RunLock:
         other: Holder | None = None
         if not self._path.parent.is_dir():
             return RunLockLostError(
-                f"output_dir={self._path.parent} cannot be reached any more: it was moved, removed or unmounted. The run "
-                "ends; what was saved before is whole. Start it again where the folder is"
+                f"output_dir={self._path.parent} cannot be reached any more: it was moved, removed or unmounted. "
+                "The run ends; what was saved before is whole. Start it again where the folder is"
             )
         with contextlib.suppress(UserError):
             other = lock_file.read(self._path)

@@ -40,8 +40,8 @@ def memory_of(config: RunConfig, num_processes: int) -> MemoryModel:
 
 
 def device_bytes(needed: float) -> float:
-    """Of a device on which just so much fits."""
-    return (needed * 1.0001 + 800e6) / 0.94
+    """Of a device on which just so much fits; the plan itself varies by some thousandths."""
+    return (needed * 1.01 + 800e6) / 0.94
 
 
 @pytest.mark.parametrize(("num_processes", "expected"), [(1, "single"), (2, "ddp"), (3, "ddp"), (4, "ddp")])
@@ -66,7 +66,7 @@ def test_less_memory_leads_to_more_partitioning(monkeypatch: pytest.MonkeyPatch)
 def test_largest_micro_batch_is_found_and_never_exceeds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     open_batch = "train.per_device_train_batch_size=auto"
     assert settled(monkeypatch, 2, 80e9, open_batch).train.per_device_train_batch_size == 16
-    memory = memory_of(compose(_AUTO), 1)
+    memory = memory_of(compose([*_AUTO, open_batch]), 1)
     for size in (1, 3, 20):
         needed = memory.parts("single", size).total
         assert settled(monkeypatch, 1, device_bytes(needed), open_batch).train.per_device_train_batch_size == size
