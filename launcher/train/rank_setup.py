@@ -59,7 +59,8 @@ def before_imports() -> None:
     distrust_xet()
     if not os.environ.get("LAUNCHER_DEBUG"):
         warnings.simplefilter("ignore")
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        for library in ("DeepSpeed", "bitsandbytes"):
+            logging.getLogger(library).setLevel(logging.ERROR)
         os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 
