@@ -116,7 +116,7 @@ def test_doctor_says_what_the_file_system_lacks(
     assert code == 0 and "no hard links" in found["output_dir"][1]["text"] and "flock" in found["output_dir"][2]["text"]
 
 
-@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("is_shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_doctor_compares_the_machines_of_a_run(is_shared: bool, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
