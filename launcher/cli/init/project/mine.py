@@ -45,4 +45,5 @@ class Squares:
 
     def __call__(self, split: str) -> Iterator[dict[str, Any]]:
         for number in range(0, 100) if split == "train" else range(100, 110):
-            yield {"prompt": f"{number} squared? ", "completion": str(number * number)}
+            question = {"role": "user", "content": f"{number} squared?"}
+            yield {"messages": [question, {"role": "assistant", "content": str(number * number)}]}
