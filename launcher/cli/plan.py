@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.agent.command import num_processes
+from launcher.base import words
 from launcher.base.device_memory import parse_bytes
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.cli.arguments import parse_settings
@@ -99,11 +100,7 @@ def size(count: float | None) -> str:
     """1536 → 1.5 KB (powers of 1000); as people write them."""
     if count is None:
         return "?"
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if abs(count) < 999.5 or unit == "TB":
-            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    return words.size(count)
 
 
 def duration(seconds: Any) -> str:

@@ -15,6 +15,7 @@ from launcher.base import files
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
+from launcher.base.words import size as size_text
 from launcher.config.settings import AUTO, STRATEGIES, RunConfig, StrategyConfig
 from launcher.data import build_tokenizer
 
@@ -46,8 +47,8 @@ def settle(config: RunConfig) -> RunConfig:
     size = min(max(chosen.largest_micro_batch, 1), own) if is_batch_open else memory.micro_batch
     needed = memory.parts(chosen.name, size).total
     _say(
-        f"strategy={chosen.name}, {size} samples per forward and backward: needs {_gb(needed)} of "
-        f"{_gb(device.num_bytes)} per process, {device.source}"
+        f"strategy={chosen.name}, {size} samples per forward and backward: needs {size_text(needed)} of "
+        f"{size_text(device.num_bytes)} per process, {device.source}"
         f"{'' if chosen.fits else '. That does not fit; nothing else needs less: launcher plan shows the parts'}"
     )
     train = dataclasses.replace(config.train, per_device_train_batch_size=size) if is_batch_open else config.train
@@ -83,10 +84,6 @@ def _strategy_before(config: RunConfig, world_size: int) -> str | None:
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, RecursionError):
         return None
     return name if isinstance(name, str) and name in STRATEGIES else None
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def _say(text: str) -> None:

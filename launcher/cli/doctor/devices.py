@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launcher.base.device_memory import host_bytes
 from launcher.base.devices import num_cores, visible_gpus
-from launcher.cli.doctor.findings import ERROR, OK, WARNING, Finding, size
+from launcher.base.words import size
+from launcher.cli.doctor.findings import ERROR, OK, WARNING, Finding
 from launcher.config.settings import RunConfig
 
 _TORCH_TIMEOUT_S = 120.0
@@ -86,8 +88,8 @@ def _ask_torch() -> dict[str, Any] | None:
 
 def memory(config: RunConfig) -> Iterator[Finding]:
     """Host memory, the container's limit, and locked memory, which pinned buffers need."""
-    total, limit = _meminfo("MemTotal"), cgroup_limit()
-    text = f"{size(min(total, limit or total))} of host memory" + (", a limit of the container" if limit else "")
+    usable, is_limited = host_bytes(), host_bytes() < _meminfo("MemTotal")
+    text = f"{size(usable)} of host memory" + (", a limit of the container" if is_limited else "")
     yield Finding("memory", OK, f"{text}; {size(_meminfo('MemAvailable'))} available")
     shm = shutil.disk_usage("/dev/shm")
     if shm.total < 2**30:
@@ -102,18 +104,6 @@ def _meminfo(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise LookupError(f"{name} is not in /proc/meminfo")
-
-
-def cgroup_limit() -> int | None:
-    """Bytes of memory that this process's control group may use; None without a limit."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < 2**60:
-            return int(text)
-    return None
 
 
 def operators(config: RunConfig, *, fix: bool) -> Iterator[Finding]:

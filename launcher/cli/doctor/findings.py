@@ -15,12 +15,3 @@ class Finding:
     status: str
     text: str
     fix: str | None = None
-
-
-def size(num_bytes: float) -> str:
-    """A number of bytes for people: 1.5 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB"

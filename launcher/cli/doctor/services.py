@@ -17,7 +17,8 @@ from pathlib import Path
 from launcher import hub as hub_room
 from launcher.base import files, lock_file
 from launcher.base.paths import RunPaths, default_cache_dir
-from launcher.cli.doctor.findings import ERROR, OK, WARNING, Finding, size
+from launcher.base.words import size
+from launcher.cli.doctor.findings import ERROR, OK, WARNING, Finding
 from launcher.config.settings import RunConfig
 from launcher.config.trackers import tracker_problems
 
