@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from launcher.base.devices import visible_gpus
+from launcher.base.devices import own_cgroups, visible_gpus
 from launcher.base.errors import UserError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -38,41 +38,11 @@ def host_bytes() -> int:
     for line in _text(Path("/proc/meminfo")).splitlines():
         if line.startswith("MemTotal:"):
             total = int(line.split()[1]) * 1024
-    for folder in _own_groups():
+    for folder in own_cgroups("memory"):
         for name in _CGROUP_LIMITS:
             if (limit := _text(folder / name).strip()).isdigit():
                 total = min(total, int(limit))
     return total
-
-
-def _own_groups() -> list[Path]:
-    """The control groups that limit this process's memory, from the innermost up."""
-    found = []
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number != "0" and "memory" not in controllers.split(","):
-            continue
-        top = Path("/sys/fs/cgroup") if number == "0" else Path("/sys/fs/cgroup/memory")
-        inner = Path(path.lstrip("/"))
-        found += [top / folder for folder in (inner, *inner.parents)]
-    return found
-
-
-def num_oom_kills() -> int:
-    """How often the kernel has killed a process of this control group for want of memory, or any of this host where no
-    group says."""
-    for folder in _own_groups():
-        for name in ("memory.events", "memory.oom_control"):
-            if (count := _counted(folder / name)) is not None:
-                return count
-    return _counted(Path("/proc/vmstat")) or 0
-
-
-def _counted(path: Path) -> int | None:
-    for line in _text(path).splitlines():
-        if line.startswith("oom_kill "):
-            return int(line.split()[1])
-    return None
 
 
 def gpu_bytes() -> int | None:

@@ -30,12 +30,12 @@ def visible_gpus() -> list[str]:
 def num_cores() -> int:
     """Cores of this process's affinity mask (Slurm and taskset set it), within its cgroups' quotas (containers)."""
     allowed = len(os.sched_getaffinity(0))
-    quotas = [quota for folder in _own_cgroups() if (quota := _quota(folder)) is not None]
+    quotas = [quota for folder in own_cgroups("cpu") if (quota := _quota(folder)) is not None]
     return max(1, min([allowed, *(math.ceil(quota) for quota in quotas)]))
 
 
-def _own_cgroups() -> list[Path]:
-    """The folders of this process's cgroup and of those around it, version 2 and version 1."""
+def own_cgroups(controller: str) -> list[Path]:
+    """The folders of this process's cgroup and of those around it, version 2 and version 1 (`cpu`, `memory`)."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -43,7 +43,7 @@ def _own_cgroups() -> list[Path]:
     found = []
     for line in lines:
         _, controllers, name = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         root = _CGROUPS / controllers if controllers else _CGROUPS
         own = root / name.lstrip("/")
