@@ -2,11 +2,12 @@
 # than what it was made from.
 VENV := .venv
 BIN := $(VENV)/bin
+DIST ?= dist
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-slow lint format bench docs setup clean
+.PHONY: train test test-slow lint format bench docs dist setup clean
 
 train: $(VENV)/.runtime
 	$(BIN)/launcher train $(ARGS)
@@ -35,6 +36,9 @@ bench: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/data_page.py
+
+dist: $(VENV)/.dev
+	$(BIN)/python -m hatchling build -t wheel -d $(DIST)
 
 setup: $(VENV)/.dev
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.base import files, manifest
+from launcher.base import files, manifest, words
 from launcher.base.errors import DamagedCheckpointError, UserError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.text import printable
@@ -105,16 +105,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         marks = " ".join(m for m, on in (("best", row["is_best"]), ("latest", row["is_latest"])) if on)
         table.add_row(
             row["checkpoint"], f"{row['epoch']:.3f}" if row["epoch"] is not None else "", metrics,
-            human_bytes(row["bytes"]), str(row["world_size"]), str(row["zero_stage"] or "-"), marks,
+            words.size(row["bytes"]), str(row["world_size"]), str(row["zero_stage"] or "-"), marks,
             "yes" if row["on_hub"] else "",
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)
-
-
-def human_bytes(count: float) -> str:
-    """1536 → 1.5 KB (powers of 1000, as disks are sold)."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.1f} TB"

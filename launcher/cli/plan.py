@@ -8,10 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from launcher.agent.command import num_processes
-from launcher.base import words
 from launcher.base.device_memory import parse_bytes
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.cli.arguments import parse_settings
@@ -94,20 +92,3 @@ def _composed(arguments: Arguments) -> tuple[RunConfig, bool]:
 
 def _with_demo_data(arguments: Arguments) -> Arguments:
     return Arguments((*arguments.overrides, "data=arithmetic"), arguments.config_dir, arguments.config_file)
-
-
-def size(count: float | None) -> str:
-    """1536 → 1.5 KB (powers of 1000); as people write them."""
-    if count is None:
-        return "?"
-    return words.size(count)
-
-
-def duration(seconds: Any) -> str:
-    """3.2 s, 14 min, 2.5 h, 3.1 days."""
-    if seconds is None:
-        return "?"
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 86400:.3g} days"

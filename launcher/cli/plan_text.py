@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from launcher.cli.plan import duration, size
+from launcher.base.words import count, duration, size
 from launcher.config.settings import RunConfig
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "other", "total")
@@ -29,11 +29,11 @@ def show(config: RunConfig, plan: dict[str, Any]) -> None:
 def _heading(config: RunConfig, plan: dict[str, Any]) -> str:
     name = config.model.model_name_or_path or config.model.config.get("model_type", "model")
     trained, total = plan["num_trainable_parameters"], plan["num_parameters"]
-    share = "" if trained == total else f", {number(trained)} trained"
+    share = "" if trained == total else f", {count(trained)} trained"
     device = plan["device"]
     processes = f"{plan['num_processes']} process{'es' if plan['num_processes'] > 1 else ''}"
     return (
-        f"{name}: {number(total)} parameters{share}; {config.model.dtype}, {processes}, micro-batch "
+        f"{name}: {count(total)} parameters{share}; {config.model.dtype}, {processes}, micro-batch "
         f"{plan['per_device_train_batch_size']} of {plan['max_length']} tokens\n"
         f"Memory per device, of {size(device['bytes'])} ({device['source']}; {size(device['usable_bytes'])} usable):"
     )
@@ -73,14 +73,5 @@ def _lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:
     ]
     if plan["num_steps"] is not None:
         took = f", {duration(plan['train_s'])}" if plan["train_s"] is not None else ""
-        found.append(f"{plan['num_steps']:,} steps, at most {number(plan['max_tokens'])} tokens{took}")
+        found.append(f"{plan['num_steps']:,} steps, at most {count(plan['max_tokens'])} tokens{took}")
     return [*found, *(f"Note: {notice}" for notice in plan["notices"])]
-
-
-def number(count: float) -> str:
-    """70553706496 → 70.6B."""
-    for unit in ("", "K", "M", "B", "T"):
-        if abs(count) < 999.5 or unit == "T":
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    raise AssertionError("unreachable")

@@ -129,25 +129,32 @@ def is_plain(value: Any) -> bool:
     return not isinstance(value, (int, float)) or (not isinstance(value, bool) and abs(value) <= _MAX_NUMBER)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl that hold a loss or an evaluation; most lines of a long run need no parsing.
+def read_lines(path: Path, max_training: int = 0) -> Iterator[dict[str, Any]]:
+    """The evaluations and saves in metrics.jsonl, its last training line, and others up to about `max_training`.
 
-    Only the last training line matters here, so that the others are skipped before they are parsed.
+    Most lines of a long run are not parsed, so that millions of them take seconds.
     """
     try:
         with files.open_read(path) as file:
-            raw = file.read().splitlines()
+            num_lines, last_training = 0, -1
+            for raw in file:
+                if b'"loss"' in raw and raw.rstrip().endswith(b"}"):  # else cut off by a crash
+                    last_training = num_lines
+                num_lines += 1
+            every = max(1, num_lines // max_training) if max_training else num_lines + 1
+            file.seek(0)
+            for i, raw in enumerate(file):
+                is_event = b'"eval_' in raw or b'"checkpoint"' in raw
+                if not is_event and i != last_training and (i + 1) % every:
+                    continue
+                try:
+                    line = files.parse_json(raw)
+                except ValueError:
+                    continue
+                if isinstance(line, dict):
+                    yield line
     except OSError:
         return
-    last_train = max((i for i, text in enumerate(raw) if b'"loss"' in text and text.endswith(b"}")), default=-1)
-    for i, text in enumerate(raw):
-        if b'"eval_' in text or i == last_train:
-            try:
-                line = files.parse_json(text)
-            except ValueError:  # cut off by a crash
-                continue
-            if isinstance(line, dict):
-                yield line
 
 
 class MetricsTail:

@@ -26,7 +26,8 @@ def run(*command: str, cwd: Path, path: Path | None = None) -> str:
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=_ROOT)
+    is_there = ("-o", ".venv/.dev", f"BIN={Path(sys.executable).parent}")  # the environment is this one
+    run("make", "dist", f"DIST={folder}", *is_there, cwd=_ROOT)
     (wheel,) = folder.glob("accelerate_launcher-*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
     return folder / "site"

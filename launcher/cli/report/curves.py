@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.base import files
+from launcher.sweep.runs import read_lines
 
 MAX_CURVES = 40
 _MAX_PARSED = 20_000
@@ -40,7 +39,7 @@ class Metrics:
 def read_metrics(path: Path) -> Metrics:
     """Reads them once; in seconds also where there are millions of lines."""
     found = Metrics()
-    for line in _lines(path):
+    for line in read_lines(path, _MAX_PARSED):
         step = number(line.get("step"))
         if step is None:
             continue
@@ -55,25 +54,6 @@ def read_metrics(path: Path) -> Metrics:
             if key in found.series or len(found.series) < MAX_CURVES:
                 found.series.setdefault(key, []).append((step, number_))
     return found
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with files.open_read(path) as file:
-            num_lines = sum(1 for _ in file)
-            file.seek(0)
-            every, last = max(1, num_lines // _MAX_PARSED), num_lines - 3
-            for i, raw in enumerate(file):
-                if i % every and i < last and b'"eval_' not in raw and b'"checkpoint"' not in raw:
-                    continue
-                try:
-                    line = files.parse_json(raw)
-                except ValueError:  # cut off by a crash
-                    continue
-                if isinstance(line, dict):
-                    yield line
-    except OSError:
-        return
 
 
 def number(value: Any) -> float | None:
