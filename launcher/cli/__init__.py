@@ -30,6 +30,7 @@ VERBS = {
     "report": "a run or a sweep as one HTML page with plots",
     "doctor": "the machine, versions, devices, and the command that mends what is wrong",
     "init": "a small project of your own in a new folder",
+    "completion": "what the Tab key completes in bash, zsh or fish",
 }
 
 _USAGE = "usage: launcher VERB [ARGUMENT…]"

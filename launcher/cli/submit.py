@@ -7,14 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.agent.supervise import check_unchanged, is_finished
 from launcher.base.errors import EXIT_DONE, UserError
 from launcher.base.paths import RunPaths
 from launcher.cli.arguments import parse_settings
 from launcher.config.compose import Arguments, compose, compose_arguments
 from launcher.config.rules import notices, resource_notices
 from launcher.config.settings import RunConfig
-from launcher.slurm import render_run, submit_run
 
 _EPILOG = """examples:
   launcher submit experiment=arithmetic output_dir=/shared/demo launch.gpus_per_node=8 launch.sbatch.partition=gpu
@@ -34,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
     options, arguments = _parse(argv)
     if options.multirun:
         return _sweep(arguments, is_dry_run=options.dry_run)
+    from launcher.agent.supervise import check_unchanged, is_finished  # not for --help and completion
+    from launcher.slurm import render_run, submit_run
+
     config = _compose_for_slurm(arguments)
     for notice in [*notices(config), *resource_notices(config)]:
         print(f"launcher: {notice}", file=sys.stderr)
