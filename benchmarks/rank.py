@@ -29,12 +29,13 @@ def build_product(settings: dict[str, Any]) -> Run:
     from launcher.config.parse import parse_config
     from launcher.train.accelerator import build_accelerator
     from launcher.train.build import build_run, open_output_dir
+    from launcher.train.early_stop import EarlyStop
 
     config = parse_config(settings)
     accelerator = build_accelerator(config)
     processes = Processes()
     paths, lock = open_output_dir(config, processes)
-    return build_run(config, accelerator, processes, paths, lock)
+    return build_run(config, accelerator, processes, paths, lock, EarlyStop(paths, processes, lock))
 
 
 def finish(spec: dict[str, Any], found: dict[str, Any]) -> None:

@@ -41,18 +41,19 @@ def judge(paths: RunPaths, attempt: str, machines: Sequence[Ended], *, is_killed
     run = files.read_json_or(paths.run_state, {})
     run = run if isinstance(run, dict) else {}
     is_mine = run.get("attempt") == attempt
+    asked = _asked(paths)
     if is_mine and run.get("state") == "finished":
         return Outcome("finished", None, EXIT_DONE)
     if is_mine and run.get("state") in ("interrupted", "pruned"):
         if run.get("exit_code") == EXIT_FAILED:  # stopped on request, and its save failed
             return Outcome(run["state"], run.get("reason"), EXIT_FAILED, str(run.get("error")))
         return Outcome(run["state"], run.get("reason"), EXIT_STOPPED)
-    outcome = _failed(paths, machines, is_killed=is_killed)
+    outcome = _failed(paths, machines, asked, is_killed=is_killed)
     _complete(paths, run if is_mine else {}, run, attempt, outcome, machines)
     return outcome
 
 
-def _failed(paths: RunPaths, machines: Sequence[Ended], *, is_killed: bool) -> Outcome:
+def _failed(paths: RunPaths, machines: Sequence[Ended], asked: str | None, *, is_killed: bool) -> Outcome:
     if is_killed:
         return Outcome("interrupted", "signal", EXIT_FAILED, "killed at once, as asked; the last checkpoint is whole")
     lost = next((ended for ended in machines if ended.is_lost), None)
@@ -60,7 +61,6 @@ def _failed(paths: RunPaths, machines: Sequence[Ended], *, is_killed: bool) -> O
     hung = {rank: (ended.host, *stood) for ended in machines for rank, stood in ended.hung.items()}
     killed = {rank: (ended.host, number) for ended in machines for rank, number in ended.killed.items()}
     first = first_failure(reports, has_silent_death=bool(hung or killed or lost))
-    asked = _asked(paths)
     if asked is not None and (first is None or first["exit_code"] != EXIT_USER):
         state, reason = ("pruned", None) if asked == "pruned" else ("interrupted", asked)
         return Outcome(state, reason, EXIT_STOPPED, "ended before it could save: the last checkpoint is whole", first)
@@ -107,7 +107,7 @@ def _unexplained(machines: Sequence[Ended], paths: RunPaths) -> str:
 
 
 def _asked(paths: RunPaths) -> str | None:
-    """The reason in the STOP file, which is removed: the ranks did not live to obey it."""
+    """The reason in a STOP file that is left; removed, since the ranks have ended before they could obey it."""
     reason = read_stop(paths.stop_file)
     if reason is not None:
         remove_stop(paths.stop_file)

@@ -125,8 +125,6 @@ class _Supervisor:
             self._check_free()
             if (finished := self._finished()) is not None:
                 return finished
-            if not remove_stop(self._paths.stop_file):  # of an earlier run
-                print(f"launcher: {odd_stop(self._paths.stop_file)}", file=sys.stderr, flush=True)
         self._newest_before = outcome.newest_checkpoint(self._paths)
         return Start(number, uuid.uuid4().hex, free_port(), is_restart=number > 0)
 
@@ -137,11 +135,16 @@ class _Supervisor:
         return None
 
     def _check_free(self) -> None:
-        """Refuses at once what the ranks would refuse after ten seconds of imports; waits for ranks that are dying."""
+        """Refuses at once what the ranks would refuse after ten seconds of imports; waits for ranks that are dying.
+
+        Then nobody runs here, and a STOP file is of an earlier run.
+        """
         lock.wait_until_free(
             self._paths.lock, lambda text: print(f"launcher: {text}", file=sys.stderr, flush=True),
             may_wait=lambda: not self._requests.is_stop_asked,
         )  # fmt: skip
+        if not remove_stop(self._paths.stop_file):
+            print(f"launcher: {odd_stop(self._paths.stop_file)}", file=sys.stderr, flush=True)
 
     def _write_stop(self) -> None:
         """The ranks look for STOP at every step; the first reason stays."""
@@ -153,6 +156,14 @@ class _Supervisor:
                 files.replace_file(self._paths.stop_file, self._stop_reason().encode())
             except OSError:  # a folder of that name, a full disk: the ranks are asked by a signal
                 self._signal_ranks()
+
+    def _is_stop_asked(self) -> bool:
+        """While this process itself waits for the Hub; STOP is removed here, once it is obeyed."""
+        is_asked = read_stop(self._paths.stop_file) is not None
+        if is_asked:
+            remove_stop(self._paths.stop_file)
+        self._requests.is_stop_asked |= is_asked
+        return self._requests.is_stop_asked
 
     def _signal_ranks(self) -> None:
         with contextlib.suppress(UserError):
@@ -192,7 +203,7 @@ class _Supervisor:
         if verdict.text:
             print(verdict.text, flush=True)
         if verdict.exit_code == EXIT_DONE and verdict.text and self._is_first:
-            for line in send_left_over(self._config, self._paths):
+            for line in send_left_over(self._config, self._paths, self._is_stop_asked):
                 print(line)
         return verdict.exit_code
 

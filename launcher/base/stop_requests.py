@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -45,25 +46,38 @@ class StopRequests:
 
     def __init__(self, stop_file: Path, *, is_main: bool) -> None:
         self._stop_file, self._is_main = stop_file, is_main
-        self._signalled = False
+        self.is_signalled = False
+        """Whether a signal has come."""
+        self._at_signal: Callable[[], None] | None = None
+        self._pid = os.getpid()
         end = os.environ.get(END_TIME) or os.environ.get("SLURM_JOB_END_TIME")
         self._end_time = float(end) if end else None
         if is_main and not os.environ.get(SUPERVISED):
             self.clear()
 
-    def install(self) -> None:
+    def install(self, at_signal: Callable[[], None] | None = None) -> None:
         """Obeys SIGTERM, SIGUSR1 and SIGINT; a second SIGINT ends the process at once.
+
+        Args:
+            at_signal: called in the handler, at the first signal.
 
         A SIGTERM that was ignored at start stays so: a Slurm script answers it for us, by a STOP file with the reason.
         """
+        self._at_signal, self._pid = at_signal, os.getpid()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             if number != signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled and number == signal.SIGINT:
+        if os.getpid() != self._pid:  # a forked child that has not yet set its own
+            if number != signal.SIGINT:
+                os._exit(128 + number)
+            return
+        if self.is_signalled and number == signal.SIGINT:
             os._exit(130)
-        self._signalled = True
+        is_first, self.is_signalled = not self.is_signalled, True
+        if is_first and self._at_signal is not None:
+            self._at_signal()
 
     @property
     def knows_end(self) -> bool:
@@ -81,7 +95,7 @@ class StopRequests:
                 return 1 + REASONS.index(reason)
             if self._end_time is not None and time.time() > self._end_time - save_s - step_s - _MARGIN_S:
                 return 1 + REASONS.index("time_limit")
-        return 1 if self._signalled else 0
+        return 1 if self.is_signalled else 0
 
     def votes(self, save_s: float, step_s: float) -> tuple[int, int]:
         """What this process adds to an agreement: on the main one its `reason_code`; whether it was asked."""
@@ -89,5 +103,6 @@ class StopRequests:
         return (code if self._is_main else 0), int(code > 0)
 
     def clear(self) -> None:
-        """Removes the STOP file: it was obeyed."""
-        remove_stop(self._stop_file)
+        """Removes the STOP file, where there is one: it was obeyed, or came too late. Only the main process does."""
+        if self._is_main:
+            remove_stop(self._stop_file)

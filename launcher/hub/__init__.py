@@ -6,6 +6,7 @@ this package imports neither huggingface_hub nor torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,11 +36,14 @@ class Hub(Protocol):
     def status(self) -> dict[str, Any]:
         """For run.json: pushed, pending, failed, passed_over (names), last_error, command; empty without a Hub."""
 
-    def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
+    def finish(
+        self, model_dir: Path | None, max_wait_s: float | None = None, is_stopping: Callable[[], bool] = lambda: False
+    ) -> list[str]:
         """Sends the final model, waits at most `max_wait_s` (default hub.max_wait_s) for uploads, ends the uploader.
 
         Args:
             model_dir: the folder whose top holds the final model; None if the run will be continued.
+            is_stopping: asked all the time while it waits; True ends the wait.
 
         Returns: lines for the user: what did not arrive, why, and the command that sends it.
         """
@@ -62,7 +66,9 @@ class NoHub:
     def status(self) -> dict[str, Any]:
         return {}
 
-    def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
+    def finish(
+        self, model_dir: Path | None, max_wait_s: float | None = None, is_stopping: Callable[[], bool] = lambda: False
+    ) -> list[str]:
         return []
 
 
@@ -139,8 +145,11 @@ def pushed_checkpoints(paths: RunPaths) -> dict[int, str]:
     return {entry["step"]: entry["commit"] for entry in pushed if entry["step"] is not None}
 
 
-def send_left_over(config: RunConfig, paths: RunPaths) -> list[str]:
+def send_left_over(config: RunConfig, paths: RunPaths, is_stopping: Callable[[], bool]) -> list[str]:
     """For a run that is finished: sends what is still pending, waiting at most hub.max_wait_s. Never raises.
+
+    Args:
+        is_stopping: asked all the time while it waits; True ends the wait.
 
     Returns: lines for the user; none where nothing was pending, and then nothing is started or written.
     """
@@ -148,7 +157,7 @@ def send_left_over(config: RunConfig, paths: RunPaths) -> list[str]:
     if isinstance(hub, NoHub) or not pending_uploads(paths):
         return []
     hub.start()
-    return hub.finish(None)
+    return hub.finish(None, is_stopping=is_stopping)
 
 
 def pending_uploads(paths: RunPaths) -> list[str]:

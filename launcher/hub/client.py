@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,15 @@ class SpoolHub:
     def _command(self) -> str:
         return f"launcher push {shlex.quote(str(self._paths.root))}"
 
-    def finish(self, model_dir: Path | None, max_wait_s: float | None = None) -> list[str]:
+    def finish(
+        self, model_dir: Path | None, max_wait_s: float | None = None, is_stopping: Callable[[], bool] = lambda: False
+    ) -> list[str]:
         wait_s = self._max_wait_s if max_wait_s is None else max_wait_s
         with self._never_raising("finish"):
             if self._try_begin():
                 if model_dir is not None:
                     self._add_final(model_dir)
-                self._wait(wait_s)
+                self._wait(wait_s, is_stopping)
         with self._never_raising("finish"):
             self._uploader.stop()
             self._read_events()
@@ -191,17 +194,17 @@ class SpoolHub:
         if self._settings.strategy == "every_save":  # both go to the top of the repository
             self._spool.record(passed_over=self._spool.pass_over(home.name))
 
-    def _wait(self, wait_s: float) -> None:
-        """Until everything arrived, only the user can help, or the time is over."""
+    def _wait(self, wait_s: float, is_stopping: Callable[[], bool]) -> None:
+        """Until everything arrived, only the user can help, the time is over, or somebody asks for a stop."""
         end = time.monotonic() + wait_s
-        self._spool.wait_for_copies(wait_s)
-        if wait_s <= 0 or not self._spool.pending():
+        self._spool.wait_for_copies(wait_s, is_stopping)
+        if wait_s <= 0 or not self._spool.pending() or is_stopping():
             return
         self._uploader.ensure_running()
         asked_at = time.time()
         self._uploader.hurry()
         with ProgressLine(self._spool) as line:
-            while self._spool.pending() and time.monotonic() < end:
+            while self._spool.pending() and time.monotonic() < end and not is_stopping():
                 self._uploader.ensure_running()
                 status = self._spool.read_status()
                 if status["state"] == "blocked" and status["tried_at"] >= asked_at:

@@ -219,10 +219,10 @@ class Spool:
         except OSError:  # full disk: the checkpoint itself is safe, and the next start queues it again
             shutil.rmtree(home, ignore_errors=True)
 
-    def wait_for_copies(self, timeout_s: float) -> None:
+    def wait_for_copies(self, timeout_s: float, is_stopping: Callable[[], bool] = lambda: False) -> None:
         end = time.monotonic() + timeout_s
-        for thread in self._copies:
-            thread.join(max(0.0, end - time.monotonic()))
+        while any(t.is_alive() for t in self._copies) and time.monotonic() < end and not is_stopping():
+            time.sleep(0.05)
 
     def clean_up(self) -> None:
         """Removes what a killed trainer left half linked and a power cut left incomplete; only the owner may."""

@@ -22,6 +22,7 @@ def main() -> None:
         from launcher.train import sizing
         from launcher.train.accelerator import build_accelerator
         from launcher.train.build import build_run, open_output_dir
+        from launcher.train.early_stop import EarlyStop
         from launcher.train.finish import finish, interrupted
         from launcher.train.loop import fit
 
@@ -30,8 +31,9 @@ def main() -> None:
         processes = Processes()
         sizing.check_agreement(config, processes)
         paths, lock = open_output_dir(config, processes)
-        rank_setup.opened(paths, lock, processes)
-        run = build_run(config, accelerator, processes, paths, lock)
+        early = EarlyStop(paths, processes, lock)
+        rank_setup.opened(paths, lock, processes, early)
+        run = build_run(config, accelerator, processes, paths, lock, early)
         rank_setup.training_began(run.recorder, run.state)
         code = EXIT_DONE
         reason = fit(run)

@@ -13,20 +13,19 @@ from typing import Any
 import torch
 
 from launcher.base import files
-from launcher.base.errors import EXIT_STOPPED, ConfigError, LauncherError, StopAskedError, UserError
+from launcher.base.errors import ConfigError, UserError
 from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
 from launcher.base.process import host
 from launcher.base.processes import Processes
 from launcher.base.shared_folder import check_shared
-from launcher.base.stop_requests import REASONS, StopRequests
 from launcher.base.timeline import Timeline
 from launcher.checkpoint import resume
 from launcher.checkpoint.engine import Checkpointer
 from launcher.checkpoint.resume import ResumePoint
 from launcher.checkpoint.retention import sweep_leftovers
 from launcher.config.settings import RunConfig, run_length, to_dict
-from launcher.data import SORTED, Data, StepSampler, TokenisingDisplay, build_data, build_vocabulary
+from launcher.data import SORTED, StepSampler, build_vocabulary
 from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.model.build import build_model, static_files
 from launcher.model.identity import agreed_identity
@@ -42,6 +41,7 @@ from launcher.saving.training_state import TrainingState
 from launcher.train.about import about_run, summary
 from launcher.train.accelerator import LauncherAccelerator
 from launcher.train.display import build_display
+from launcher.train.early_stop import EarlyStop
 from launcher.train.evaluation import Evaluator, Metric
 from launcher.train.loop import Run
 from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
@@ -143,19 +143,19 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
 
 
 def build_run(
-    config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths, lock: RunLock
-) -> Run:
+    config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths, lock: RunLock,
+    early: EarlyStop,
+) -> Run:  # fmt: skip
     """Data, model, optimizer, state; resumed where there is something to resume from. Collective."""
     processes.on_main(lambda: None if paths.config.exists() else write_settings(config, paths))
-    stop = StopRequests(paths.stop_file, is_main=processes.is_main)
-    stop.install()
+    stop = early.stop
     if config.train.full_determinism:
         torch.use_deterministic_algorithms(True)
     point, notices = find_resume_point(config, paths, processes)
     tell(processes, "reading the data")
     vocabulary = build_vocabulary(config)
     tokenizer = vocabulary.tokenizer
-    data = data_or_stop(config, tokenizer, processes, stop, paths, point.step if point is not None else 0)
+    data = early.build_data(config, tokenizer)
     # A checkpoint that says nothing about it is of a version that knew one order only.
     order = point.state["settings"].get("data.order", SORTED) if point is not None else None
     sampler = StepSampler(len(data.train), config.train.train_batch_size, config.seed, order)
@@ -254,45 +254,6 @@ def build_run(
         config=config, processes=processes, state=state, train_step=train_step, evaluator=evaluator, saver=saver,
         recorder=recorder, hub=hub, stop=stop, watchdog=watchdog, total_steps=total_steps,
     )  # fmt: skip
-
-
-def data_or_stop(
-    config: RunConfig, tokenizer: Any, processes: Processes, stop: StopRequests, paths: RunPaths, step: int
-) -> Data:
-    """The data, tokenised where it has to be; a request to stop is obeyed meanwhile. Collective.
-
-    Raises:
-        SystemExit: 0 on every process, where one was asked to stop; run.json says so.
-        DataError, ConfigError: as `build_data`.
-    """
-
-    def alive() -> None:
-        if code := stop.reason_code(0.0, 0.0):
-            raise StopAskedError(REASONS[code - 1])
-
-    display = TokenisingDisplay(is_shown=processes.is_main, alive=alive)
-    data: Data | None = None
-    problem: LauncherError | None = None
-    try:
-        data = build_data(
-            config, tokenizer, is_builder=processes.is_local_main, wait=processes.barrier, display=display
-        )
-    except LauncherError as error:
-        problem = error
-    reasons = [r for r in processes.gather(str(problem) if isinstance(problem, StopAskedError) else None) if r]
-    if reasons:
-        if processes.is_main:
-            state = "pruned" if reasons[0] == "pruned" else "interrupted"
-            RunFile(paths, processes.world_size).update(
-                state=state, reason=reasons[0] if state == "interrupted" else None, exit_code=EXIT_STOPPED, step=step
-            )
-            stop.clear()
-            display.say("stopped before the first step; run the same command again to continue")
-        raise SystemExit(0)
-    if problem is not None:
-        raise problem
-    assert data is not None
-    return data
 
 
 def tell(processes: Processes, text: str) -> None:

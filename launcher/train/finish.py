@@ -32,7 +32,9 @@ def finish(run: Run, paths: RunPaths) -> None:
         state="finished", exit_code=EXIT_DONE, step=run.step, epoch=p.epoch, best_metric=p.best_metric,
         best_step=p.best_step, hub=run.hub.status(), stopped_early=is_stopped_early(run),
     )  # fmt: skip
-    say_all(run, run.hub.finish(paths.root))  # the others end here: uploading may take longer than a collective waits
+    # The others end here: uploading may take longer than a collective waits. Who asks for a stop now has the model.
+    say_all(run, run.hub.finish(paths.root, is_stopping=lambda: run.stop.reason_code(0.0, 0.0) > 0))
+    run.stop.clear()
     run.recorder.update_run(hub=run.hub.status())
     run.recorder.say(f"finished {run.step} steps; the model is in {paths.root}")
     say_all(run, what_next(run, paths))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from launcher.base import files
 from launcher.base.end_report import write_end_report
 from launcher.base.environment import clean_rank, drop_engine_settings, interface_problems, other_engines
-from launcher.base.errors import ConfigError
+from launcher.base.errors import ConfigError, UserError
 from launcher.base.output import survive_closed_output
 from launcher.base.process import RESTARTED, die_with_parent, host
 from launcher.base.rank_reports import ATTEMPT, Report, make_report, write_report
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.base.processes import Processes
     from launcher.config.settings import RunConfig
     from launcher.saving.training_state import TrainingState
+    from launcher.train.early_stop import EarlyStop
     from launcher.train.recorder import Recorder
 
 _recorder: Recorder | None = None
@@ -36,6 +37,7 @@ _notices: list[str] = []
 _state: TrainingState | None = None
 _paths: RunPaths | None = None
 _lock: RunLock | None = None
+_early: EarlyStop | None = None
 
 
 def rank() -> int:
@@ -108,10 +110,10 @@ def check_agent(config: RunConfig, argv: Sequence[str]) -> None:
         print(f"launcher: {notice}", file=sys.stderr, flush=True)
 
 
-def opened(paths: RunPaths, lock: RunLock, processes: Processes) -> None:
+def opened(paths: RunPaths, lock: RunLock, processes: Processes, early: EarlyStop) -> None:
     """output_dir is ours: what the libraries print on the other processes goes to logs/rank-N.log."""
-    global _paths, _lock
-    _paths, _lock = paths, lock
+    global _paths, _lock, _early
+    _paths, _lock, _early = paths, lock, early
     lock.on_lost = fail
     if processes.is_main:
         Timeline(paths).append(
@@ -138,6 +140,8 @@ def training_began(recorder: Recorder, state: TrainingState) -> None:
     """From here on a failure is written into run.json, with the step that was reached."""
     global _recorder, _state
     _recorder, _state = recorder, state
+    if _early is not None:
+        _early.end()
 
 
 def fail(error: BaseException) -> NoReturn:
@@ -149,6 +153,8 @@ def fail(error: BaseException) -> NoReturn:
         if _lock is not None:
             _lock.release()
         os._exit(0)
+    if _early is not None and _early.is_asked and not isinstance(error, UserError):
+        _early.leave("signal")  # another rank has obeyed it, and is missed in a collective
     step = _state.progress.step if _state is not None else None
     report = make_report(error, rank=rank(), training_began=_state is not None, step=step)
     _write_report(report)

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class FaultyAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         if any(group.get("is_first") and group["params"] for group in self.param_groups):  # DeepSpeed steps each alone
             self._num_steps += 1
+            sys.audit("tests.step", self._num_steps)
             for fault in _faults():
                 self._maybe(fault)
         return super().step(closure)
