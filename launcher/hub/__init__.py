@@ -145,7 +145,7 @@ def pushed_checkpoints(paths: RunPaths) -> dict[int, str]:
     return {entry["step"]: entry["commit"] for entry in pushed if entry["step"] is not None}
 
 
-def send_left_over(config: RunConfig, paths: RunPaths, is_stopping: Callable[[], bool]) -> list[str]:
+def send_left_over(config: RunConfig, paths: RunPaths, is_stopping: Callable[[], bool] = lambda: False) -> list[str]:
     """For a run that is finished: sends what is still pending, waiting at most hub.max_wait_s. Never raises.
 
     Args:

@@ -26,7 +26,8 @@ class OwnAgent(Launch):
             self.process = subprocess.Popen(
                 [
                     sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(_CONFIG), "--multi_gpu",
-                    "--num_processes", str(num_processes), "--main_process_port", str(free_port()), "-m", "launcher.train", *overrides, f"output_dir={output_dir}",
+                    "--num_processes", str(num_processes), "--main_process_port", str(free_port()),
+                    "-m", "launcher.train", *overrides, f"output_dir={output_dir}",
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env={**environment(), **(env or {})}, cwd=output_dir.parent,
