@@ -30,6 +30,9 @@ _SHAPES = tuple(
         r"\bgsk_[A-Za-z0-9]{20,}|\bnvapi-[\w-]{20,}|\br8_[A-Za-z0-9]{30,}|\bxai-[A-Za-z0-9]{30,}|\btgp_v1_[\w-]{30,}",
         r"\bwandb_v1_\w{20,}|\bdapi[0-9a-f]{32}|\bdop_v1_[0-9a-f]{40,}|\bhv[sb]\.[\w-]{20,}|\bATATT3[\w=-]{20,}",
         r"\bSG\.[\w-]{16,}\.[\w-]{16,}|\btskey-[\w-]{16,}|\bAGE-SECRET-KEY-1[A-Z0-9]{20,}|\blin_api_\w{20,}",
+        r"\bops_eyJ[\w-]{40,}|\bpscale_(?:tkn|pw|oauth)_[\w-]{30,}|\bfigd_[\w-]{30,}|\bsbp_[0-9a-f]{40}\b",
+        r"\bshp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}\b|\bntn_[A-Za-z0-9]{40,}|\bsecret_[A-Za-z0-9]{43}\b",  # Shopify, Notion
+        r"\bSK[0-9a-f]{32}\b|\bkey-[0-9a-f]{32}\b|\b\d{8,10}:AA[\w-]{33}(?![\w-])",  # Twilio, Mailgun, Telegram
         r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",  # JSON Web Tokens
         r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)",
         r"(?<=://)(?=[\w-]*\d)[\w-]{20,}(?=@)",  # https://TOKEN@host
@@ -38,10 +41,19 @@ _SHAPES = tuple(
     )
 )
 _URL_PASSWORD = re.compile(r"(?<=\w)://[^\s/:@'\"]{0,200}:(?P<value>(?!\d{1,5}/)[^\s'\"@]{1,500})@")
+_PROXY_PASSWORD = re.compile(r"(?<![\w/:.@-])[\w.-]{1,64}:(?P<value>[^\s:@/'\"]{3,200})@[\w.-]{1,255}:\d{2,5}(?![\w.])")
+"""USER:PASSWORD@HOST:PORT, as in http_proxy."""
+_HEADER = re.compile(
+    r"(?i)\b(?:x-[\w-]{0,40}(?:key|token|secret)|private-token|job-token|api-key|ocp-apim-subscription-key)"
+    r"['\"]?\s*:\s*['\"]?(?P<value>[^\s'\"]{8,})"
+)
 _AUTHORIZATION = re.compile(r"(?i)authorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer|token)\s+(?P<value>[^\s'\"]{4,})")
 _COMMAND = re.compile(
     r"(?:\bcurl\b[^\n|;]{0,200}?\s(?:-u|--user|--proxy-user)[ =]?['\"]?[^\s:'\"]{1,100}:"  # curl -u USER:PASSWORD
-    r"|\bsshpass\s+-p\s*|\b(?:wandb|swanlab|comet)\s+login\s+(?:--\S+\s+)*|\bmachine\s.{0,200}?\bpassword\s+)"
+    r"|\bsshpass\s+-p\s*|\b(?:wandb|swanlab|comet)\s+login\s+(?:--\S+\s+)*"
+    r"|\bmachine\s[\s\S]{0,200}?\bpassword\s+|\bconfigure\s+set\s+\S*(?:secret_access_key|session_token)\s+"
+    r"|\b(?:docker|podman|buildah|skopeo|oras|helm\s+registry)\s+login\s[^\n|;&]{0,200}?(?<=\s)-p[\s=]?"
+    r"|\b(?:mysql|mysqldump|mysqladmin|mariadb)\s[^\n|;&]{0,200}?(?<=\s)-p(?=\S)|\bredis-cli\s[^\n|;&]{0,200}?(?<=\s)-a\s+)"
     r"['\"]?(?P<value>[^\s'\"-][^\s'\"]*)"
 )
 _ASSIGNED = re.compile(
@@ -51,14 +63,14 @@ _ASSIGNED = re.compile(
         (?P<value>"[^"]*"|'[^']*'|[^\s,;&|"')\]}]+)""",
     re.VERBOSE,
 )
-_PARTS = (_URL_PASSWORD, _AUTHORIZATION, _COMMAND)
+_PARTS = (_URL_PASSWORD, _PROXY_PASSWORD, _HEADER, _AUTHORIZATION, _COMMAND)
 
 # --------------------------------------------------------------------------- names that are given to secrets
 
 _KEYS = """
 api access secret private encryption decryption signing account master app application storage ssh deploy service auth
 client shared subscription admin session openai anthropic azure aws gcp google gemini wandb comet neptune clearml
-swanlab mistral groq cohere replicate together openrouter deepseek sas rsa
+swanlab mistral groq cohere replicate together openrouter deepseek sas rsa kaggle hmac fernet jwt webhook vault
 """
 _KEY_OF = frozenset(_KEYS.split())
 _TOKENS = """
@@ -76,6 +88,7 @@ every decoder encoder forced suppress resize add additional
 _VOCABULARY = frozenset(_PIECES.split())
 """Words before `token` that make it a piece of text."""
 _ENDINGS = frozenset(["b64", "base64", "pem", "value", "text", "str", "raw"])
+_NO_PASSWORDS = ("bypass", "compass", "encompass", "surpass", "trespass", "overpass", "underpass")
 _TRIVIAL = re.compile(r"(?i)\d{0,2}|true|false|yes|no|on|off|none|null|auto|\*+|\.{3}|…|<\w[\w -]*>")
 _KEY_FILE = re.compile(r"[~/.$].*(\.(pem|key|json|ya?ml|txt|crt|p12|pfx|pub)|/\.ssh/[^/]+)")
 
@@ -186,8 +199,10 @@ def _is_named_secret(key: str, value: str) -> bool:
         return not _is_file(value)
     if last == "pwd":
         return "/" not in value
-    if last in ("pass", "pat"):
+    if last in ("pass", "pat", "pw"):
         return is_variable and bool(before)
+    if last.endswith("pass"):
+        return is_variable and not last.endswith(_NO_PASSWORDS)
     if last in ("auth", "authorization"):
         return ":" in value and "/" not in value
     if last in ("key", "keys"):

@@ -19,6 +19,7 @@ NAMED = [
     "OPENAI_KEY", "APIKEY", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_KEY", "AZURE_CLIENT_SECRET", "CLIENT_SECRET",
     "SECRET", "DJANGO_SECRET_KEY", "ENCRYPTION_KEY", "GITHUB_PAT", "JWT", "API_KEY_2", "PRIVATE_KEY_BASE64",
     "my_password", "NEPTUNE_API_TOKEN", "KAGGLE_KEY_SECRET", "CLEARML_API_SECRET_KEY", "DOCKER_AUTH_TOKEN",
+    "KAGGLE_KEY", "DBPASS", "LDAP_BIND_PW", "ADMIN_PW", "HMAC_KEY", "NGROK_AUTHTOKEN",
 ]  # fmt: skip
 
 OTHER_KEYS = [
@@ -45,6 +46,12 @@ SHAPES = [
     "Authorization: Basic dXNlcjpwYXNz", "https://x.example/a?api_key=hunter2&b=1", '{"api_key": "hunter2"}',
     "{'password': 'hunter2'}", "https://s3.example/x?X-Amz-Signature=" + _HEX, "machine h login me password hunter2",
     "https://acc.blob.core.windows.net/c?sv=1&sig=" + _HEX, "https://hooks.slack.com/services/T00000000/B00000000/" + "x" * 24,
+    "aws configure set aws_secret_access_key hunter2", "machine h\n  login me\n  password hunter2", "me:hunter2@proxy:3128",
+    "docker login -u me -p hunter2 registry.example", "mysql -u root -phunter2 db", "redis-cli -h cache -a hunter2 ping",
+    "123456789:AA" + "a1B2c" * 6 + "a1B", "ops_eyJ" + "a1B2" * 12, "pscale_tkn_" + "a1B2" * 9, "figd_" + "a1B2" * 10,
+    "shpat_" + _HEX[:32], "sbp_" + _HEX, "ntn_" + "a1B2" * 11, "secret_" + "a1B2" * 10 + "a1B", "SK" + _HEX[:32],
+    "key-" + _HEX[:32], "curl -H 'X-Api-Key: hunter2hunter2' https://x", "curl -H 'PRIVATE-TOKEN: hunter2hunter2' https://x",
+    "jdbc:postgresql://db/x?user=me&password=hunter2", "amqp://guest:hunter2@rabbit:5672/", "wget --http-password=hunter2 u",
 ]  # fmt: skip
 
 NO_SECRETS = {
@@ -66,6 +73,15 @@ NO_SECRETS = {
     "launch.setup[4]": 'curl -H "Authorization: Bearer $TOKEN" https://x', "launch.setup[5]": "export TOKENIZERS_PARALLELISM=true",
     "launch.setup[6]": "git clone https://user:$GITHUB_TOKEN@github.com/o/r", "launch.setup[7]": "wandb login --relogin",
     "launch.sbatch.export": "ALL,NCCL_DEBUG=INFO", "launch.sbatch.comment": "max_length=2048 eos_token=x",
+    "launch.env.BYPASS": "abc123", "launch.env.COMPASS": "n0rth1", "launch.env.TOKEN_BUDGET": "100000",
+    "launch.env.http_proxy": "http://proxy:3128", "launch.env.https_proxy": "http://me@proxy:3128", "launch.env.KEYBOARD": "us105",
+    "launch.setup[8]": "mysql -p -u me db", "launch.setup[9]": "docker run -p 8080:80 image:tag", "launch.setup[10]": "mkdir -p /tmp/a1",
+    "launch.setup[11]": "curl -u $USER:$PASSWORD https://x", "launch.setup[12]": "docker pull image:v1@sha256:" + _HEX + "0" * 24,
+    "launch.setup[13]": "git clone git@github.com:me/x.git", "launch.setup[14]": "redis-cli ping", "model.revision": _HEX,
+    "model.revision ": "sha256:" + "0123456789abcdef" * 4, "model.model_name_or_path ": "sk-hynix/llama-3-8b-instruct",
+    "x.monkey": "george12", "data.columns.passage": "passage_text1", "x.keyword": "k3yword", "data.columns.keys": "a1b2",
+    "data.train_files[1]": "/data/key/secret-keys/train.jsonl", "run_name  ": "token-ablation-2024", "x.num_tokens": 12345,
+    "hydra.sweeper.storage": "postgresql://me@db:5432/x", "eval.metric.answer_key": "answer1",
     "data.dataset_name": "open-r1/OpenR1-Math-220k", "model.model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
     "checkpoint.resume_from_checkpoint": "hf://org/name@main", "output_dir": "outputs/optim.learning_rate=1e-05,seed=2",
     "run_name": "task-sk-learning-rate-sweep", "run_name ": "disk-0123456789abcdef0123", "data.train_files[0]": "s3://bucket/x@1.jsonl",
