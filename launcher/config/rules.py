@@ -15,8 +15,10 @@ from launcher.base.secrets import is_secret, refusal
 from launcher.config import sbatch
 from launcher.config.model_rules import model_problems
 from launcher.config.optimizers import optimizer_problems
+from launcher.config.schema import did_you_mean
 from launcher.config.settings import (
     AUTO,
+    DATA_COLUMNS,
     DATA_SUFFIX,
     MIXED_PRECISION,
     CheckpointConfig,
@@ -101,12 +103,28 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     yield from _source_problems(data)
     if isinstance(data.eval_split, float) and not 0 < data.eval_split < 1:
         yield f"data.eval_split as a fraction must lie between 0 and 1 (got {data.eval_split})"
+    yield from _column_problems(data)
     template = data.chat_template
     if template and re.search(r"\.(jinja2?|j2|txt)$", template) and not Path(template).expanduser().is_file():
         yield f"data.chat_template={template} does not exist (looked in {Path.cwd()})"
     for key, value in (("data.generator", data.generator), ("eval.metric", config.eval.metric)):
         if value and not isinstance(value.get("_target_"), str):
             yield f"{key} needs a `_target_`: the import path of a class. Set {key}._target_=PACKAGE.MODULE.CLASS"
+
+
+def _column_problems(data: DataConfig) -> Iterator[str]:
+    """Also: which turns bear loss."""
+    for ours, theirs in data.columns.items():
+        if ours not in DATA_COLUMNS:
+            hint = did_you_mean(ours, DATA_COLUMNS) or f" Valid: {', '.join(DATA_COLUMNS)}."
+            yield f"data.columns.{ours} is no name of ours; it is data.columns.OURS=YOURS.{hint}"
+        elif not isinstance(theirs, str) or not theirs:
+            yield f"data.columns.{ours} must be the name of a column (got {theirs!r})"
+    if data.completion_only_loss is False and data.loss_on != "all_assistant_turns":
+        yield (
+            f"data.loss_on={data.loss_on} and data.completion_only_loss=false contradict each other: the one learns "
+            "from one turn, the other from the whole text. Set data.completion_only_loss=null"
+        )
 
 
 def cache_problems(config: RunConfig) -> Iterator[str]:

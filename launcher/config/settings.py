@@ -65,6 +65,13 @@ class ModelConfig:
         return bool(self.peft or self.adapter_name_or_path)
 
 
+DATA_COLUMNS = (
+    "messages", "prompt", "completion", "text", "conversations", "instruction", "input", "output", "system", "history",
+    "tools", "chat_template_kwargs",
+)  # fmt: skip
+"""Names of ours that `data.columns` may give to a column of another name."""
+
+
 @dataclass
 class DataConfig:
     train_files: list[str] = opt([], "JSON Lines, JSON, CSV, Parquet; folders, globs. Formats: docs/data.md")

@@ -18,6 +18,7 @@ from launcher.base.paths import default_cache_dir
 from launcher.config.schema import did_you_mean
 from launcher.config.settings import DataConfig, RunConfig, expand_files
 from launcher.data.cache import FORMAT_VERSION, TokenStore, build_store, open_store
+from launcher.data.encoding import BuildReport
 from launcher.data.file_hashes import FileHashes
 from launcher.data.formats import Formatter
 from launcher.data.rows import TokenRows, pack, row_lengths
@@ -26,6 +27,7 @@ from launcher.data.tokenising_display import TokenisingDisplay
 from launcher.data.tokenizer import tokenizer_key
 
 _SOURCE_KEYS = ("train_files", "dataset_name", "dataset_config", "train_split", "generator", "weight")
+_MAX_NAMES = 10
 _SPLIT_STREAM, _MIX_STREAM = 1, 2  # which draws a seed is used for
 
 
@@ -363,11 +365,23 @@ def _store_notices(source: Source, store: TokenStore, max_length: int) -> Iterat
             f"{source.name}: {report.num_endless} of {report.num_read} rows do not end with a special token: a model "
             "that learns from them alone does not learn to stop (data.chat_template, model.eos_token)"
         )
+    if report.unused:
+        yield f"{source.name}: not used: {_unused(report)}"
     if report.num_rewritten:
         yield (
             f"{source.name}: the chat template changed the assistant's words in {report.num_rewritten} of "
             f"{report.num_read} rows (reasoning models' templates drop <think> parts); data.chat_template sets another"
         )
+
+
+def _unused(report: BuildReport) -> str:
+    """Names, the most frequent first; with a count where not every row has it."""
+    by_count = sorted(report.unused.items(), key=lambda item: (-item[1], item[0]))
+    shown = [
+        name if count == report.num_read else f"{name} ({count} of {report.num_read} rows)"
+        for name, count in by_count[:_MAX_NAMES]
+    ]
+    return ", ".join([*shown, *(["…"] if len(by_count) > _MAX_NAMES else [])])
 
 
 class _RawRows(Sequence[dict[str, Any]]):

@@ -65,8 +65,16 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._compiled: dict[str, Any] = {}
+        self._words: dict[str, frozenset[str]] = {}
         self.takes_text = self._shows(_PROBE)
         """Whether a message's content may be a text; else it must be a list of parts."""
+
+    def words(self, tools: list[Any] | None) -> frozenset[str]:
+        """All that is spelled out in the template: a key of a message that is not among it has no effect."""
+        source = self._tokenizer.get_chat_template(tools=tools)
+        if source not in self._words:
+            self._words[source] = frozenset(re.findall(r"\w+", source))
+        return self._words[source]
 
     def _shows(self, content: Any) -> bool:
         try:

@@ -26,6 +26,7 @@ from launcher.data.normalise import BadRowError
 from launcher.data.readers import Batch
 
 MAX_PROBLEMS_SHOWN = 20
+MAX_UNUSED = 50
 _ALONE_S = 1.0
 """What is done within this time needs no workers."""
 _AHEAD = 2
@@ -47,6 +48,7 @@ class BuildReport:
     num_rewritten: int = 0  # the chat template changed the assistant's words
     num_endless: int = 0  # what is learnt from has no special token at its end, and was not cut
     end_tokens: dict[str, int] = field(default_factory=dict)  # id of a special token → rows that end with it
+    unused: dict[str, int] = field(default_factory=dict)  # columns and keys that have no effect → rows that have them
     problems: list[str] = field(default_factory=list)  # the first MAX_PROBLEMS_SHOWN
 
     def add(self, other: BuildReport) -> None:
@@ -56,6 +58,9 @@ class BuildReport:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
         for token, count in other.end_tokens.items():
             self.end_tokens[token] = self.end_tokens.get(token, 0) + count
+        for name, count in other.unused.items():
+            if name in self.unused or len(self.unused) < MAX_UNUSED:  # keys may be data: one of its own in every row
+                self.unused[name] = self.unused.get(name, 0) + count
         self.problems = [*self.problems, *other.problems][:MAX_PROBLEMS_SHOWN]
 
 
@@ -105,6 +110,8 @@ def _counted(row: Encoded, report: BuildReport) -> bool:
         report.end_tokens[str(row.end_token)] = report.end_tokens.get(str(row.end_token), 0) + 1
     else:
         report.num_endless += not row.is_truncated
+    for name in sorted(row.unused):
+        report.unused[name] = report.unused.get(name, 0) + 1
     has_loss = bool(row.mask.any())
     report.num_unlabelled += not has_loss
     return has_loss

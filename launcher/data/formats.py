@@ -7,10 +7,8 @@ Nothing gets a second BOS or EOS. Loss falls on completions and on assistant tur
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from operator import itemgetter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from launcher.data.normalise import (
     text_of_content,
     tools_of,
 )
+from launcher.data.spans import common_length, spans_at_once, token_span, within, without
 
 _MANY_SPANS = 32
 _MEND = (
@@ -44,6 +43,7 @@ class Rendered:
     prompt: str | None = None  # loss starts where the tokens of `text` leave those of the prompt
     spans: list[tuple[int, int]] | None = None  # characters [start, end) that bear loss; None: all
     is_rewritten: bool = False  # the assistant's words are not in `text` as they were given
+    unused: frozenset[str] = frozenset()  # what the row holds and neither we nor its template use
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Encoded:
     is_rewritten: bool
     end_token: int | None = None
     """The special token that ends what was trained on; None where there is none, or it was cut off."""
+    unused: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -109,7 +110,7 @@ class Formatter:
     # ------------------------------------------------------------------ render
 
     def _render(self, where: str, row: dict[str, Any]) -> Rendered:
-        row = normalise(row, self.columns)
+        row, unused = normalise(row, self.columns)
         if "prompt" in row:
             rendered = self._render_completion(row)
         elif "messages" in row:
@@ -117,7 +118,7 @@ class Formatter:
         else:
             rendered = self._render_text(where, row)
         check_text(rendered.text)
-        return rendered
+        return replace(rendered, unused=rendered.unused | unused)
 
     def _render_text(self, where: str, row: dict[str, Any]) -> Rendered:
         if self.completion_only_loss:
@@ -136,32 +137,61 @@ class Formatter:
             text = self._with_eos(prompt + _text(row, "completion"))
             return Rendered(text, add_special_tokens=True, prompt=prompt if only else None)
         takes_text = self._chat_template.takes_text
-        prompt_turns = messages_of(row, "prompt", takes_text=takes_text)
+        asked = messages_of(row, "prompt", takes_text=takes_text)
         answer = messages_of(row, "completion", takes_text=takes_text)
-        chat = self._chat(row, prompt_turns + answer)
-        is_rewritten = _is_rewritten(chat.text, answer)
-        if not only:
-            return Rendered(chat.text, add_special_tokens=False, is_rewritten=is_rewritten)
-        first = self._spans_of(row, prompt_turns + answer, chat, len(prompt_turns))
-        spans = [(first[0][0], len(chat.text))]
-        return Rendered(chat.text, add_special_tokens=False, spans=spans, is_rewritten=is_rewritten)
+        if answer[0]["role"] != "assistant":
+            raise BadRowError(f"completion must begin with a turn of the assistant (got {answer[0]['role']})")
+        turns = asked + answer
+        trained = [takes_part(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
+        chat = self._chat(row, turns)
+        first = len(asked) if only else 0
+        spans = [(self._spans_of(row, turns, chat, first)[0][0], len(chat.text))] if only else None
+        spans = self._without_untrained(row, turns, chat, spans, [None] * first + trained[first:])
+        return self._rendered(row, turns, chat, spans, trained, answer)
 
     def _render_messages(self, row: dict[str, Any]) -> Rendered:
         turns = messages_of(row, "messages", takes_text=self._chat_template.takes_text)
         trained = [takes_part(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
         chat = self._chat(row, turns)
         if self.completion_only_loss is False:
-            return Rendered(chat.text, add_special_tokens=False)
-        chosen = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and trained[i]]
-        if not any(turn["role"] == "assistant" for turn in turns):
+            spans = self._without_untrained(row, turns, chat, None, trained)
+            return self._rendered(row, turns, chat, spans, trained, turns)
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if not answers:
             raise BadRowError("messages has no assistant turn to learn from")
-        if self.loss_on == "last_assistant_turn":
-            chosen = chosen[-1:]
-        if chat.generated is not None and len(chosen) == sum(turn["role"] == "assistant" for turn in turns):
+        chosen = answers[-1:] if self.loss_on == "last_assistant_turn" else answers
+        chosen = [i for i in chosen if trained[i] is not False]
+        if chat.generated is not None and chosen == answers:
             spans = chat.generated
         else:
             spans = [span for i in chosen for span in self._spans_of(row, turns, chat, i)]
-        return Rendered(chat.text, False, spans=spans, is_rewritten=_is_rewritten(chat.text, turns))
+        return self._rendered(row, turns, chat, spans, trained, turns)
+
+    def _without_untrained(
+        self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation,
+        spans: list[tuple[int, int]] | None, trained: Sequence[bool | None],
+    ) -> list[tuple[int, int]] | None:  # fmt: skip
+        """The spans (None: the whole text) without the answers that are not to be learnt."""
+        untrained = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and trained[i] is False]
+        if not untrained:
+            return spans
+        holes = [hole for i in untrained for hole in self._spans_of(row, turns, chat, i)]
+        return without([(0, len(chat.text))] if spans is None else spans, holes)
+
+    def _rendered(
+        self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation,
+        spans: list[tuple[int, int]] | None, trained: Sequence[bool | None], learnt: list[dict[str, Any]],
+    ) -> Rendered:  # fmt: skip
+        tools = tools_of(row)
+        unused = _unused_keys(turns, self._chat_template.words(tools))
+        if any(trained[i] and turn["role"] != "assistant" for i, turn in enumerate(turns)):
+            unused |= {"a weight on turns that are not the assistant's"}
+        if tools and not all(name in chat.text for name in _names(tools)):
+            unused |= {"tools (the chat template does not show them)"}
+        return Rendered(
+            chat.text, add_special_tokens=False, spans=spans, is_rewritten=_is_rewritten(chat.text, learnt),
+            unused=unused,
+        )  # fmt: skip
 
     @property
     def _chat_template(self) -> ChatTemplate:
@@ -196,7 +226,7 @@ class Formatter:
         """
         pieces = chat.turns[i]
         if chat.generated is not None:
-            return [part for low, high in pieces for part in _within(chat.generated, low, high)]
+            return [part for low, high in pieces for part in within(chat.generated, low, high)]
         if not pieces:
             return [] if _is_empty(turns[i]) else [self._span_by_prefix(row, turns, chat, i)]
         _refuse_swallowed_turns(turns, chat, i)
@@ -204,7 +234,7 @@ class Formatter:
         if i == len(turns) - 1:  # what comes after the loop: Phi-3's EOS
             pieces = [*pieces[:-1], (pieces[-1][0], len(chat.text))]
         header = self._header(row, turns, chat, i)
-        start += _common_length(header, chat.text[start:end])
+        start += common_length(header, chat.text[start:end])
         return [(start, pieces[0][1]), *pieces[1:]]
 
     def _span_by_prefix(
@@ -224,7 +254,7 @@ class Formatter:
                 "the chat template rewrites earlier turns and has no loop over the messages, so it cannot be told "
                 f"where message {i} is. {_MEND}"
             )
-        return _common_length(asked, chat.text), len(until)
+        return common_length(asked, chat.text), len(until)
 
     def _header(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> str:
         """What the template prints to ask for turn i: the same after every turn of one role."""
@@ -239,7 +269,7 @@ class Formatter:
                 return next((header for known, header in self._headers.items() if known[1:] == key[1:]), "")
             start = chat.turns[i][0][0]
             is_beginning = i > 0 and prompt[:start] == chat.text[:start]
-            self._headers[key] = prompt[start:] if is_beginning else prompt[_common_length(plain, prompt) :]
+            self._headers[key] = prompt[start:] if is_beginning else prompt[common_length(plain, prompt) :]
         return self._headers[key]
 
     def _with_eos(self, text: str) -> str:
@@ -274,19 +304,19 @@ class Formatter:
         ids = batch["input_ids"][place]
         mask = np.full(len(ids), item.spans is None)
         if prompt_ids is not None:
-            mask[: _common_length(prompt_ids, ids)] = False
+            mask[: common_length(prompt_ids, ids)] = False
         spans = item.spans or []
         is_fast = self.tokenizer.is_fast
-        find = _spans_at_once(batch, place, len(item.text)) if is_fast and len(spans) > _MANY_SPANS else None
+        find = spans_at_once(batch, place, len(item.text)) if is_fast and len(spans) > _MANY_SPANS else None
         for start, end in spans:
             if find is not None:
                 mask[find(start, end)] = True
             elif is_fast:
-                mask[_token_span(batch, place, start, end, len(item.text))] = True
+                mask[token_span(batch, place, start, end, len(item.text))] = True
             else:  # a slow tokenizer knows no characters: compare with the tokens of each beginning
                 pieces = [item.text[:start], item.text[:end]]
                 before, until = self._tokenise(pieces, item.add_special_tokens)["input_ids"]
-                mask[_common_length(before, ids) : _common_length(until, ids)] = True
+                mask[common_length(before, ids) : common_length(until, ids)] = True
         return mask
 
     def _finish(self, item: Rendered, ids: list[int], mask: np.ndarray) -> Encoded:
@@ -302,7 +332,8 @@ class Formatter:
         limit = self.max_length
         is_cut = len(tokens) > limit
         tokens, mask = tokens[:limit], mask[:limit]
-        return Encoded(tokens, mask, is_cut, item.is_rewritten, None if is_cut else self._end_token(tokens, mask))
+        end_token = None if is_cut else self._end_token(tokens, mask)
+        return Encoded(tokens, mask, is_cut, item.is_rewritten, end_token, item.unused)
 
     def _end_token(self, tokens: np.ndarray, mask: np.ndarray) -> int | None:
         """The special token near the end of what bears loss: only white space may follow it there."""
@@ -328,14 +359,6 @@ def _text(row: dict[str, Any], key: str) -> str:
     return value
 
 
-def _within(spans: list[tuple[int, int]], low: int, high: int) -> Iterator[tuple[int, int]]:
-    """What of these spans, which follow each other, lies in [low, high)."""
-    for a, b in spans[bisect_right(spans, low, key=itemgetter(1)) :]:
-        if a >= high:
-            return
-        yield max(a, low), min(b, high)
-
-
 def _with_text_arguments(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same with the arguments of calls as JSON text, which is what DeepSeek's template takes."""
     changed = []
@@ -351,6 +374,33 @@ def _with_text_arguments(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+_NO_WORDS = {
+    "role",
+    "content",
+    "tool_calls",
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+    "name",
+    "id",
+    "tool_call_id",
+}
+"""Keys of a message that are looked after elsewhere, or that only say which call an answer is for."""
+
+
+def _unused_keys(turns: Iterable[dict[str, Any]], words: frozenset[str]) -> frozenset[str]:
+    """Keys of messages that hold something and that the template never names."""
+    keys = {
+        str(key) for turn in turns for key, value in turn.items() if key not in _NO_WORDS and value not in ("", [], {})
+    }
+    return frozenset(f"messages[].{key}" for key in keys - words)
+
+
+def _names(tools: list[Any]) -> list[str]:
+    named = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    return [str(tool["name"]) for tool in named if isinstance(tool, dict) and "name" in tool]
 
 
 def _is_empty(turn: dict[str, Any]) -> bool:
@@ -384,51 +434,3 @@ def _is_rewritten(text: str, turns: list[dict[str, Any]]) -> bool:
                 return True
             at = max(at, found)
     return False
-
-
-def _token_span(batch: Any, place: int, start: int, end: int, length: int) -> slice:
-    """The tokens that hold any of the characters [start, end) of a text of `length` characters.
-
-    Asks for single characters, which is far cheaper than all offsets of a long row. A character may have several
-    tokens, of which the first is named, or none, where a tokenizer drops white space.
-    """
-
-    def first_token(begin: int, stop: int) -> int | None:
-        found = (batch.char_to_token(place, character) for character in range(begin, stop))
-        return next((token for token in found if token is not None), None)
-
-    first = first_token(start, end)
-    if first is None:
-        return slice(0, 0)
-    after = first_token(end, length)
-    if after is None:
-        after = len(batch["input_ids"][place])
-    last = next(token for c in reversed(range(start, end)) if (token := batch.char_to_token(place, c)) is not None)
-    return slice(first, max(after, last + 1))
-
-
-def _spans_at_once(batch: Any, place: int, length: int) -> Callable[[int, int], slice]:
-    """`_token_span` for a row with many spans: each question to the tokenizer takes time that grows with the row."""
-    offsets = np.asarray(batch[place].offsets, dtype=np.int64).reshape(-1, 2)
-    num_tokens, widths = len(offsets), np.maximum(offsets[:, 1] - offsets[:, 0], 0)
-    tokens = np.repeat(np.arange(num_tokens), widths)
-    characters = offsets[tokens, 0] + np.arange(len(tokens)) - np.repeat(np.cumsum(widths) - widths, widths)
-    first_token = np.full(length + 1, -1, dtype=np.int64)  # of each character
-    first_token[characters[::-1]] = tokens[::-1]
-    places = np.flatnonzero(first_token >= 0)  # characters that have one
-
-    def find(start: int, end: int) -> slice:
-        low, high = np.searchsorted(places, [start, end]).tolist()
-        if low == high:
-            return slice(0, 0)
-        after = int(first_token[places[high]]) if high < len(places) else num_tokens
-        return slice(int(first_token[places[low]]), max(after, int(first_token[places[high - 1]]) + 1))
-
-    return find
-
-
-def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the common beginning."""
-    if a[:] == b[: len(a)]:
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

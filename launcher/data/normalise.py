@@ -11,18 +11,27 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+_CALLS = "tool_calls"
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "system": "system", "developer": "developer",
-    "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool", "ipython": "tool",
-    "function_call": "tool_calls", "tool_call": "tool_calls",
+_OTHER_ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "observation": "tool",
+    "function_response": "tool", "tool_response": "tool", "function": "tool", "ipython": "tool",
+    "function_call": _CALLS, "tool_call": _CALLS,
 }  # fmt: skip
-COLUMNS = (
-    "messages", "prompt", "completion", "text", "conversations", "instruction", "input", "output", "system", "tools",
-    "chat_template_kwargs",
-)  # fmt: skip
-"""Names of ours that `data.columns` may give to a column of another name."""
+"""Names that other formats and trainers have for a role; capital letters do not matter."""
+_FORMATS = (("prompt", "completion"), ("messages",), ("conversations",), ("instruction", "output"), ("text",))
+"""The columns of each format. Of several that a row has the first counts, unless `data.columns` names one."""
+_BESIDE = {
+    "messages": ("tools", "chat_template_kwargs"), "prompt": ("tools", "chat_template_kwargs"),
+    "conversations": ("tools", "chat_template_kwargs", "system"),
+    "instruction": ("tools", "chat_template_kwargs", "system", "input", "history"), "text": (),
+}  # fmt: skip
+"""What else is read of a row, by the first column of its format."""
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_FLAGS = ("weight", "train", "training", "trainable", "loss")
+"""Of a message: whether it is learnt from, in the words of OpenAI, axolotl and ms-swift."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -30,8 +39,10 @@ class BadRowError(ValueError):
     """This row cannot be used; says why."""
 
 
-def normalise(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row with our names: messages, prompt + completion or text, and tools and chat_template_kwargs beside them.
+def normalise(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], frozenset[str]]:
+    """The row with our names, and its columns that are not used although they hold something.
+
+    The row has messages, prompt + completion or text, and tools and chat_template_kwargs beside them.
 
     Args:
         columns: our name → the row's own.
@@ -40,22 +51,29 @@ def normalise(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
         BadRowError: it has none of the formats, or a part of it is malformed.
     """
     row = {key: value for key, value in _renamed(row, columns).items() if value is not None}
+    named = [form for form in _FORMATS if not columns.keys().isdisjoint(form)]
+    form = next((form for form in named or _FORMATS if all(key in row for key in form)), None)
+    if form is None:
+        found = ", ".join(sorted(map(str, row))) or "nothing"
+        raise BadRowError(
+            "has no messages, no prompt + completion, no conversations, no instruction + output and no text "
+            f"(it has {found}; own names: data.columns)"
+        )
+    used = {*form, *_BESIDE[form[0]]}
+    unused = frozenset(str(key) for key in row.keys() - used if row[key] not in ("", [], {}))
+    if form == ("text",):
+        return {"text": row["text"]}, unused
+    if media := sorted(unused.intersection(_MEDIA)):
+        raise BadRowError(f"has {' and '.join(media)}: only text can be trained on")
     extra: dict[str, Any] = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
-    if "prompt" in row and "completion" in row:
-        return {"prompt": row["prompt"], "completion": row["completion"], **extra}
-    if "messages" in row:
-        return {"messages": _parsed(row["messages"], "messages"), **extra}
-    if "conversations" in row:
-        return {"messages": _sharegpt(_parsed(row["conversations"], "conversations"), row.get("system")), **extra}
-    if "instruction" in row and "output" in row:
-        return {"messages": _alpaca(row), **extra}
-    if "text" in row:
-        return {"text": row["text"]}
-    found = ", ".join(sorted(map(str, row))) or "nothing"
-    raise BadRowError(
-        "has no messages, no prompt + completion, no conversations, no instruction + output and no text "
-        f"(it has {found}; own names: data.columns)"
-    )
+    if "prompt" in form:
+        return {"prompt": row["prompt"], "completion": row["completion"], **extra}, unused
+    if "messages" in form:
+        return {"messages": _parsed(row["messages"], "messages"), **extra}, unused
+    if "conversations" in form:
+        turns = _sharegpt(_parsed(row["conversations"], "conversations"), row.get("system"))
+        return {"messages": turns, **extra}, unused
+    return {"messages": _alpaca(row), **extra}, unused
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -80,29 +98,36 @@ def _sharegpt(turns: Any, system: Any) -> list[Any]:
     if not isinstance(turns, list):
         raise BadRowError(f"conversations must be a list of turns (got {type(turns).__name__})")
     messages: list[Any] = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise BadRowError(f"conversations[{i}] must be a turn with from and value (got {type(turn).__name__})")
-        if "from" not in turn and "role" in turn:
-            messages.append(turn)
-            continue
-        role = _SHAREGPT_ROLES.get(turn.get("from"))  # type: ignore[arg-type]
-        if role is None:
-            known = ", ".join(_SHAREGPT_ROLES)
-            raise BadRowError(f"conversations[{i}].from must be one of {known} (got {turn.get('from')!r})")
-        kept = {key: turn[key] for key in ("weight", "train") if turn.get(key) is not None}
-        if role == "tool_calls":
-            messages.append({"role": "assistant", "content": "", "tool_calls": turn.get("value"), **kept})
-        else:
-            messages.append({"role": role, "content": turn.get("value"), **kept})
-    return messages
+    return messages + [_with_role(turn, f"conversations[{i}]", "a turn with from and value")
+                       for i, turn in enumerate(turns)]  # fmt: skip
+
+
+def _with_role(turn: Any, name: str, wanted: str = "a message with role and content") -> dict[str, Any]:
+    """A turn of any chat format as a message of one of our roles; what else it says stays."""
+    if not isinstance(turn, dict):
+        raise BadRowError(f"{name} must be {wanted} (got {type(turn).__name__})")
+    message = {key: value for key, value in turn.items() if value is not None}
+    key = "role" if "role" in message or "from" not in message else "from"
+    said = message.pop(key, None)
+    role = said.strip().lower() if isinstance(said, str) else ""
+    role = _OTHER_ROLES.get(role, role)
+    if role not in (*ROLES, _CALLS):
+        known = ", ".join((*ROLES, *_OTHER_ROLES) if key == "from" else ROLES)
+        raise BadRowError(f"{name}.{key} must be one of {known} (got {said!r})")
+    if "value" in message and "content" not in message:
+        message["content"] = message.pop("value")
+    if role == _CALLS:
+        message = {**message, "tool_calls": message.get("content"), "content": ""}
+    elif role == "assistant" and "function_call" in message and not message.get("tool_calls"):
+        message["tool_calls"] = [message.pop("function_call")]  # as the chat completions API had it before tools
+    return {**message, "role": "assistant" if role == _CALLS else role}
 
 
 def _alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     parts = [_text_of(row, key) for key in ("instruction", "input") if row.get(key)]
     system = row.get("system")
     messages = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    for pair in row.get("history") or []:
+    for pair in _json_text(row.get("history") or [], "history"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRowError("history must hold pairs of an instruction and an answer")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -135,23 +160,17 @@ def messages_of(row: Mapping[str, Any], key: str, *, takes_text: bool) -> list[d
         raise BadRowError(f"{key} must be {wanted} (got {type(value).__name__})")
     if not value:
         raise BadRowError(f"{key} is empty")
-    return [_message(turn, f"{key}[{i}]", takes_text) for i, turn in enumerate(value)]
+    turns = [_with_role(turn, f"{key}[{i}]") for i, turn in enumerate(value)]
+    return [_message(turn, f"{key}[{i}]", takes_text) for i, turn in enumerate(turns)]
 
 
-def _message(turn: Any, name: str, takes_text: bool) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise BadRowError(f"{name} must be a message with role and content (got {type(turn).__name__})")
-    message: dict[str, Any] = {key: value for key, value in turn.items() if value is not None}
-    role = message.get("role")
-    if role not in ROLES:
-        raise BadRowError(f"{name}.role must be one of {', '.join(ROLES)} (got {role!r})")
+def _message(message: dict[str, Any], name: str, takes_text: bool) -> dict[str, Any]:
+    role = message["role"]
     if "tool_calls" in message:
         message["tool_calls"] = tool_calls(message["tool_calls"], f"{name}.tool_calls")
         if not message["tool_calls"]:
             del message["tool_calls"]
-    for key in ("reasoning_content", "thinking"):
-        if key in message and not isinstance(message[key], str):
-            raise BadRowError(f"{name}.{key} must be text (got {type(message[key]).__name__})")
+    message = _with_reasoning(message, name)
     has_more = "tool_calls" in message or bool(message.get("reasoning_content"))
     if message.get("content") is None and has_more:
         return message
@@ -160,6 +179,25 @@ def _message(turn: Any, name: str, takes_text: bool) -> dict[str, Any]:
         raise BadRowError(f"{name}.content is empty")
     message["content"] = content if takes_text else [{"type": "text", "text": content}]
     return message
+
+
+def _with_reasoning(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """The reasoning under every name that a template may read, as transformers 5.23 hands it to one.
+
+    Raises:
+        BadRowError: it is no text, or two names hold two texts.
+    """
+    given = {key: message[key] for key in _REASONING if key in message}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise BadRowError(f"{name}.{key} must be text (got {type(value).__name__})")
+    texts = dict.fromkeys(value for value in given.values() if value.strip())
+    if len(texts) > 1:
+        raise BadRowError(f"{name} has two texts of reasoning: {' and '.join(given)} differ")
+    if not given:
+        return message
+    reasoning = next(iter(texts), "")
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def text_of_content(content: Any, name: str) -> str:
@@ -233,16 +271,19 @@ def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def takes_part(message: dict[str, Any], name: str) -> bool:
-    """Whether a message is learnt from; takes `weight` and `train` out of it.
+def takes_part(message: dict[str, Any], name: str) -> bool | None:
+    """Whether a message says that it is learnt from; None where it says nothing. Takes the flags out of it.
 
     Raises:
         BadRowError: a weight other than 0 and 1.
     """
-    weight, train = message.pop("weight", 1), message.pop("train", True)
-    if weight not in (0, 1) or train not in (True, False):
-        raise BadRowError(f"{name}: weight must be 0 or 1, train true or false (got {weight!r}, {train!r})")
-    return bool(weight) and bool(train)
+    said = {key: message.pop(key) for key in _FLAGS if key in message}
+    said = {key: value for key, value in said.items() if value == value}  # a table's NaN is no value
+    for key, value in said.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            valid = "0 or 1" if key in ("weight", "loss") else "true or false"
+            raise BadRowError(f"{name}: {key} must be {valid} (got {value!r})")
+    return all(said.values()) if said else None
 
 
 def without_nulls(value: Any) -> Any:

@@ -278,6 +278,9 @@ def _csv_batches(path: Path) -> Iterator[tuple[Batch, int]]:
     def lines(text: io.TextIOWrapper) -> Iterator[tuple[RawRow, int]]:
         nonlocal number
         reader = csv.DictReader(text, strict=True)
+        names = reader.fieldnames or []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{path}: the header has the column {twice[0]!r} more than once")
         for value in reader:
             number = reader.line_num
             where = f"{path}:{number}"

@@ -322,6 +322,12 @@ def test_grammar_error_shows_the_quoting_that_works(override: str, quoted: str) 
         (["hub.hub_model_id=a/b/c"], "must be ORG/NAME"),
         (["model.model_name_or_path=./absent"], "does not exist"),
         (["data.eval_split=1.5"], "between 0 and 1"),
+        (
+            ["+data.columns.promt=q"],
+            "data.columns.promt is no name of ours; it is data.columns.OURS=YOURS. Did you mean",
+        ),
+        (["data.columns.text=null"], "data.columns.text must be the name of a column (got None)"),
+        (["data.loss_on=last_assistant_turn", "data.completion_only_loss=false"], "contradict each other"),
         (["checkpoint.save_steps=often"], "whole number or auto"),
         (["model=pretrained"], "model.model_name_or_path is not set"),
         (["data=files"], "no training data"),

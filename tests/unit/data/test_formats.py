@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ConfigError
-from launcher.data import formats
 from launcher.data.formats import BadRowError, Encoded, Formatter
+from launcher.data.spans import spans_at_once, token_span
 
 from .conftest import PLAIN_TEMPLATE, REWRITING_TEMPLATE, chat
 
@@ -280,10 +280,10 @@ def test_spans_are_the_same_when_found_all_at_once(tokenizer: Any, word_tokenize
     draw = random.Random(1)
     for text in ("red é😀  green\n\n  blue ", "", "   ", " sky is   ", "😀" * 5, "red" * 40):
         batch = chosen([text], add_special_tokens=True)
-        find = formats._spans_at_once(batch, 0, len(text))
+        find = spans_at_once(batch, 0, len(text))
         spans = [(a, b) for a in range(len(text)) for b in range(a + 1, len(text) + 1)]
         for start, end in draw.sample(spans, min(len(spans), 200)):
-            assert find(start, end) == formats._token_span(batch, 0, start, end, len(text)), (text, start, end)
+            assert find(start, end) == token_span(batch, 0, start, end, len(text)), (text, start, end)
 
 
 def test_time_grows_with_the_row_when_there_are_many_turns(tokenizer: Any) -> None:

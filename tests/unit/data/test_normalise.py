@@ -31,11 +31,11 @@ TOOL_TEMPLATE = (
 )
 
 
-def encode(row: dict[str, Any], *, template: str | None = None, **settings: Any) -> Encoded:
+def encode(row: dict[str, Any], *, template: str | None = None, only: bool | None = None, **settings: Any) -> Encoded:
     tokenizer = byte_tokenizer() if template else TOKENIZER
     if template:
         tokenizer.chat_template = template
-    (result,) = Formatter(tokenizer, 10_000, None, **settings).encode([("rows.jsonl:1", row)])
+    (result,) = Formatter(tokenizer, 10_000, only, **settings).encode([("rows.jsonl:1", row)])
     if not isinstance(result, Encoded):
         raise result
     return result
@@ -55,6 +55,11 @@ SAME_AS_CHAT: list[dict[str, Any]] = [
     {"instruction": "hi", "input": "", "output": "yo"},
     {"instruction": "hi", "output": "yo"},
     {"messages": json.dumps(chat("hi", "yo")["messages"])},
+    {"conversations": [{"from": "Human", "value": "hi"}, {"from": "GPT ", "value": "yo"}]},
+    {"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+    {"messages": [{"role": "User", "content": "hi"}, {"role": "model", "content": "yo"}]},
+    {"instruction": None, "input": None, "output": None, "messages": chat("hi", "yo")["messages"], "id": 7},
+    {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "gpt", "content": "yo"}]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
                   {"role": "assistant", "content": [{"text": "yo"}]}]},
 ]  # fmt: skip
@@ -74,6 +79,18 @@ def test_system_input_and_history_are_part_of_an_alpaca_row() -> None:
         == "<|system|>s<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>add\n1 2<|end|><|assistant|>3<|end|>"
     )
     assert learnt(found) == "b<|end|>3<|end|>"
+
+
+def test_history_of_an_alpaca_row_is_read_when_it_is_json_text() -> None:
+    row = {"instruction": "c", "output": "d", "history": '[["a", "b"]]'}
+    assert text(encode(row)) == "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>d<|end|>"
+
+
+def test_a_named_column_wins_when_the_row_has_another_format_too() -> None:
+    row = {**chat("hi", "yo"), "body": "abc", "question": "1+1=", "answer": "2"}
+    assert text(encode(row, columns={"text": "body"})) == "abc<|end|>"
+    assert learnt(encode(row, columns={"prompt": "question", "completion": "answer"})) == "2<|end|>"
+    assert text(encode(row)) == text(encode(chat("hi", "yo")))
 
 
 def test_own_column_names_are_used_when_they_are_given() -> None:
@@ -108,6 +125,33 @@ def test_a_message_is_not_learnt_when_it_says_so(mark: dict[str, Any]) -> None:
         encode({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]})
 
 
+@pytest.mark.parametrize("mark", [{"training": False}, {"loss": 0}, {"weight": 1, "train": False}])
+def test_an_answer_is_left_out_of_every_kind_of_loss_when_it_says_so(mark: dict[str, Any]) -> None:
+    """Also out of a completion of several turns, and where all of the text is learnt otherwise."""
+    turns = chat("q1", "bad", "q2", "good")["messages"]
+    turns[1] |= mark
+    everything = "<|user|>q1<|end|><|assistant|>bad<|end|><|user|>q2<|end|><|assistant|>good<|end|>"
+    assert text(encode({"messages": turns})) == everything
+    assert learnt(encode({"messages": turns})) == "good<|end|>"
+    assert learnt(encode({"messages": turns}, only=False)) == everything[8:].replace("bad<|end|>", "")
+    row = {"prompt": turns[:1], "completion": turns[1:]}
+    assert learnt(encode(row)) == "<|user|>q2<|end|><|assistant|>good<|end|>"
+    for template in (TOOL_TEMPLATE, None):  # without and with generation tags
+        assert learnt(encode({"messages": turns}, template=template)) == "good<|end|>"
+
+
+def test_nothing_is_learnt_when_the_last_answer_is_not_to_be_and_only_it_was_chosen() -> None:
+    row = chat("q1", "first", "q2", "last")
+    row["messages"][3]["weight"] = 0
+    assert learnt(encode(row, loss_on="last_assistant_turn")) == ""
+
+
+def test_a_completion_is_refused_when_the_assistant_does_not_begin_it() -> None:
+    turn = {"role": "user", "content": "q"}
+    with pytest.raises(BadRowError, match="completion must begin with a turn of the assistant"):
+        encode({"prompt": [turn], "completion": [turn]})
+
+
 def test_only_the_last_answer_is_learnt_when_loss_on_says_so() -> None:
     row = chat("q1", "first", "q2", "last")
     assert learnt(encode(row)) == "first<|end|>last<|end|>"
@@ -119,6 +163,67 @@ def test_the_token_that_ends_a_turn_is_known() -> None:
     assert encode(chat("hi", "yo")).end_token == end and encode({"text": "abc"}).end_token == end
     endless = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     assert encode(chat("hi", "yo"), template=endless).end_token is None
+
+
+# ---------------------------------------------------------------------- what has no effect is said
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        (chat("hi", "yo"), set()),
+        ({**chat("hi", "yo"), "id": 3, "system": "s", "source": "", "scores": []}, {"id", "system"}),
+        ({"text": "a", "url": "x", "image": "a.png"}, {"url", "image"}),
+        ({"instruction": "a", "output": "b", "text": "Below is …"}, {"text"}),
+        ({**chat("hi", "yo"), "tools": [{"type": "function", "function": {"name": "add"}}]},
+         {"tools (the chat template does not show them)"}),
+        ({"messages": [{"role": "user", "content": "a", "refusal": None, "masked": 0, "weight": 0},
+                       {"role": "assistant", "content": "b", "name": "c", "train_detail": [1]}]},
+         {"messages[].masked", "messages[].train_detail"}),
+        ({"messages": [{"role": "user", "content": "a", "train": True}, {"role": "assistant", "content": "b"}]},
+         {"a weight on turns that are not the assistant's"}),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_is_known(row: dict[str, Any], unused: set[str]) -> None:
+    assert encode(row).unused == unused
+
+
+def test_a_key_of_messages_is_not_named_when_the_template_uses_it() -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.mood }}<|end|>{% endfor %}"
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "mood": "glad"}]}
+    assert encode(row, template=template).unused == set() and encode(row).unused == {"messages[].mood"}
+
+
+@pytest.mark.parametrize("key", ["images", "image", "videos", "audios"])
+def test_a_conversation_is_refused_when_it_has_pictures_beside_it(key: str) -> None:
+    assert encode({**chat("hi", "yo"), key: []}).unused == set()
+    with pytest.raises(BadRowError, match=f"has {key}: only text can be trained on"):
+        encode({**chat("hi", "yo"), key: ["a.png"]})
+
+
+# ---------------------------------------------------------------------- reasoning
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+def test_reasoning_reaches_the_template_whatever_the_row_calls_it(key: str, read: str) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        f"{{% if m.{read} %}}<think>{{{{ m.{read} }}}}</think>{{% endif %}}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: "why"}]}
+    found = encode(row, template=template)
+    assert learnt(found) == "<think>why</think>b<|end|>" and not found.is_rewritten and not found.unused
+    shared = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", key: "why"}]}
+    assert learnt(encode(shared, template=template)) == "<think>why</think>b<|end|>"
+
+
+def test_reasoning_is_refused_when_two_names_hold_two_texts() -> None:
+    answer = {"role": "assistant", "content": "b", "reasoning_content": "x", "thinking": "x"}
+    assert learnt(encode({"messages": [{"role": "user", "content": "a"}, answer]})) == "<think>x</think>b<|end|>"
+    with pytest.raises(BadRowError, match="two texts of reasoning: reasoning_content and thinking differ"):
+        encode({"messages": [{"role": "user", "content": "a"}, {**answer, "thinking": "y"}]})
 
 
 # ---------------------------------------------------------------------- tools
@@ -144,6 +249,15 @@ def test_a_call_is_learnt_once_encoded_however_it_is_stored(calls: Any, tools: A
     found = encode(tool_row(calls, tools), template=TOOL_TEMPLATE)
     assert learnt(found) == 'f{"city": "Köln", "n": 1}<|end|>'
     assert '"name": "f"' in text(found) and "\\" not in text(found)
+
+
+def test_a_call_is_read_when_it_is_written_as_before_there_were_tools() -> None:
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"n": 1}'}},
+        {"role": "function", "name": "f", "content": "r"}, {"role": "assistant", "content": "done"},
+    ]  # fmt: skip
+    assert learnt(encode({"messages": turns}, template=TOOL_TEMPLATE)) == 'f{"n": 1}<|end|>done<|end|>'
 
 
 def test_a_template_that_takes_text_as_arguments_gets_text() -> None:
@@ -266,3 +380,10 @@ def test_rows_are_read_when_a_file_is_utf_16(tmp_path: Path, name: str, encoding
     packed = (mark + content).encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(packed) if name.endswith("gz") else packed)
     assert [row.value for row in rows_of(FileSource((tmp_path / name,)))] == [{"text": "é"}, {"text": "b"}]
+
+
+def test_a_csv_is_refused_when_two_columns_have_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,text\na,b\n")
+    with pytest.raises(DataError, match="the header has the column 'text' more than once"):
+        list(rows_of(FileSource((path,))))
