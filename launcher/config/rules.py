@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,15 @@ def contradictions(config: RunConfig, explicit: Collection[str] = ()) -> list[st
 
 def notices(config: RunConfig) -> list[str]:
     """What a user should know before the run starts although nothing is wrong."""
-    return [*_eval_notices(config), *_slurm_notices(config)]
+    return [*_file_notices(config.data), *_eval_notices(config), *_slurm_notices(config)]
+
+
+def _file_notices(data: DataConfig) -> Iterator[str]:
+    for key, names in (("train_files", data.train_files), ("eval_files", data.eval_files)):
+        files = expand_files([names] if isinstance(names, str) else list(names))
+        for path, count in Counter(files).items():
+            if count > 1:
+                yield f"data.{key} names {path} {count} times: every row of it counts {count} times"
 
 
 def _eval_notices(config: RunConfig) -> Iterator[str]:

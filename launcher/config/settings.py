@@ -309,11 +309,23 @@ def _expand(name: str) -> Iterator[Path]:
     if path.is_file():
         yield path
     elif path.is_dir():
-        yield from sorted(p for p in path.rglob("*") if p.is_file() and DATA_SUFFIX.search(p.name))
+        yield from sorted(p for p in path.rglob("*") if DATA_SUFFIX.search(p.name) and _is_meant(p, path))
     elif any(c in name for c in "*?["):
-        yield from sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+        first = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
+        base, pattern = Path(*path.parts[:first]), path.parts[first:]
+        are_hidden_meant = any(part.startswith(".") for part in pattern)
+        found = base.glob(str(Path(*pattern)))
+        yield from sorted(p for p in found if p.is_file() and (are_hidden_meant or _is_meant(p, base)))
+
+
+def _is_meant(path: Path, base: Path) -> bool:
+    """A file that is not hidden: as in a shell, editors' copies and what macOS leaves beside files are no data."""
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(base).parts)
 
 
 def expand_files(names: list[str]) -> list[Path]:
-    """The files that `data.train_files` or `data.eval_files` name; what a folder holds and globs are sorted."""
+    """The files that `data.train_files` or `data.eval_files` name; what a folder holds and globs are sorted.
+
+    Hidden files and folders count where they are named, not where a folder or a glob finds them.
+    """
     return [path for name in names for path in _expand(name)]

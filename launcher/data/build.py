@@ -348,7 +348,7 @@ def _store_notices(source: Source, store: TokenStore, max_length: int) -> Iterat
     if report.num_truncated:
         yield (
             f"{source.name}: {report.num_truncated} of {report.num_read} rows were cut to "
-            f"data.max_length={max_length} tokens"
+            f"data.max_length={max_length} tokens and lost their end with it"
         )
     if report.num_unlabelled:
         yield (

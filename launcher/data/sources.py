@@ -63,6 +63,9 @@ class FileSource:
             yield from file_batches(path, meter)
 
 
+_DEFAULT_SPLIT = "train"
+
+
 @dataclass(frozen=True)
 class HubSource:
     """A data set on the Hub, or a folder that `datasets` understands."""
@@ -94,7 +97,11 @@ class HubSource:
         try:
             if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
                 saved = datasets.load_from_disk(str(folder))
-                return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
+                if isinstance(saved, datasets.DatasetDict):
+                    return saved[self.split]
+                if self.split not in (_DEFAULT_SPLIT, str(saved.split)):  # else the one part would be taken for another
+                    raise ValueError(f"it holds one data set and no split {self.split!r}")
+                return saved
             return datasets.load_dataset(self.dataset_name, self.dataset_config, split=self.split)
         except Exception as error:  # datasets raises two dozen classes of its own and its back ends' here
             reason = str(error).strip() or type(error).__name__

@@ -500,6 +500,39 @@ def test_output_dir_is_refused_when_it_and_a_checkpoint_hold_each_other(tmp_path
     compose((*common, own, "output_dir=other", "checkpoint.resume_from_checkpoint=run/checkpoint-10"))
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("d", "a b1 b[1] c"), ("d/", "a b1 b[1] c"), ("d/*.jsonl", "a b1 b[1]"), ("d/**/*.jsonl", "a b1 b[1] c"),
+        ("d/b[1].jsonl", "b[1]"), ("d/b[0-9].jsonl", "b1"), ("d/.h.jsonl", ".h"), ("d/.*.jsonl", ".h"),
+        ("d/.ipynb_checkpoints", "a-checkpoint"), ("d/*", "a b1 b[1]"), ("d/?.jsonl", "a"), ("d/z*.jsonl", ""),
+        ("d/.ipynb_checkpoints/*.jsonl", "a-checkpoint"),
+    ],
+)  # fmt: skip
+def test_hidden_files_count_only_when_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, found: str
+) -> None:
+    from launcher.config.settings import expand_files
+
+    files = ["a", ".h", "b1", "b[1]", "sub/c", ".ipynb_checkpoints/a-checkpoint"]
+    for file in files:
+        (tmp_path / "d" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / f"{file}.jsonl").write_text("{}")
+    (tmp_path / "d" / "folder.jsonl").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for start in ("", f"{tmp_path}/"):
+        assert [path.stem for path in expand_files([start + name])] == found.split()
+
+
+def test_a_file_that_is_named_twice_is_told(tmp_path: Path) -> None:
+    from launcher.config.rules import notices
+    from launcher.config.settings import DataConfig, RunConfig
+
+    (tmp_path / "a.jsonl").write_text("{}")
+    config = RunConfig(data=DataConfig(train_files=[f"{tmp_path}/*.jsonl", f"{tmp_path}/a.jsonl"]))
+    assert any("a.jsonl 2 times: every row of it counts 2 times" in notice for notice in notices(config))
+
+
 def test_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from launcher.config.settings import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 

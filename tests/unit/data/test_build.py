@@ -92,6 +92,17 @@ def test_hub_data_set_when_saved_to_a_folder(make_data: Make, tmp_path: Path, to
     assert list(data.eval_rows) == splits["test"]
 
 
+def test_hub_data_set_when_saved_without_splits(make_data: Make, tmp_path: Path, tokenizer: Any) -> None:
+    """It is the training data; never the evaluation of another name, too."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(numbered(0, 4)).save_to_disk(tmp_path / "saved")
+    assert texts(make_data(dataset_name=str(tmp_path / "saved")).train, tokenizer) == [f"row {i}" for i in range(4)]
+    with pytest.raises(DataError, match="it holds one data set and no split 'test'"):
+        make_data(dataset_name=str(tmp_path / "saved"), eval_split="test")
+    datasets.Dataset.from_list(numbered(0, 4), split="part").save_to_disk(tmp_path / "part")
+    assert len(make_data(dataset_name=str(tmp_path / "part"), train_split="part").train) == 4
+
+
 def test_hub_data_set_when_a_folder_of_files(
     make_data: Make, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +194,15 @@ def test_line_that_is_no_utf8_is_a_bad_row(make_data: Make, tmp_path: Path) -> N
 # ---------------------------------------------------------------------- truncation
 
 
+def test_what_has_no_effect_is_told_once(make_data: Make, write_rows: Write) -> None:
+    rows = [{"text": "a", "id": 1}, {"text": "b", "id": 2, "note": "x"}, {"text": "c", "id": 3}]
+    (told,) = [n for n in make_data(train_files=[write_rows(rows)]).notices if "not used" in n]
+    assert told.endswith("rows.jsonl: not used: id, note (1 of 3 rows)")
+    many = [{"text": "a", f"key{i}": 1} for i in range(1000)]
+    (told,) = [n for n in make_data(train_files=[write_rows(many, "many.jsonl")]).notices if "not used" in n]
+    assert told.count("key") == 10 and told.endswith("…")
+
+
 def test_truncation_is_reported_and_rows_without_labels_are_left_out(make_data: Make, write_rows: Write) -> None:
     rows = [
         {"prompt": "1", "completion": "2"},
@@ -192,7 +212,7 @@ def test_truncation_is_reported_and_rows_without_labels_are_left_out(make_data: 
     data = make_data(train_files=[write_rows(rows)], max_length=10)
     assert len(data.train) == 2
     cut, left_out = data.notices
-    assert "2 of 3 rows were cut to data.max_length=10" in cut
+    assert "2 of 3 rows were cut to data.max_length=10 tokens and lost their end with it" in cut
     assert "1 of 3 rows have no token to learn from" in left_out
     assert collate(data.train, np.array([1]), 0)["input_ids"].shape == (1, 10)
 
