@@ -15,6 +15,7 @@ from pathlib import Path
 from launcher.agent.command import accelerate_command, num_processes
 from launcher.agent.machines import Ended, OneMachine, Start
 from launcher.base import files
+from launcher.base.device_memory import oom_kills
 from launcher.base.environment import without_inherited
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
@@ -61,6 +62,7 @@ class Attempt:
             wrong = UserError(f"output_dir={self._config.output_dir} cannot be written on {host()}: {error}")
             report = make_report(wrong, rank=self._ranks.start, training_began=False, step=None)
             return Ended(self._machine, host(), wrong.exit_code, [report])
+        kills_before = oom_kills()
         stacks = {rank: self._stack_bytes(rank) for rank in self._ranks}
         with log, tempfile.TemporaryDirectory(prefix="launcher-") as error_dir:
             begin = log.tell()
@@ -75,7 +77,7 @@ class Attempt:
             return Ended(
                 self._machine, host(), code, read_reports(Path(error_dir)), self._killed(output),
                 {rank: stood for rank, size in stacks.items() if (stood := self._where_it_hung(rank, size))},
-                output[-4000:],
+                output[-4000:], oom_kills() - kills_before,
             )  # fmt: skip
 
     def _popen(self, start: Start, error_dir: str, log: int, began: float) -> subprocess.Popen[bytes]:

@@ -67,6 +67,8 @@ class Ended:
     hung: dict[int, tuple[bool, str]] = dataclasses.field(default_factory=dict)
     """By rank: whether it stood in a collective, waiting for others; where it stood, in words."""
     agent_output: str = ""
+    num_oom_kills: int = 0
+    """Processes that the kernel killed there meanwhile, because memory was full."""
     is_lost: bool = False
     """The agent itself has gone, or does not answer."""
 

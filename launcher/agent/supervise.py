@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from launcher.agent import machines, outcome
+from launcher.agent import machines, out_of_memory, outcome
 from launcher.agent.attempt import Attempt
 from launcher.agent.command import free_port, num_processes
 from launcher.agent.machines import Ended, Start, Verdict
@@ -80,6 +81,8 @@ class _Supervisor:
         self._earlier: Outcome | None = None
         self._began = 0.0
         self._newest_before: int | None = None
+        self._sizes: out_of_memory.BatchSizes | None = None
+        self._num_halved = 0
 
     def run(self) -> int:
         if self._config.launch.num_machines > 1 and (finished := self._finished()) is not None:
@@ -180,15 +183,34 @@ class _Supervisor:
         if found.state != "failed":
             return Verdict(found.exit_code, found.text)
         newest, limit = outcome.newest_checkpoint(self._paths), self._config.launch.max_restarts
+        source = "the last checkpoint" if newest is not None else "the beginning, there is no checkpoint yet"
+        if (place := out_of_memory.where(found, ended)) is not None:
+            if (text := self._with_less_memory(start, found, place, source)) is not None:
+                return Verdict(found.exit_code, text, is_restart=True)
+            found = dataclasses.replace(found, text=f"{found.text}\n  {out_of_memory.HINT}")
+        number = start.number - self._num_halved
         has_new = newest is not None and newest != self._newest_before
         why = outcome.why_no_restart(found, self._earlier, has_new=has_new, has_any=newest is not None)
         self._earlier = found
-        if why is not None or start.number >= limit or self._requests.is_stop_asked:
-            why = f"\n  not restarted: {why}" if why and start.number < limit else ""
+        if why is not None or number >= limit or self._requests.is_stop_asked:
+            why = f"\n  not restarted: {why}" if why and number < limit else ""
             return Verdict(found.exit_code, f"{found.text}{why}")
-        source = "the last checkpoint" if newest is not None else "the beginning, there is no checkpoint yet"
-        again = f"restarting from {source} ({start.number + 1} of {limit})"
+        again = f"restarting from {source} ({number + 1} of {limit})"
         return Verdict(found.exit_code, f"{found.text}\nlauncher: {again}", is_restart=True)
+
+    def _with_less_memory(self, start: Start, found: Outcome, place: str, source: str) -> str | None:
+        """What is said of a restart with smaller batches, which counts against no limit: each one is smaller."""
+        if self._config.train.on_out_of_memory != "halve":
+            return None
+        sizes = out_of_memory.note(self._paths, start.id, found)
+        if sizes is None or sizes[1] == self._sizes or self._requests.is_stop_asked:
+            return None
+        used, self._sizes = sizes
+        self._num_halved += 1
+        return (
+            f"out of memory: {place}. Restarting from {source} with {used.change_to(self._sizes)}; the samples of a "
+            "step stay the same"
+        )
 
     def _conclude(self, verdict: Verdict) -> int:
         """Shows how it ended.

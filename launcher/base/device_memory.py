@@ -13,6 +13,7 @@ from launcher.base.errors import UserError
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _UNLIMITED_BYTES = 2**60
 _CGROUP_LIMITS = ("memory.max", "memory.limit_in_bytes")
+_CGROUP_KILLS = ("memory.events.local", "memory.events", "memory.oom_control")
 
 
 def parse_bytes(text: str, option: str) -> int:
@@ -43,6 +44,15 @@ def host_bytes() -> int:
             if (limit := _text(folder / name).strip()).isdigit():
                 total = min(total, int(limit))
     return total
+
+
+def oom_kills() -> int:
+    """How many processes of this one's cgroup (of the whole host, where it has none of its own) the kernel has killed
+    since the host's memory, or the container's, was full."""
+    for path in [*(folder / name for folder in own_cgroups("memory") for name in _CGROUP_KILLS), Path("/proc/vmstat")]:
+        if (found := re.search(r"^oom_kill (\d+)$", _text(path), re.MULTILINE)) is not None:
+            return int(found[1])
+    return 0
 
 
 def gpu_bytes() -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,6 +16,42 @@ from launcher.base.errors import LauncherError
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Tokenising a large data set may keep the others waiting for hours; hangs in training are the watchdog's business."""
+
+
+def ask_main(question: Any, decide: Callable[[list[Any]], Any]) -> Any:
+    """What the main process decides from every process's `question`; before there is a process group. Collective.
+
+    Args:
+        decide: called on the main process, with the questions by rank. Its LauncherError reaches every process.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return decide([question])
+    store = _store()
+    store.set(f"question-{rank}", pickle.dumps(question))
+    if rank:
+        answer, error = pickle.loads(store.get("answer"))
+    else:
+        answer, error = None, None
+        questions = [pickle.loads(store.get(f"question-{other}")) for other in range(world_size)]
+        try:
+            answer = decide(questions)
+        except LauncherError as raised:
+            error = raised
+        store.set("answer", pickle.dumps((answer, error)))
+    if error is not None:
+        raise error
+    return answer
+
+
+@functools.cache
+def _store() -> Any:
+    """Where the processes meet. Kept: the process group uses the same server, which is gone with its last store."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    return PrefixStore("launcher", store)
 
 
 class Processes:

@@ -14,6 +14,7 @@ _NOT_DECIDING = (
     "model.gradient_checkpointing",
     "train.logging_steps", "train.max_steps", "train.num_train_epochs", "train.per_device_train_batch_size",
     "train.full_determinism", "train.early_stopping_patience", "train.early_stopping_threshold",
+    "train.on_out_of_memory",
 )  # fmt: skip
 """The number of steps among them: whether more are asked for is another question."""
 _PATHS = ("data.train_files", "model.model_name_or_path", "model.tokenizer_name_or_path",

@@ -107,6 +107,10 @@ class TrainConfig:
     mixed_precision: str | None = opt(None, "default: what model.dtype implies", choices=("no", "bf16", "fp16"))
     logging_steps: int = opt(10, "optimizer steps between lines of metrics.jsonl", minimum=1)
     on_nonfinite: str = opt("stop", "loss or gradient norm NaN or infinite", choices=("stop", "skip"))
+    on_out_of_memory: str = opt(
+        "halve", "halve: restart with half the micro-batch, the same samples per step, down to 1, then recompute",
+        choices=("halve", "stop"),
+    )  # fmt: skip
     early_stopping_patience: int | None = opt(None, "end after so many evaluations without improvement", minimum=1)
     early_stopping_threshold: float = opt(0.0, "what counts as an improvement of the metric", minimum=0)
     fused_loss: bool = opt(True, "head and loss in one, in chunks over labelled positions, where the model allows it")

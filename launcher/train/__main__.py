@@ -18,6 +18,7 @@ def main() -> None:
     try:
         config = compose_arguments(sys.argv[1:])
         rank_setup.check_agent(config, sys.argv[1:])
+        from launcher.agent import out_of_memory
         from launcher.base.processes import Processes
         from launcher.train import sizing
         from launcher.train.accelerator import build_accelerator
@@ -26,6 +27,7 @@ def main() -> None:
         from launcher.train.finish import finish, interrupted
         from launcher.train.loop import fit
 
+        asked = out_of_memory.asked_for(config, int(os.environ.get("WORLD_SIZE", 1)))
         config = sizing.settle(config)
         accelerator = build_accelerator(config)
         processes = Processes()
@@ -33,7 +35,7 @@ def main() -> None:
         paths, lock = open_output_dir(config, processes)
         early = EarlyStop(paths, processes, lock)
         rank_setup.opened(paths, lock, processes, early)
-        run = build_run(config, accelerator, processes, paths, lock, early)
+        run = build_run(config, accelerator, processes, paths, lock, early, asked)
         rank_setup.training_began(run.recorder, run.state)
         code = EXIT_DONE
         reason = fit(run)

@@ -7,11 +7,13 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from launcher.agent import out_of_memory
 from launcher.base import files
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.lock import RunLock
@@ -38,6 +40,7 @@ from launcher.saving.interop.importing import import_checkpoint, import_notices
 from launcher.saving.save_schedule import SaveSchedule
 from launcher.saving.saver import Saver
 from launcher.saving.training_state import TrainingState
+from launcher.train import sizing
 from launcher.train.about import about_run, summary
 from launcher.train.accelerator import LauncherAccelerator
 from launcher.train.display import build_display
@@ -144,9 +147,13 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
 
 def build_run(
     config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths, lock: RunLock,
-    early: EarlyStop,
+    early: EarlyStop, asked: Mapping[str, Any],
 ) -> Run:  # fmt: skip
-    """Data, model, optimizer, state; resumed where there is something to resume from. Collective."""
+    """Data, model, optimizer, state; resumed where there is something to resume from. Collective.
+
+    Args:
+        asked: the settings before `auto` and limits of memory were settled, see `agent.out_of_memory`.
+    """
     processes.on_main(lambda: None if paths.config.exists() else write_settings(config, paths))
     stop = early.stop
     if config.train.full_determinism:
@@ -222,6 +229,9 @@ def build_run(
         device=accelerator.device,
     ) | {"num_processes": processes.world_size}  # fmt: skip
     recorder = build_recorder(config, accelerator, processes, paths, state, total_steps, about)
+    can_recompute = bool(getattr(built.module, "supports_gradient_checkpointing", False))
+    sizes = sizing.sizes_in_use(config, processes.world_size, can_recompute=can_recompute)
+    recorder.update_run(**{out_of_memory.IN_USE: out_of_memory.in_use(sizes, asked)})
     hub = build_hub(config, paths) if processes.is_main else NoHub()
     watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
     saver = Saver(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.agent import out_of_memory
 from launcher.base import files
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
@@ -89,6 +90,8 @@ class RunFile:
             "world_size": world_size, "host": host(), "pid": os.getpid(), "job_id": os.environ.get("SLURM_JOB_ID"),
             "started_at": time.time(), "attempt": os.environ.get("LAUNCHER_ATTEMPT"),
         }  # fmt: skip
+        if (limits := out_of_memory.limits(paths)) is not None:  # of earlier starts
+            self._fields[out_of_memory.LIMITS] = limits
 
     def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None:
         """Mere progress: written only where the last write is long enough ago, since each one waits for the disk."""

@@ -2,7 +2,8 @@
 
 FAULTS is a JSON list of {"rank", "step" (counted from 1, in this process), "kind", "seconds"?, "bytes"?, "message"?,
 "once"?: a file that marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang, quota (no file may grow beyond
-"bytes"; -1: any), nan (in the gradients of that step, while its loss is a number).
+"bytes"; -1: any), nan (in the gradients of that step, while its loss is a number), out_of_memory (in a forward pass of
+that step and of later ones with more than "above" rows; in an evaluation instead with "in_evaluation"; "signal" kills).
 """
 
 from __future__ import annotations
@@ -36,11 +37,18 @@ class FaultyAdamW(torch.optim.AdamW):
         super().__init__(params, **settings)
         self.param_groups[0]["is_first"] = True
         self._nans = [fault["step"] for fault in _faults() if fault["kind"] == "nan"]
-        if self._nans:
+        self._shortages = [fault for fault in _faults() if fault["kind"] == "out_of_memory"]
+        if self._nans or self._shortages:
             self._summed_loss = loss.summed_loss
             loss.summed_loss = self._spoiled  # `build_loss` takes it from there, and is called later
 
     def _spoiled(self, model: Any, batch: Any, **settings: Any) -> loss.Losses:
+        for fault in self._shortages:
+            is_asked = fault.get("in_evaluation", False) is not torch.is_grad_enabled()
+            if is_asked and self._num_steps + 1 >= fault["step"] and len(batch["input_ids"]) > fault["above"]:
+                if fault.get("signal"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         found = self._summed_loss(model, batch, **settings)
         if self._num_steps + 1 in self._nans:
             self._nans.remove(self._num_steps + 1)

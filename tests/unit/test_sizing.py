@@ -32,6 +32,7 @@ def settled(
 ) -> RunConfig:
     monkeypatch.setenv("WORLD_SIZE", str(num_processes))
     monkeypatch.setattr(devices, "find_device", lambda *_: Device(kind, int(num_bytes), "as the test says"))
+    monkeypatch.setattr(sizing, "ask_main", lambda device, decide: decide([device]))
     return sizing.settle(compose([*_AUTO, *overrides]))
 
 
