@@ -81,7 +81,7 @@ def test_agent_restarts_with_smaller_batches_when_training_and_evaluation_run_ou
         told = run.text()
     assert (
         "out of memory: rank 1 on" in told
-        and "Restarting from the last checkpoint with 1 instead of 2 samples per forward and backward;" in told
+        and " with 1 instead of 2 samples per forward and backward;" in told
         and "with 2 instead of 4 samples per evaluation batch;" in told
     )
     found = limits(run.paths)
