@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-slow lint format bench docs dist setup clean
+.PHONY: train test test-slow lint format bench gpu-bundle docs dist setup clean
 
 train: $(VENV)/.runtime
 	$(BIN)/launcher train $(ARGS)
@@ -32,6 +32,10 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# What a GPU machine without a network lacks; benchmarks/gpu/run.sh installs it there and runs everything.
+gpu-bundle: $(VENV)/bin/python
+	$(BIN)/python -m benchmarks.gpu.bundle
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,39 @@ def ours(spec: dict[str, Any]) -> None:
     run = build_product(spec["settings"])
 
     def step() -> dict[str, float]:
-        sums = run.train_step.run(run.step)
+        with _counted_syncs() as syncs:
+            sums = run.train_step.run(run.step)
         run.state.progress.step += 1
-        return {"tokens": sums.num_tokens, "loss": sums.loss_sum / sums.num_labelled}
+        return {"tokens": sums.num_tokens, "loss": sums.loss_sum / sums.num_labelled, **_device_facts(), **syncs}
 
     serve(step)
+
+
+def _device_facts() -> dict[str, float]:
+    """On CUDA: waits for the device, so that a step's time is the device's too."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.synchronize()
+    return {"peak_memory_bytes": float(torch.cuda.max_memory_allocated())}
+
+
+@contextlib.contextmanager
+def _counted_syncs() -> Iterator[dict[str, float]]:
+    """How often the host waited for the device, as torch's debug mode counts it."""
+    import torch
+
+    found: dict[str, float] = {}
+    if not torch.cuda.is_available():
+        yield found
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield found
+    torch.cuda.set_sync_debug_mode("default")
+    found["syncs"] = float(sum("synchroniz" in str(warning.message) for warning in seen))
 
 
 def _turns(trainer_class: Any) -> Any:
@@ -51,7 +81,9 @@ def _turns(trainer_class: Any) -> Any:
             seen.update(started=time.perf_counter(), tokens=0)
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            facts = _device_facts()
             answer = {"seconds": time.perf_counter() - seen["started"], "tokens": seen["tokens"], "loss": seen["loss"]}
+            answer |= facts
             print(json.dumps(answer), file=_ANSWERS)
 
     class InTurns(trainer_class):  # type: ignore[misc, valid-type]
@@ -87,7 +119,7 @@ def trainer(spec: dict[str, Any]) -> None:
 
     arguments = TrainingArguments(
         **_common(spec), per_device_train_batch_size=1, bf16=config.model.dtype == "bfloat16",
-        gradient_checkpointing=False,
+        gradient_checkpointing=False, **spec.get("trainer", {}),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     cls, turns = _turns(Trainer)
@@ -118,7 +150,7 @@ def _common(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "output_dir": str(Path(spec["work_dir"]) / spec["kind"]), "max_steps": 100_000, "save_strategy": "no",
         "logging_strategy": "no", "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False,
-        "learning_rate": 5e-5, "lr_scheduler_type": "constant", "use_cpu": True,
+        "learning_rate": 5e-5, "lr_scheduler_type": "constant", "use_cpu": spec.get("use_cpu", True),
     }  # fmt: skip
 
 

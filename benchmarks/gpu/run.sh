@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Everything that a machine with one GPU can prove, most valuable first, in less than eight minutes.
+#
+#   make gpu-bundle                              on a machine with a network: .gpu-bundle/
+#   bash benchmarks/gpu/run.sh [PART…]           on the GPU machine, which needs none
+#
+# Parts: tests saves throughput sweep. Each has a limit of its own; one that fails does not stop the next. Results are
+# printed as they come and written to $OUT (default: benchmarks/results/gpu).
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+OUT=${OUT:-benchmarks/results/gpu}
+mkdir -p "$OUT"
+export OUT PYTHONUNBUFFERED=1 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+WORK=${WORK:-$(mktemp -d /tmp/gpu-XXXXXX)}
+export WORK TRITON_CACHE_DIR=$WORK/triton TORCH_EXTENSIONS_DIR=$WORK/extensions TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
+began=$SECONDS
+
+PYTHON=${PYTHON:-python3}
+site=$WORK/site
+if ! $PYTHON -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --root-user-action=ignore \
+  --disable-pip-version-check --upgrade --target "$site" .gpu-bundle/*.whl; then
+  echo "no bundle: run 'make gpu-bundle' where there is a network" >&2
+  exit 1
+fi
+export PYTHONPATH=$PWD:$site PATH=$site/bin:$PATH
+$PYTHON - <<'PY' | tee "$OUT/machine.txt"
+import importlib.metadata as m, platform, torch
+names = "torch transformers accelerate deepspeed huggingface_hub peft triton".split()
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return "-"
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device", "| Python", platform.python_version(),
+      "|", ", ".join(f"{name} {version(name)}" for name in names))
+PY
+
+part() { # NAME LIMIT_S COMMAND…
+  local name=$1 limit=$2 start=$SECONDS code=0
+  shift 2
+  echo "== $name"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" || code=$?
+  echo "== $name: exit $code after $((SECONDS - start)) s ($((SECONDS - began)) s in all)"
+}
+
+# DeepSpeed's CPU Adam takes half a minute to build: now, beside the first tests.
+$PYTHON -c "from deepspeed.ops.op_builder import CPUAdamBuilder as B; B().load(verbose=False)" >"$WORK/build.log" 2>&1 &
+
+for name in ${*:-tests saves throughput sweep}; do
+  case $name in
+    tests) part tests 150 $PYTHON -m pytest tests/gpu -q -x --maxfail=100 -n "${WORKERS:-7}" --timeout=140 -p no:cacheprovider --tb=short ;;
+    saves) part saves 100 $PYTHON -m benchmarks.gpu.saves ;;
+    throughput) part throughput "${THROUGHPUT_S:-170}" $PYTHON -m benchmarks.gpu.throughput ;;
+    sweep) part sweep 60 $PYTHON -m benchmarks.gpu.sweep ;;
+    *) echo "unknown part $name: tests saves throughput sweep" >&2 ;;
+  esac
+done
+echo "== all: $((SECONDS - began)) s"
+[ -z "${KEEP:-}" ] && rm -rf "$WORK"

@@ -1,0 +1,187 @@
+"""Tokens per second and the share of the matrix-multiply peak on one GPU, against transformers' Trainer in turns.
+
+    python -m benchmarks.gpu.throughput [--case NAME…] [--steps N]
+
+Both train the same packed batches with bf16 forward and fp32 masters; each is a process that stands still while the
+other makes its step. The peak is an 8192³ bf16 product in the same run. Results as they come, and in $OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT
+from benchmarks.gpu.models import flops_per_token, make_model, write_documents
+from benchmarks.throughput import Contender
+
+_STEPS = 6
+_NUM_TOKENS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on packed rows of `length` tokens, `rows` of them in a micro-batch and a step; and who trains it."""
+
+    model: str
+    length: int
+    rows: int
+    peers: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    is_lora: bool = False
+
+
+def _ours(**train: Any) -> dict[str, Any]:
+    return {"train": train}
+
+
+CASES = {
+    "0.6b-8k": Case("qwen3-0.6b", 8192, 1, ("trainer", "trainer-liger")),
+    "0.6b-8k-compiled": Case("qwen3-0.6b", 8192, 1, (), _ours(torch_compile=True)),
+    "0.6b-8k-x4-compiled": Case("qwen3-0.6b", 8192, 4, (), _ours(torch_compile=True)),
+    "0.6b-8k-zero2-compiled": Case(
+        "qwen3-0.6b", 8192, 2, (), {**_ours(torch_compile=True), "strategy": {"name": "zero2"}}
+    ),
+    "1b-4k": Case("llama-3.2-1b", 4096, 4, ("trainer",)),
+    "1b-4k-compiled": Case("llama-3.2-1b", 4096, 4, (), _ours(torch_compile=True)),
+    "8b-lora-4k": Case("llama-3-8b", 4096, 1, (), {"model": {"gradient_checkpointing": False}}, is_lora=True),
+    "8b-lora-4k-compiled": Case("llama-3-8b", 4096, 1, (), _ours(torch_compile=True), is_lora=True),
+    "tiny": Case("tiny", 512, 2, ("trainer",)),
+}
+_DEFAULT = [name for name in CASES if name != "tiny"]
+
+
+def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> dict[str, Any]:
+    case = CASES[name]
+    model = make_model(case.model, work_dir, device)
+    data = work_dir / f"documents-{case.length}.jsonl"
+    counts_path = data.with_suffix(".counts")
+    if not counts_path.exists():
+        total = _NUM_TOKENS if device == "cuda" else 100_000
+        counts_path.write_text(json.dumps(write_documents(data, total, case.length)))
+    counts = json.loads(counts_path.read_text())
+    more = {key: dict(value) for key, value in case.settings.items()}
+    settings = {
+        "output_dir": str(work_dir / f"run-{name}"),
+        "model": {"model_name_or_path": str(model), "dtype": "bfloat16", **more.pop("model", {})},
+        "data": {
+            "train_files": [str(data)], "max_length": case.length, "packing": True, "cache_dir": str(work_dir / "cache")
+        },
+        "train": {
+            "max_steps": 100_000, "train_batch_size": case.rows, "per_device_train_batch_size": case.rows,
+            **more.pop("train", {}),
+        },
+        "scheduler": {"lr_scheduler_type": "constant"}, "strategy": {"name": "single"}, "tracker": {"name": None},
+        "optim": {"learning_rate": 1e-5}, "checkpoint": {"save_strategy": "no"}, **more,
+    }  # fmt: skip
+    if case.is_lora:
+        settings["model"]["peft"] = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": 16,
+            "lora_alpha": 32,
+            "target_modules": "all-linear",
+        }
+    spec = {
+        "settings": settings, "work_dir": str(work_dir), "model": str(model), "data": str(data), "dtype": "bfloat16",
+        "batch": case.rows, "max_length": case.length, "use_cpu": device == "cpu",
+    }  # fmt: skip
+    flops = flops_per_token(case.model, counts["mean_attended"], is_lora=case.is_lora)
+    sides = {"ours": spec} | {peer: {**spec, "kind_of_peer": peer} for peer in case.peers}
+    running = {kind: Contender({**side, "kind": _kind(kind), **_options(kind)}, work_dir / f"{name}-{kind}.log")
+               for kind, side in sides.items()}  # fmt: skip
+    taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in running}
+    for number in range(steps + 2):
+        order = list(running) if number % 2 == 0 else list(running)[::-1]
+        for kind in order:
+            taken[kind].append(running[kind].step())
+    found: dict[str, Any] = {"case": name, "flops_per_token": flops, "mean_attended": counts["mean_attended"]}
+    for kind, lines in taken.items():
+        rates = [line["tokens"] / line["seconds"] for line in lines[2:]]
+        rate = statistics.median(rates)
+        found[kind] = {
+            "tokens_per_second": rate, "lowest": min(rates), "highest": max(rates), "mfu": rate * flops / peak,
+            "peak_memory_bytes": lines[-1].get("peak_memory_bytes"), "first_step_s": lines[0]["seconds"],
+            "losses": [line["loss"] for line in lines], "syncs": lines[-1].get("syncs"),
+            "tokens_per_step": lines[-1]["tokens"],
+        }  # fmt: skip
+    for side in running.values():
+        side.close()
+    return found
+
+
+def _kind(name: str) -> str:
+    return name.partition("-")[0]
+
+
+def _options(name: str) -> dict[str, Any]:
+    return {"trainer": {"use_liger_kernel": True}} if name == "trainer-liger" else {}
+
+
+def peak_flops(device: str) -> float:
+    """Of an 8192³ bf16 product of random numbers (256³ fp32 on a CPU), in operations per second."""
+    import torch
+
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (256, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(14):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(times[4:])
+
+
+def line_of(found: dict[str, Any]) -> str:
+    parts = [found["case"]]
+    for kind, value in found.items():
+        if isinstance(value, dict):
+            memory = f", {value['peak_memory_bytes'] / 2**30:.1f} GiB" if value["peak_memory_bytes"] else ""
+            parts.append(
+                f"{kind} {value['tokens_per_second']:,.0f} tokens/s ({value['lowest']:,.0f} to {value['highest']:,.0f})"
+                f", MFU {value['mfu']:.1%}{memory}, first step {value['first_step_s']:.1f} s, syncs {value['syncs']}, "
+                f"loss {value['losses'][0]:.4f} to {value['losses'][-1]:.4f}"
+            )
+    return "\n    ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--case", nargs="+", default=os.environ.get("CASES", "").split() or _DEFAULT, choices=CASES)
+    parser.add_argument("--steps", type=int, default=_STEPS)
+    arguments = parser.parse_args()
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results" / "gpu"))
+    out.mkdir(parents=True, exist_ok=True)
+    base = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    peak = peak_flops(device)
+    print(f"peak of a bf16 product: {peak / 1e12:.0f} TFLOP/s", flush=True)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="gpu-", dir=base) as name:
+        for case in arguments.case:
+            try:
+                found = measure(case, Path(name), arguments.steps, peak, device)
+            except (SystemExit, Exception) as error:
+                print(f"{case}: {str(error)[-3000:]}", file=sys.stderr, flush=True)
+                continue
+            results.append(found)
+            print(line_of(found), flush=True)
+            (out / "throughput.json").write_text(json.dumps({"peak_flops": peak, "cases": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
