@@ -8,6 +8,7 @@ DeepSpeed builds its operators there with nvcc.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -38,7 +39,8 @@ def main() -> None:
     FOLDER.mkdir()
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
-    target = ["--python-version", "3.12", "--implementation", "cp", *platforms]
+    version = os.environ.get("BUNDLE_PYTHON", "3.12")
+    target = ["--python-version", version, "--implementation", "cp", *platforms]
     for name in _WHEELS:  # one by one: --no-deps does not look whether two of them fit
         command = [*pip, "download", "--no-deps", "--only-binary=:all:", *target, "-d", str(FOLDER), pinned(name)]
         subprocess.run(command, check=True)

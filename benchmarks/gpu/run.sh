@@ -46,7 +46,7 @@ $PYTHON -c "from deepspeed.ops.op_builder import CPUAdamBuilder as B; B().load(v
 
 for name in ${*:-tests saves throughput sweep}; do
   case $name in
-    tests) part tests 150 $PYTHON -m pytest tests/gpu -q -x --maxfail=100 -n "${WORKERS:-7}" --timeout=140 -p no:cacheprovider --tb=short ;;
+    tests) part tests 150 $PYTHON -m pytest tests/gpu -q -x --maxfail=100 -n "${WORKERS:-7}" --timeout=140 -p no:cacheprovider --tb=short -W default ;;
     saves) part saves 100 $PYTHON -m benchmarks.gpu.saves ;;
     throughput) part throughput "${THROUGHPUT_S:-170}" $PYTHON -m benchmarks.gpu.throughput ;;
     sweep) part sweep 60 $PYTHON -m benchmarks.gpu.sweep ;;

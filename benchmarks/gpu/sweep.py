@@ -23,7 +23,7 @@ def main() -> None:
 
     has_cuda = torch.cuda.is_available()
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="gpu-sweep-") as name:
+    with tempfile.TemporaryDirectory(prefix="gpu-sweep-", ignore_cleanup_errors=True) as name:
         found["sweep"] = _sweep(Path(name))
         print(f"sweep: {found['sweep']}", flush=True)
         found["plan"] = _plan(Path(name), "qwen3-0.6b" if has_cuda else "tiny", has_cuda)
@@ -33,7 +33,7 @@ def main() -> None:
     (out / "sweep.json").write_text(json.dumps(found, indent=1))
 
 
-def _launcher(*arguments: str, timeout_s: float = 55) -> subprocess.CompletedProcess[str]:
+def _launcher(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "launcher.cli", *arguments], check=False, capture_output=True, text=True,
         timeout=timeout_s, cwd=ROOT,

@@ -80,7 +80,7 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
             **more.pop("train", {}),
         },
         "scheduler": {"lr_scheduler_type": "constant"}, "strategy": {"name": "single"}, "tracker": {"name": None},
-        "optim": {"learning_rate": 1e-5}, "checkpoint": {"save_strategy": "no"}, **more,
+        "optim": {"learning_rate": 5e-5}, "checkpoint": {"save_strategy": "no"}, **more,
     }  # fmt: skip
     if case.is_lora:
         settings["model"]["peft"] = {

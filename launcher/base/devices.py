@@ -27,6 +27,18 @@ def visible_gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
+def device_problems(num_local: int, num_machines: int = 1) -> list[str]:
+    """Why so many processes cannot run on this machine: each takes a GPU of its own, where there are any."""
+    num_gpus = len(visible_gpus())
+    if not num_gpus or num_local <= num_gpus:
+        return []
+    return [
+        f"{num_local} processes on this machine need a GPU each, and {num_gpus} {'is' if num_gpus == 1 else 'are'} "
+        f"visible. Set launch.num_processes={num_gpus * num_machines}; to train on the CPU instead, export "
+        "CUDA_VISIBLE_DEVICES="
+    ]
+
+
 def num_cores() -> int:
     """Cores of this process's affinity mask (Slurm and taskset set it), within its cgroups' quotas (containers)."""
     allowed = len(os.sched_getaffinity(0))

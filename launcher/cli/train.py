@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from launcher.base.devices import device_problems
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.base.output import survive_closed_output
 from launcher.cli.arguments import parse_settings
@@ -40,7 +41,10 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_DONE
     survive_closed_output()
     _check_machines(config)
-    if problems := list(cache_problems(config)):
+    from launcher.agent.command import num_processes
+
+    num_local = num_processes(config) // config.launch.num_machines
+    if problems := [*cache_problems(config), *device_problems(num_local, config.launch.num_machines)]:
         raise ConfigError(problems)
     for notice in notices(config):
         print(f"launcher: {notice}", file=sys.stderr)

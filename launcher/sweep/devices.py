@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -19,14 +20,14 @@ class Slot:
 
 
 def make_slots(num_slots: int | None, num_processes: int | None) -> list[Slot]:
-    """Disjoint device sets for the jobs.
+    """Device sets for the jobs: disjoint, unless more jobs at once were asked for than fit apart.
 
     Args:
         num_slots: jobs at once; None: as many as fit.
         num_processes: of one job, the largest of the sweep; None: a job takes all GPUs of its slot, or one core.
 
     Raises:
-        ConfigError: more GPUs are asked for than are visible.
+        ConfigError: one job asks for more GPUs than are visible.
     """
     gpus = visible_gpus()
     if not gpus:
@@ -35,18 +36,21 @@ def make_slots(num_slots: int | None, num_processes: int | None) -> list[Slot]:
         num_processes = len(gpus) // min(num_slots or 1, len(gpus))
     if num_slots is None:
         num_slots = max(1, len(gpus) // num_processes)
-    if num_slots * num_processes > len(gpus):
+    if num_processes > len(gpus):
         raise ConfigError(
             [
-                f"sweep.num_slots={num_slots} jobs of launch.num_processes={num_processes} need "
-                f"{num_slots * num_processes} GPUs, {len(gpus)} are visible. Set "
-                f"sweep.num_slots={max(1, len(gpus) // num_processes)}, or fewer processes per job"
+                f"launch.num_processes={num_processes} of a job need as many GPUs, {len(gpus)} are visible. "
+                f"Set launch.num_processes={len(gpus)}"
             ]
         )
+    groups = len(gpus) // num_processes
+    most = math.ceil(num_slots / groups)  # beyond 1 the jobs share: small models leave most of a GPU idle
+    shared = f", shared by up to {most} jobs" if most > 1 else ""
     slots = []
     for i in range(num_slots):
-        devices = ",".join(gpus[i * num_processes : (i + 1) * num_processes])
-        slots.append(Slot(i, f"GPU {devices}", {"CUDA_VISIBLE_DEVICES": devices}))
+        first = i % groups * num_processes
+        devices = ",".join(gpus[first : first + num_processes])
+        slots.append(Slot(i, f"GPU {devices}{shared}", {"CUDA_VISIBLE_DEVICES": devices}))
     return slots
 
 

@@ -220,7 +220,13 @@ def build_run(
     if config.data.packing:
         is_flash = "flash" in built.attn_implementation  # it takes no fp32
         with accelerator.autocast() if is_flash else contextlib.nullcontext():
-            check_packing(model, len(tokenizer), accelerator.device, built.config.model_type)
+            check_packing(
+                model,
+                len(tokenizer),
+                accelerator.device,
+                built.config.model_type,
+                is_exact=config.mixed_precision == "no",
+            )
     loss, loss_notices = build_loss(
         accelerator.unwrap_model(model), accelerator.device, is_fused=config.train.fused_loss
     )

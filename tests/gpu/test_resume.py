@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,6 @@ def test_a_run_stops_and_goes_on_when_started_by_the_launcher(runs: Runs, tmp_pa
     """As users start it: agent, accelerate launch, rank; a STOP file; the same command again; and once more."""
     more = ("train.max_steps=400", "checkpoint.save_steps=50", "strategy=auto", "launch.num_processes=1")
     process, paths = runs.start("run", *more, command="launcher.cli train"), RunPaths(tmp_path / "run")
-    import time
-
     deadline = time.monotonic() + 100
     while not (paths.root / "checkpoint-50").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

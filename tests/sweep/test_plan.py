@@ -121,8 +121,15 @@ def test_slots_hold_disjoint_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in make_slots(None, 2)] == ["0,2", "4,GPU-abc"]
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in make_slots(None, None)] == ["0,2,4,GPU-abc"]
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in make_slots(4, None)] == ["0", "2", "4", "GPU-abc"]
-    with pytest.raises(ConfigError, match=r"sweep\.num_slots=2"):
-        make_slots(3, 2)
+    with pytest.raises(ConfigError, match=r"launch\.num_processes=4"):
+        make_slots(1, 5)
+
+
+def test_slots_share_devices_when_more_are_asked_for_than_fit_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,4")
+    assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in make_slots(4, 1)] == ["0", "2", "4", "0"]
+    assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in make_slots(2, 2)] == ["0,2", "0,2"]
+    assert all("shared by up to 2 jobs" in slot.devices for slot in make_slots(2, 2))
 
 
 def test_slots_without_gpus_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
