@@ -27,7 +27,7 @@ _MAX_DURING_S = 25.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", default="llama-3.2-1b")
+    parser.add_argument("--model", help="default: llama-3.2-1b, without a GPU tiny")
     parser.add_argument("--times", type=int, default=3)
     arguments = parser.parse_args()
     work_dir = Path(tempfile.mkdtemp(prefix="saves-"))
@@ -38,10 +38,11 @@ def main() -> None:
         os._exit(0)
 
 
-def _measure(work_dir: Path, name: str, times: int) -> None:
+def _measure(work_dir: Path, name: str | None, times: int) -> None:
     import torch
 
     has_cuda = torch.cuda.is_available()
+    name = name or ("llama-3.2-1b" if has_cuda else "tiny")
     length = 2048 if has_cuda else 256
     model = make_model(name, work_dir, "cuda" if has_cuda else "cpu")
     data = work_dir / "documents.jsonl"

@@ -159,7 +159,7 @@ def line_of(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--case", nargs="+", default=os.environ.get("CASES", "").split() or _DEFAULT, choices=CASES)
+    parser.add_argument("--case", nargs="+", default=os.environ.get("CASES", "").split(), choices=CASES)
     parser.add_argument("--steps", type=int, default=_STEPS)
     arguments = parser.parse_args()
     import torch
@@ -172,7 +172,7 @@ def main() -> None:
     print(f"peak of a bf16 product: {peak / 1e12:.0f} TFLOP/s", flush=True)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="gpu-", dir=base) as name:
-        for case in arguments.case:
+        for case in arguments.case or (_DEFAULT if device == "cuda" else ["tiny"]):
             try:
                 found = measure(case, Path(name), arguments.steps, peak, device)
             except (SystemExit, Exception) as error:

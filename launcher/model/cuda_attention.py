@@ -1,9 +1,9 @@
 """Attention on CUDA by the flash kernel that torch itself brings, with the borders of packed rows.
 
-torch's `scaled_dot_product_attention` knows no borders: with a pack it takes a mask of T × T and a slow kernel. The
-kernel underneath it knows them (`aten::_flash_attention_forward`, flash attention 2, arXiv 2307.08691), so that no other
-package is needed for packs to be as fast as their rows. Under `torch.use_deterministic_algorithms` its backward pass is
-deterministic.
+torch's `scaled_dot_product_attention` knows no borders: with a pack it takes a mask as large as the square of the pack,
+and a slow kernel. The kernel underneath it knows them (`aten::_flash_attention_forward`, flash attention 2, arXiv
+2307.08691), so that no other package is needed for packs to be as fast as their rows. Under
+`torch.use_deterministic_algorithms` its backward pass is deterministic.
 """
 
 from __future__ import annotations
