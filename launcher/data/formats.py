@@ -145,7 +145,7 @@ class Formatter:
         trained = [takes_part(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
         chat = self._chat(row, turns)
         first = len(asked) if only else 0
-        spans = [(self._spans_of(row, turns, chat, first)[0][0], len(chat.text))] if only else None
+        spans = [(self._start_of(row, turns, chat, first), len(chat.text))] if only else None
         spans = self._without_untrained(row, turns, chat, spans, [None] * first + trained[first:])
         return self._rendered(row, turns, chat, spans, trained, answer)
 
@@ -230,12 +230,20 @@ class Formatter:
         if not pieces:
             return [] if _is_empty(turns[i]) else [self._span_by_prefix(row, turns, chat, i)]
         _refuse_swallowed_turns(turns, chat, i)
-        start, end = pieces[0]
         if i == len(turns) - 1:  # what comes after the loop: Phi-3's EOS
             pieces = [*pieces[:-1], (pieces[-1][0], len(chat.text))]
-        header = self._header(row, turns, chat, i)
-        start += common_length(header, chat.text[start:end])
-        return [(start, pieces[0][1]), *pieces[1:]]
+        return [(self._start_of(row, turns, chat, i), pieces[0][1]), *pieces[1:]]
+
+    def _start_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> int:
+        """Where the model begins to write turn i: behind what a generation prompt holds of it.
+
+        Raises:
+            BadRowError: it cannot be told.
+        """
+        if not chat.turns[i]:
+            return self._span_by_prefix(row, turns, chat, i)[0]
+        start, end = chat.turns[i][0]
+        return start + common_length(self._header(row, turns, chat, i), chat.text[start:end])
 
     def _span_by_prefix(
         self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int

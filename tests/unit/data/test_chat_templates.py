@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from launcher.data.chat_template import ChatTemplate
 from launcher.data.formats import Encoded, Formatter
 from launcher.data.normalise import BadRowError
+from launcher.data.spans import common_length
 from launcher.data.tokenizer import byte_tokenizer
 
 _SPEC = importlib.util.find_spec("trl")
@@ -81,6 +83,9 @@ def with_template(name: str) -> Any:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<bos>", "eos_token": "<eos>"})
     tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    # DeepSeek's, written with a wide bar: one token each, as in its own tokenizer.
+    marks = sorted(set(re.findall("<\uff5c[\\w\u2581]+\uff5c>", tokenizer.chat_template)))
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
     return tokenizer
 
 
@@ -139,6 +144,46 @@ def test_spans_are_those_of_trls_training_template_when_both_render_the_same(nam
     for own, other in zip(runs, others, strict=True):
         # Theirs counts some headers that a generation prompt holds already; a trailing line break may differ.
         assert other.strip().endswith(own.strip()), (runs, others)
+
+
+COMPLETIONS: dict[str, dict[str, Any]] = {
+    "single": {"prompt": [user("Q1")], "completion": [assistant("ANS1")]},
+    "after turns": {"prompt": _TWO_TURNS[:3], "completion": _TWO_TURNS[3:]},
+    "several": {"prompt": _TWO_TURNS[:1], "completion": _TWO_TURNS[1:]},
+    "think": {"prompt": [user("Q1")], "completion": [think("R1", "ANS1")]},
+    "reasoning": {"prompt": [user("Q1")], "completion": [assistant("ANS1", reasoning="R1")]},
+    "tool": {
+        "prompt": [user("Q1")], "completion": [assistant("", tool_calls=[_CALL]), _TOOL_TURN, assistant("ANS2")],
+        "tools": [TOOL],
+    },
+    "not thinking": {
+        "prompt": [user("Q1")], "completion": [assistant("ANS1")], "chat_template_kwargs": {"enable_thinking": False},
+    },
+}  # fmt: skip
+TAKES_PARTS = ("idefics3", "llava_next", "smolvlm")
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted(FOLDER.glob("*.jinja"))])
+def test_a_completion_of_messages_bears_loss_where_trls_does(name: str) -> None:
+    """From where the prompt's tokens, with the generation prompt, and those of the whole differ; tags do not matter."""
+    tokenizer = formatter(name).tokenizer
+    num_compared = 0
+    for case, row in COMPLETIONS.items():
+        given = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
+        try:
+            asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False, **given)
+            whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False, **given)
+        except Exception:  # whatever a template raises
+            continue
+        found = encode(name, row)
+        before, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, whole))
+        if found.tokens.tolist() != ids and name.startswith(TAKES_PARTS):
+            continue  # the text of a Python list, or nothing
+        assert found.tokens.tolist() == ids, case
+        num_prompt = common_length(before, ids)
+        assert found.mask.tolist() == [False] * num_prompt + [True] * (len(ids) - num_prompt), case
+        num_compared += 1
+    assert num_compared >= 4 or name.startswith(TAKES_PARTS)
 
 
 @pytest.mark.parametrize("name", NAMES)
