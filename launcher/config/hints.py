@@ -32,7 +32,7 @@ _IGNORED = {
     "distributed_type world_size",
     "the loss is the mean over the labelled tokens of all processes": "average_tokens_across_devices loss_type",
     "rows are padded to the longest of their micro-batch": "pad_to_multiple_of truncation_mode packing_strategy "
-    "padding_free eval_packing",
+    "eval_packing",
     "metrics.jsonl always has num_tokens": "include_num_input_tokens_seen include_tokens_per_second",
     "model.gradient_checkpointing=true needs no arguments": "gradient_checkpointing_kwargs "
     "activation_checkpointing_kwargs",

@@ -47,7 +47,7 @@ class ModelConfig:
     )
     eos_token: str | None = opt(None, "a token that ends text and completions; default: the tokenizer's")
     dtype: str = opt("float32", "of forward and of saved weights; masters are always fp32", choices=DTYPES)
-    attn_implementation: str = opt("auto", "auto: sdpa where the architecture takes it, else eager; or one by name")
+    attn_implementation: str = opt("auto", "auto: on a CPU ours where exact, else sdpa, else eager; or one by name")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
     trust_remote_code: bool = opt(False, "run code that comes with the model")
     add_tokens: list[Any] = opt([], "new tokens: texts, or {content, special, lstrip, rstrip, single_word, normalized}")
@@ -84,6 +84,9 @@ class DataConfig:
     generator: dict[str, Any] = opt({}, "a `_target_` that makes rows: (split) -> iterable of rows")
     max_length: int = opt(1024, "tokens; longer rows are cut and counted", minimum=2)
     packing: bool = opt(False, "several rows in one sequence, attention kept apart")
+    padding_free: bool = opt(
+        True, "rows one after another, no padding: where the attention (flash, ours) keeps them apart"
+    )
     completion_only_loss: bool | None = opt(None, "default: true for messages and prompt + completion")
     loss_on: str = opt(
         "all_assistant_turns", "of a conversation; a message's `weight: 0` or `train: false` too", choices=LOSS_ON

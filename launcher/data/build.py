@@ -46,6 +46,12 @@ class Data:
     longest_place: Callable[[], str] = lambda: ""
     """File and line of that row: reads its source again."""
 
+    def use_flat_batches(self, is_flat: bool) -> None:
+        """Whether a micro-batch is one long row without padding."""
+        for rows in (self.train, self.eval):
+            if rows is not None:
+                rows.is_flat = is_flat
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -65,7 +71,7 @@ def build_data(
     barrier, exactly once, also where building fails, so that all of them end with an error and none hangs.
 
     Args:
-        config: uses `data`, `model.attn_implementation` and `seed` (for the split and the mixture).
+        config: uses `data` and `seed` (for the split and the mixture).
         tokenizer: from `build_tokenizer`.
         is_builder: whether this is the local main process.
         wait: returns once every process has called it.
@@ -257,8 +263,7 @@ def _assemble(config: RunConfig, plan: _Plan, stores: list[TokenStore]) -> Data:
         order = order[packed]
         fill = lengths.sum() / ((len(bounds) - 1) * config.data.max_length)
         notices.append(f"packing: {num_rows} rows in {len(bounds) - 1} samples, {fill:.1%} full")
-    is_flat = bounds is not None and "flash" in config.model.attn_implementation
-    train = TokenRows(train_stores, order, pack_bounds=bounds, is_flat=is_flat)
+    train = TokenRows(train_stores, order, pack_bounds=bounds)
     if plan.eval is not None:
         store = stores[-1]
         evaluation: TokenRows | None = TokenRows([store], np.arange(len(store)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -147,13 +147,14 @@ class _Spaces:
             self._available |= 1 << space
 
 
-def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, Any]:
     """A micro-batch, padded on the right: input_ids_BT, labels_BT and
 
     - attention_mask_BT, where a sample is one row;
-    - position_ids_BT restarting at 0 with every row, where rows are packed. There is no attention mask then, and the
-      model must be called with use_cache=False: transformers reads the borders from position_ids only without an
-      attention mask and without a cache (masking_utils.py, _preprocess_mask_arguments).
+    - cu_seq_lens_q and _k, max_length_q and _k: where the rows end, if batches are flat (B = 1, no padding);
+    - position_ids_BT restarting at 0 with every row, where rows are packed or batches flat. There is no attention mask
+      then, and the model must be called with use_cache=False: transformers reads the borders from position_ids only
+      without an attention mask and without a cache (masking_utils.py, _preprocess_mask_arguments).
 
     Labels are not shifted; the first token of a row never has one. No ids give a row that bears no loss.
     """
@@ -178,5 +179,17 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, to
         positions[i, end:] = np.arange(length - end)  # padding is a row of its own
         attention_mask[i, :end] = 1
     batch = {"input_ids": input_ids, "labels": labels}
-    batch |= {"position_ids": positions} if rows.is_packed else {"attention_mask": attention_mask}
-    return {name: torch.from_numpy(value) for name, value in batch.items()}
+    has_positions = rows.is_packed or rows.is_flat
+    batch |= {"position_ids": positions} if has_positions else {"attention_mask": attention_mask}
+    found: dict[str, Any] = {name: torch.from_numpy(value) for name, value in batch.items()}
+    if rows.is_flat:
+        lengths = [len(tokens) for sample in samples for tokens, _ in sample] or [_EMPTY_LENGTH]
+        borders = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+        found |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+        found |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return found
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of a micro-batch on a device; numbers stay numbers."""
+    return {k: v if isinstance(v, int) else v.to(device, non_blocking=True) for k, v in batch.items()}

@@ -13,24 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-class UnsupportedAttentionError(NotImplementedError):
-    """A layer asks for something that this attention does not do."""
-
+from launcher.model.cpu_attention import UnsupportedAttentionError
 
 NAME = "cuda_rows"
 """As transformers knows it."""
 _MAX_HEAD_DIM = 256
 _HALF = (torch.bfloat16, torch.float16)
-
-
-def register() -> None:
-    """Makes `NAME` an attention of transformers. Its masks are those of flash attention: two-dimensional or none."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
 
 
 def attend(
@@ -45,20 +33,16 @@ def attend(
             ends (B = 1 then).
 
     Raises:
-        UnsupportedAttentionError: fp32, dropout, a soft cap, sinks, a position bias, attention in both directions.
+        UnsupportedAttentionError: see `why_not`.
     """
-    is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    has_more = softcap is not None or any(kwargs.get(name) is not None for name in ("s_aux", "sinks", "position_bias"))
-    if dropout or has_more or not is_causal:
-        raise UnsupportedAttentionError("dropout, a soft cap, sinks, a position bias, or attention in both directions")
+    if reason := why_not(module, query, dropout=dropout, softcap=softcap, is_causal=is_causal, **kwargs):
+        raise UnsupportedAttentionError(reason)
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     borders = kwargs.get("cu_seq_lens_q")
     if borders is None:
         return _by_sdpa(query, key, value, attention_mask, scaling, sliding_window), None
-    if query.dtype not in _HALF or query.shape[-1] > _MAX_HEAD_DIM or query.shape[-1] % 8:
-        raise UnsupportedAttentionError(f"{query.dtype}, heads of {query.shape[-1]}")
     width, value_width = query.shape[-1], value.shape[-1]
     if value_width != width:
         value = nn.functional.pad(value, (0, width - value_width))
@@ -69,6 +53,24 @@ def attend(
         window_size_right=None if sliding_window is None else 0,
     )[0]  # fmt: skip
     return output[..., :value_width].unflatten(0, (rows, -1)), None
+
+
+def why_not(
+    module: nn.Module, query: Tensor, *, dropout: float = 0.0, softcap: float | None = None,
+    is_causal: bool | None = None, **kwargs: Any,
+) -> str | None:  # fmt: skip
+    """What of a call it cannot do."""
+    is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if not is_causal:
+        return "attention in both directions"
+    if dropout or softcap is not None:
+        return "dropout" if dropout else "a soft cap"
+    if more := [name for name in ("s_aux", "sinks", "position_bias", "head_mask") if kwargs.get(name) is not None]:
+        return more[0]
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    if dtype not in _HALF or query.shape[-1] > _MAX_HEAD_DIM or query.shape[-1] % 8:
+        return f"{dtype}, heads of {query.shape[-1]}"
+    return None
 
 
 def _by_sdpa(

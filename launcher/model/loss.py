@@ -46,13 +46,13 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor], *, is_fused: bool = 
 LossFunction = Callable[[nn.Module, dict[str, Tensor]], Losses]
 
 
-def build_loss(model: Any, device: torch.device, *, is_fused: bool) -> tuple[LossFunction, list[str]]:
-    """The loss of a prepared, unwrapped model, and notices. Collective.
+def build_loss(base: Any, device: torch.device, *, is_fused: bool) -> tuple[LossFunction, list[str]]:
+    """The loss of a prepared model, and notices. Collective.
 
     Args:
+        base: without its wrappers; under peft its base model.
         is_fused: whether head and loss are to be one operation where that is exact.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
     has_fused = is_fused and maybe_fuse_head(base, device)
     notices = []
     if is_fused and not has_fused:

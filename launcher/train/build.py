@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -29,11 +28,11 @@ from launcher.checkpoint.retention import sweep_leftovers
 from launcher.config.settings import RunConfig, run_length, to_dict
 from launcher.data import SORTED, StepSampler, build_vocabulary
 from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
+from launcher.model.attention import settle_attention, unwrapped
 from launcher.model.build import build_model, static_files
 from launcher.model.identity import agreed_identity
 from launcher.model.loss import build_loss
 from launcher.model.optim import Schedule, build_optimizer
-from launcher.model.packing_check import check_packing
 from launcher.model.positions import check_positions
 from launcher.model.stop_tokens import end_generation_with
 from launcher.saving.interop.importing import import_checkpoint, import_notices
@@ -217,18 +216,14 @@ def build_run(
             epoch=sampler.epoch_after(point.step), accept=config.checkpoint.accept_changes,
         )  # fmt: skip
         notices = [f"continuing from {point.folder} at step {point.step} of {total_steps}", *notices]
-    if config.data.packing:
-        is_flash = "flash" in built.attn_implementation  # it takes no fp32
-        with accelerator.autocast() if is_flash else contextlib.nullcontext():
-            check_packing(
-                model,
-                len(tokenizer),
-                accelerator.device,
-                built.config.model_type,
-                is_exact=config.mixed_precision == "no",
-            )
+    attention = settle_attention(
+        config, model, accelerator, len(tokenizer), built.attn_implementation,
+        known=point.state["settings"].get("attention") if point is not None else None,
+    )  # fmt: skip
+    notices += compared_late(config, point, settings, {"attention": attention.setting()})
+    data.use_flat_batches(attention.is_flat)
     loss, loss_notices = build_loss(
-        accelerator.unwrap_model(model), accelerator.device, is_fused=config.train.fused_loss
+        unwrapped(accelerator.unwrap_model(model)), accelerator.device, is_fused=config.train.fused_loss
     )
     about = about_run(
         built.module, num_rows=len(data.train), num_eval_rows=len(data.eval) if data.eval is not None else None,
@@ -294,7 +289,7 @@ def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], to
     # A model is what it is, not what it is called; the name stands in for it where one of the two does not know it.
     is_known = None not in (saved.get("model.base"), now.get("model.base"))
     left_out = ["model.model_name_or_path", "model.revision"] if is_known else ["model.base"]
-    left_out.append("model.attn_implementation")  # known, and compared, once the model is built
+    left_out += ["model.attn_implementation", "attention"]  # known, and compared, once the model is built
     saved, now = ({k: v for k, v in settings.items() if k not in left_out} for settings in (saved, now))
     notices = resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
     before = point.state["total_steps"]

@@ -10,7 +10,7 @@ import torch
 
 from launcher.base.processes import Processes
 from launcher.config.settings import RunConfig
-from launcher.data import Data, EvalContext, collate
+from launcher.data import Data, EvalContext, collate, to_device
 from launcher.model.loss import LossFunction
 from launcher.saving.save_schedule import crosses_epoch
 from launcher.train.watchdog import Watchdog
@@ -70,7 +70,7 @@ class Evaluator:
                 low = start + self._processes.rank * size
                 ids = np.arange(low, max(low, min(low + size, len(rows))))
                 batch = collate(rows, ids, self._tokenizer.pad_token_id)
-                batch = {k: v.to(self._accelerator.device) for k, v in batch.items()}
+                batch = to_device(batch, self._accelerator.device)
                 with self._accelerator.autocast():
                     loss, count, _ = self._loss(self._model, batch)
                 loss_sum, labelled = loss_sum + float(loss), labelled + float(count)

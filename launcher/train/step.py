@@ -13,7 +13,7 @@ import torch
 from launcher.base.processes import Processes
 from launcher.checkpoint import rng
 from launcher.config.settings import RunConfig
-from launcher.data import StepSampler, TokenRows, collate, split_step
+from launcher.data import StepSampler, TokenRows, collate, split_step, to_device
 from launcher.model.loss import LossFunction, router_coefficient
 from launcher.model.optim import Schedule
 
@@ -66,7 +66,7 @@ class TrainStep:
             batch = collate(self._rows, ids, self._pad_token_id)
             mask = batch.get("attention_mask")
             num_tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            batch = to_device(batch, device)
             is_last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._no_sync():
                 with self.accelerator.autocast():

@@ -69,6 +69,8 @@ _SINKS = (
     "num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 4, num_experts_per_tok: 2}",
 )
 """Parameters beside modules with parameters: their order at the first start and after a resume can differ."""
+_FLAT = "model.config.attention_dropout=0.0"
+"""With dropout there is no attention of ours, and no batches without padding."""
 _LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-linear")
 
 
@@ -76,7 +78,10 @@ _LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-lin
     ("strategy", "num_processes", "more"),
     [
         pytest.param("ddp", 3, _LAYERDROP, id="ddp-3-layerdrop", marks=pytest.mark.slow),
-        pytest.param("ddp", 3, ("model.dtype=bfloat16", "model.gradient_checkpointing=true"), id="ddp-3-bf16"),
+        pytest.param("ddp", 3, ("model.dtype=bfloat16", "model.gradient_checkpointing=true", _FLAT), id="ddp-3-bf16"),
+        pytest.param("zero2", 2, (_FLAT,), id="zero2-2-flat", marks=pytest.mark.slow),
+        pytest.param("zero3", 3, (_FLAT, "data.packing=true", "data.max_length=128"), id="zero3-3-packed",
+                     marks=pytest.mark.slow),
         pytest.param("ddp", 4, ("train.per_device_train_batch_size=1", *_MOE), id="ddp-4-moe", marks=pytest.mark.slow),
         pytest.param("ddp", 3, (*_LORA, "model.dtype=bfloat16"), id="ddp-3-lora", marks=pytest.mark.slow),
         pytest.param("zero2", 3, ("model.dtype=bfloat16", *_MOE), id="zero2-3-moe", marks=pytest.mark.slow),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.base.paths import RunPaths
-from tests.distributed.runs import Lab, log_text, losses
+from tests.distributed.runs import Lab, lines, log_text, losses, state
 
 
 @pytest.mark.parametrize(("strategy", "count"), [("zero3", 2), pytest.param("ddp", 2, marks=pytest.mark.slow)])
@@ -24,3 +24,23 @@ def test_packing_is_refused_before_the_first_step_when_the_model_leaks(
     assert "data.packing=true: lfm2 does not keep the rows of a pack apart" in log_text(tmp_path / "run")
     assert not losses(RunPaths(tmp_path / "run"))
     lab.run(tmp_path / "packed", strategy, count, "data.packing=true", "train.max_steps=2")
+
+
+@pytest.mark.parametrize("packing", ["false", pytest.param("true", marks=pytest.mark.slow)])
+def test_losses_are_those_of_padded_rows_when_rows_stand_one_after_another(
+    lab: Lab, tmp_path: Path, packing: str
+) -> None:
+    """Training and evaluation, with our attention and flat batches against sdpa on one process."""
+    more = (
+        "model.config.attention_dropout=0.0", "train.max_steps=4", "data.eval_split=0.3", "eval.eval_strategy=steps",
+        "eval.eval_steps=2", "checkpoint.save_steps=4", f"data.packing={packing}",
+    )  # fmt: skip
+    plain = ("model.attn_implementation=sdpa", "data.padding_free=false")
+    expected = lab.run(tmp_path / "sdpa", "single", 1, *more, *plain)
+    found = lab.run(tmp_path / "ours", "zero2", 2, *more)
+    assert state(expected.checkpoint_dir(4))["settings"]["attention"] == {"name": "sdpa", "is_flat": False}
+    assert state(found.checkpoint_dir(4))["settings"]["attention"] == {"name": "cpu_blocks", "is_flat": True}
+    for key in ("loss", "eval_loss"):
+        a, b = lines(expected, key), lines(found, key)
+        assert a.keys() == b.keys() != set()
+        assert max(abs(a[step][key] / b[step][key] - 1) for step in a) <= 1e-5

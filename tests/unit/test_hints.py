@@ -35,7 +35,7 @@ OTHERS = [
 """TRL's ModelConfig and ScriptArguments."""
 VALUES = {
     **dict.fromkeys(["max_length", "seq_len", "max_seq_len", "max_seq_length", "sequence_len", "cutoff_len", "block_size"], "512"),
-    **dict.fromkeys(["trust_remote_code", "packing", "completion_only_loss", "logging_first_step"], "true"),
+    **dict.fromkeys(["trust_remote_code", "packing", "padding_free", "completion_only_loss", "logging_first_step"], "true"),
     "hub_strategy": "every_save",
     "bf16": "true", "fp16": "true", "fsdp": "full_shard", "fsdp_config": "x.json", "deepspeed": "ds.json",
     "overwrite_output_dir": "true", "do_eval": "true", "use_peft": "true", "lora": "true", "hub_always_push": "true",

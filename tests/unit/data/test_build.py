@@ -340,10 +340,24 @@ def test_every_process_waits_once_when_building_fails(write_rows: Write, tokeniz
         assert calls == [1]
 
 
-def test_packs_are_one_long_sequence_for_flash_attention(make_data: Make, write_rows: Write, tokenizer: Any) -> None:
-    """Its kernels take packed rows in a batch of one only (modeling_flash_attention_utils._is_packed_sequence)."""
-    config = RunConfig(data=DataConfig(train_files=[write_rows(numbered(0, 20))], packing=True, max_length=20))
+@pytest.mark.parametrize("packing", [False, True])
+def test_micro_batch_is_one_long_sequence_with_borders_when_flat(
+    write_rows: Write, tokenizer: Any, packing: bool
+) -> None:
+    """Flash attention takes rows in a batch of one only (modeling_flash_attention_utils._is_packed_sequence)."""
+    config = RunConfig(data=DataConfig(train_files=[write_rows(numbered(0, 20))], packing=packing, max_length=20))
     config.data.cache_dir = str(Path(config.data.train_files[0]).parent / "cache")
-    config.model.attn_implementation = "flash_attention_2"
-    rows = build_data(config, tokenizer, is_builder=True, wait=lambda: None).train
-    assert collate(rows, np.arange(3), 0)["input_ids"].shape[0] == 1
+    data = build_data(config, tokenizer, is_builder=True, wait=lambda: None)
+    padded = collate(data.train, np.arange(3), 0)
+    data.use_flat_batches(True)
+    rows = [row for sample in range(3) for row in data.train.segments(sample)]
+    flat = collate(data.train, np.arange(3), 0)
+    assert flat["input_ids"].tolist() == [[token for tokens, _ in rows for token in tokens]]
+    assert flat["position_ids"].tolist() == [[at for tokens, _ in rows for at in range(len(tokens))]]
+    assert flat["cu_seq_lens_q"].tolist() == [0, *np.cumsum([len(tokens) for tokens, _ in rows])]
+    assert flat["max_length_q"] == max(len(tokens) for tokens, _ in rows)
+    assert type(flat["max_length_q"]) is int  # a tensor would be asked for by the host in every layer
+    assert "attention_mask" not in flat
+    assert (flat["labels"] != -100).sum() == (padded["labels"] != -100).sum()
+    nothing = collate(data.train, np.arange(0), 0)
+    assert nothing["cu_seq_lens_q"].tolist() == [0, nothing["input_ids"].shape[1]]

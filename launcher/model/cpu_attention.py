@@ -1,0 +1,179 @@
+"""Attention on the CPU by plain matrix products, row by row of a pack and block by block of a row.
+
+torch's own CPU kernel masks a pack as one long row, so that its time grows with the square of the pack, and its
+backward pass uses no matrix unit of the processor. Here every row is computed alone, and of a row only the blocks below
+the diagonal: half of the work of a long row, and a third in a pack of four. Nothing of size T^2 is kept: the backward
+pass computes the scores again, as flash attention does (arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "cpu_blocks"
+"""As transformers knows it."""
+_BLOCK = 128
+"""Queries at once: enough for the matrix products, few enough that their scores stay in the cache."""
+
+
+class UnsupportedAttentionError(NotImplementedError):
+    """A layer asks for something that this attention does not do."""
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query_BHTD, key_BKTD, value_BKTD to output_BTHD.
+
+    Args:
+        attention_mask: 2D, 1 for tokens; padding on the right. None: every row is full, or `cu_seq_lens_q` says
+            where each row of a pack ends.
+
+    Raises:
+        UnsupportedAttentionError: see `why_not`.
+    """
+    if reason := why_not(module, query, dropout=dropout, is_causal=is_causal, **kwargs):
+        raise UnsupportedAttentionError(reason)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = sliding_window if sliding_window is not None else key.shape[2]
+    with torch.autocast("cpu", enabled=False):
+        if query.shape[2] == key.shape[2] and (attention_mask is None or _is_right_padded(attention_mask)):
+            rows = _rows(query.shape[0], query.shape[2], attention_mask, kwargs.get("cu_seq_lens_q"))
+            output: Tensor = _Blocks.apply(  # type: ignore[no-untyped-call]
+                query, key, value, scale, softcap, window, rows
+            )
+        else:
+            output = _generating(query, key, value, attention_mask, scale, softcap, window)
+    return output.transpose(1, 2), None
+
+
+def why_not(
+    module: nn.Module, query: Tensor, *, dropout: float = 0.0, is_causal: bool | None = None, **kwargs: Any
+) -> str | None:
+    """What of a call it cannot do."""
+    is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if not is_causal:
+        return "attention in both directions"
+    more = [name for name in ("s_aux", "sinks", "position_bias", "head_mask") if kwargs.get(name) is not None]
+    return "dropout" if dropout else more[0] if more else None
+
+
+def _is_right_padded(mask: Tensor) -> bool:
+    return bool((mask[:, :-1] >= mask[:, 1:]).all())
+
+
+def _generating(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float | None, window: int
+) -> Tensor:
+    """With keys of a cache before the queries, or padding on the left."""
+    num_queries, num_keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = (query @ key.transpose(2, 3)).float() * scale
+    if cap is not None:
+        scores = (scores / cap).tanh() * cap
+    distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)[None]
+    is_seen = (distance >= 0) & (distance < window)
+    if mask is not None:
+        is_seen = is_seen & mask[:, None, None, :].bool()
+    scores = scores.masked_fill(~is_seen, torch.finfo(torch.float32).min)  # a row of padding sees something
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+Row = tuple[int, int, int]
+"""(index in the batch, first token, token after the last)."""
+
+
+def _rows(batch: int, length: int, mask: Tensor | None, borders: Tensor | None) -> list[Row]:
+    if borders is not None:  # of all rows of the batch, one after another (flash attention's cu_seqlens)
+        ends = borders.tolist()
+        return [(a // length, a % length, a % length + b - a) for a, b in itertools.pairwise(ends) if b > a]
+    if mask is None:
+        return [(b, 0, length) for b in range(batch)]
+    ends = mask.sum(-1).tolist()
+    return [(b, 0, int(end)) for b, end in enumerate(ends) if end]
+
+
+def _blocks(rows: list[Row], window: int) -> Iterator[tuple[int, int, int, int]]:
+    """(index in the batch, first key, first query, token after the last query)."""
+    for index, start, end in rows:
+        size = -(-(end - start) // max(1, round((end - start) / _BLOCK)))
+        for low in range(start, end, size):
+            yield index, max(start, low - window + 1), low, min(end, low + size)
+
+
+class _Blocks(torch.autograd.Function):
+    """softmax(scale · Q Kᵀ) V. H query heads share K key heads: the G = H / K queries of a head are stacked."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float | None, window: int,
+        rows: list[Row],
+    ) -> Tensor:  # fmt: skip
+        batch, heads, length, _ = query.shape
+        key_heads = key.shape[1]
+        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        if sum(end - start for _, start, end in rows) < batch * length:
+            output.zero_()  # padding
+        for index, first, low, end in _blocks(rows, window):
+            probs, _ = _probabilities(query[index, :, low:end], key[index, :, first:end], scale, cap, window)
+            mixed = torch.bmm(probs.to(value.dtype), value[index, :, first:end])
+            output[index, :, low:end] = mixed.view(heads, end - low, -1)
+        ctx.save_for_backward(query, key, value, output)
+        ctx.settings = scale, cap, window, rows, key_heads
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        query, key, value, output = ctx.saved_tensors
+        scale, cap, window, rows, key_heads = ctx.settings
+        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for index, first, low, end in _blocks(rows, window):
+            at, keys = (index, slice(None), slice(low, end)), (index, slice(None), slice(first, end))
+            stacked = query[at].reshape(key_heads, -1, query.shape[-1])
+            probs, slope = _probabilities(query[at], key[keys], scale, cap, window)
+            out = grad[at].reshape(key_heads, -1, grad.shape[-1])
+            mean = (out.float() * output[at].reshape(out.shape)).sum(-1, keepdim=True)
+            grad_value[keys] += torch.bmm(probs.to(out.dtype).transpose(1, 2), out)
+            scores = torch.bmm(out, value[keys].transpose(1, 2)).float().sub_(mean).mul_(probs).mul_(scale)
+            if slope is not None:
+                scores.mul_(slope)
+            scores = scores.to(query.dtype)
+            grad_query[at] = torch.bmm(scores, key[keys]).view(grad_query[at].shape)
+            grad_key[keys] += torch.bmm(scores.transpose(1, 2), stacked)
+        return grad_query, grad_key, grad_value, None, None, None, None
+
+
+def _probabilities(
+    query_HLD: Tensor, key_KSD: Tensor, scale: float, cap: float | None, window: int
+) -> tuple[Tensor, Tensor | None]:
+    """The softmax of the last L queries over S keys, fp32, (K, G · L, S); with a cap also its derivative."""
+    heads, num_queries, size = query_HLD.shape
+    key_heads, num_keys = key_KSD.shape[:2]
+    stacked = query_HLD.reshape(key_heads, -1, size)
+    unused = stacked.new_empty(1, 1, 1).expand(key_heads, stacked.shape[1], num_keys)
+    scores = torch.baddbmm(unused, stacked, key_KSD.transpose(1, 2), beta=0, alpha=scale).float()
+    slope = None
+    if cap is not None:
+        tanh = scores.div_(cap).tanh_()
+        slope = 1.0 - tanh.square()
+        scores = tanh.mul_(cap)
+    each = scores.view(heads, num_queries, num_keys)
+    offset = num_keys - num_queries  # of the first query among the keys
+    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=each.device).triu_(offset + 1)
+    if window < num_keys:
+        hidden |= torch.ones_like(hidden).tril_(offset - window)
+        each.masked_fill_(hidden, -torch.inf)
+    else:
+        each[:, :, offset:].masked_fill_(hidden[:, offset:], -torch.inf)
+    return scores.softmax(-1), slope
