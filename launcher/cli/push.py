@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import EXIT_DONE, UserError
-from launcher.hub.push import describe, plan_push, push
+from launcher.hub.push import as_data, describe, plan_push, push
 
 _EXAMPLE = """examples:
   launcher push outputs/run                                       what is pending; else the final model
@@ -33,13 +34,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--revision", metavar="BRANCH", help="default: main; made where it is missing")
     parser.add_argument("--create-pr", action="store_true", default=None, help="open a pull request instead")
     parser.add_argument("--dry-run", action="store_true", help="list files and bytes, send nothing")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: {target, bytes, files: [{path, bytes}]}")
     parser.add_argument("--follow", action="store_true", help="stay until everything arrived, however long it takes")
     options = parser.parse_args(argv)
+    if options.json and not options.dry_run:
+        raise UserError(
+            "--json lists what would be sent: add --dry-run. What was sent is in run.json and the Hub's commits"
+        )
     given = {key: getattr(options, key) for key in ("repo_id", "private", "revision", "create_pr")}
     overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     try:
         plan = plan_push(options.path.expanduser(), overrides)
-        lines = [describe(plan)] if options.dry_run else push(plan, follow=options.follow)
+        if options.dry_run:
+            lines = [json.dumps(as_data(plan), indent=1) if options.json else describe(plan)]
+        else:
+            lines = push(plan, follow=options.follow)
     except OSError as error:
         raise UserError(f"{options.path} cannot be pushed: {error}") from error
     for line in lines:

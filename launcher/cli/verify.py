@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from launcher.base import manifest
 from launcher.base.errors import UserError
@@ -32,31 +34,53 @@ def main(argv: list[str]) -> int:
         epilog="example: launcher verify outputs/arithmetic/checkpoint-500",
     )  # fmt: skip
     parser.add_argument("path", type=Path, help="a run's output_dir or one checkpoint")
-    path: Path = parser.parse_args(argv).path
-    if not path.is_dir():
-        raise UserError(f"{path} is no folder. Give the output_dir of a run, or a checkpoint-N folder")
-    if (path / manifest.NAME).is_file() or ".damaged" in path.name or checkpoint_step(path) is not None:
-        folders = [path]
-    else:
-        folders = [folder for _, folder in RunPaths(path).checkpoint_dirs()]
-        folders += sorted(p for p in path.glob("checkpoint-*.damaged*") if p.is_dir())
-    if not folders:
-        raise UserError(f"{path} holds no checkpoint-N folder")
-    damaged = False
-    for folder in folders:
-        is_foreign = not (folder / manifest.NAME).is_file() and folder != path
-        problems = [] if is_foreign else check(folder)
-        for problem in problems:
-            print(f"{folder.name}: {problem}")
-        damaged = damaged or bool(problems)
-        if is_foreign:
-            print(f"{folder.name}: no manifest.json of ours, not checked")
-        elif not problems:
-            found = manifest.read(folder)
-            print(f"{folder.name}: whole, {len(found.files)} files, {found.total_bytes:,} bytes")
-            for name in manifest.unknown_files(folder, found):
-                print(f"{folder.name}: {name} is not part of the checkpoint and is ignored")
+    parser.add_argument("--json", action="store_true", help="for a script: {ok, checkpoints: […], leftovers: […]}")
+    options = parser.parse_args(argv)
+    path: Path = options.path
+    rows = [_examined(folder, is_asked_for=folder == path) for folder in _folders(path)]
     leftovers = [p.name for p in path.glob(f"{DELETED_PREFIX}*")] + [p.name for p in path.glob(".tmp-checkpoint-*")]
+    damaged = any(row["state"] == "damaged" for row in rows)
+    if options.json:
+        print(json.dumps({"ok": not damaged, "checkpoints": rows, "leftovers": leftovers}, indent=1))
+        return 1 if damaged else 0
+    for row in rows:
+        _show(row)
     for name in leftovers:
         print(f"{name}: left by an interrupted save or deletion; the next start removes it")
     return 1 if damaged else 0
+
+
+def _folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder. Give the output_dir of a run, or a checkpoint-N folder")
+    if (path / manifest.NAME).is_file() or ".damaged" in path.name or checkpoint_step(path) is not None:
+        return [path]
+    folders = [folder for _, folder in RunPaths(path).checkpoint_dirs()]
+    folders += sorted(p for p in path.glob("checkpoint-*.damaged*") if p.is_dir())
+    if not folders:
+        raise UserError(f"{path} holds no checkpoint-N folder")
+    return folders
+
+
+def _examined(folder: Path, *, is_asked_for: bool) -> dict[str, Any]:
+    """What --json says of a checkpoint. One that is not ours is damaged only where nothing else was asked for."""
+    row: dict[str, Any] = {"checkpoint": folder.name, "state": "foreign", "problems": []}
+    if not (folder / manifest.NAME).is_file() and not is_asked_for:
+        return row
+    if problems := check(folder):
+        return {**row, "state": "damaged", "problems": problems}
+    found = manifest.read(folder)
+    counts = {"step": found.step, "files": len(found.files), "bytes": found.total_bytes}
+    return {**row, "state": "whole", **counts, "ignored_files": manifest.unknown_files(folder, found)}
+
+
+def _show(row: dict[str, Any]) -> None:
+    name = row["checkpoint"]
+    if row["state"] == "foreign":
+        print(f"{name}: no manifest.json of ours, not checked")
+    for problem in row["problems"]:
+        print(f"{name}: {problem}")
+    if row["state"] == "whole":
+        print(f"{name}: whole, {row['files']} files, {row['bytes']:,} bytes")
+        for ignored in row["ignored_files"]:
+            print(f"{name}: {ignored} is not part of the checkpoint and is ignored")

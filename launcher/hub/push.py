@@ -165,16 +165,25 @@ def _config(paths: RunPaths) -> tuple[dict[str, Any], str, str | None]:
 
 def describe(plan: Plan) -> str:
     """Every file that would be sent, with its bytes, and where to."""
+    told = as_data(plan)
+    lines = [f"{file['bytes']:>15,}  {file['path']}" for file in told["files"]]
+    count, where = len(lines), told["target"]
+    lines.append(
+        f"{told['bytes']:>15,}  bytes in {count} files, to {where}, with a model card; unchanged ones are not sent"
+    )
+    return "\n".join(lines)
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """The same for a program."""
     from launcher.hub.layout import wanted_files
 
     wanted = wanted_files(plan.items, plan.settings.strategy)
-    lines = [f"{file.bytes:>15,}  {path}" for path, file in sorted(wanted.items())]
-    total = sum(file.bytes for file in wanted.values())
-    where = plan.settings.bucket or plan.settings.repo_id
-    lines.append(
-        f"{total:>15,}  bytes in {len(wanted)} files, to {where}, with a model card; unchanged ones are not sent"
-    )
-    return "\n".join(lines)
+    return {
+        "target": plan.settings.bucket or plan.settings.repo_id,
+        "bytes": sum(file.bytes for file in wanted.values()),
+        "files": [{"path": path, "bytes": file.bytes} for path, file in sorted(wanted.items())],
+    }
 
 
 def push(plan: Plan, *, follow: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _POINTS = (1200, 400, 120, 30)
 _EPILOG = """examples:
   launcher report outputs/run              writes outputs/run/report.html
   launcher report outputs/sweep -o page.html
+  launcher report outputs/run --json       its numbers: where the time went, the best, or a sweep's ranking
 
 It is also written at each end of a run. One file of at most 2 MB: it needs no network and can be sent to anybody."""
 
@@ -36,10 +38,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folder", type=Path, metavar="RUN_OR_SWEEP", help="the output_dir of a run or a sweep")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: RUN_OR_SWEEP/report.html")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing where it was written")
+    parser.add_argument("--json", action="store_true", help="write no page; print its numbers, for a script")
     options = parser.parse_args(argv)
     root: Path = options.folder.expanduser()
     if not (root.is_dir() and (is_sweep(root) or is_run(root))):
         raise UserError(f"{options.folder} is no run and no sweep. Give the output_dir of one")
+    if options.json:
+        from launcher.cli.report.summary import summary
+
+        print(json.dumps(summary(root), indent=1))
+        return EXIT_DONE
     target = options.output.expanduser() if options.output else RunPaths(root).report
     write_page(root, target, within=None if options.output else root)
     if not options.quiet:

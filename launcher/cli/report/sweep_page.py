@@ -29,7 +29,7 @@ def read_page(root: Path) -> dict[str, Any]:
     metric = table.metric
     assert metric is not None
     order = ranked(table.statuses(), metric)
-    swept = {name: _swept(table.jobs[name]) for name, _ in order}
+    swept = {name: swept_of(table.jobs[name]) for name, _ in order}
     states = [status.state for _, status in order]
     is_over = states and all(state in (FINISHED, PRUNED) for state in states)
     name, direction = text(root.name, 120), "higher" if metric.is_greater_better else "lower"
@@ -46,7 +46,8 @@ def read_page(root: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _swept(job: Mapping[str, Any]) -> dict[str, str]:
+def swept_of(job: Mapping[str, Any]) -> dict[str, str]:
+    """What tells a job from its siblings."""
     value = job.get("swept") if isinstance(job, Mapping) else None
     return {str(k): str(v) for k, v in value.items()} if isinstance(value, dict) else {}
 

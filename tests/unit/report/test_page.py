@@ -175,3 +175,19 @@ def test_no_spike_is_lost_when_a_curve_is_thinned(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_numbers_are_written_as_people_write_them(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_json_has_the_numbers_of_the_page_when_it_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    assert report.main([str(run.root), "--json"]) == 0 and not run.report.exists()
+    told = json.loads(capsys.readouterr().out)
+    assert told["best_step"] == 200 and told["best_metric"] == 1 and told["time"]["num_kills"] == 1
+    assert sum(told["time"]["seconds"].values()) == pytest.approx(told["time"]["wall_s"])
+    assert told["time"]["num_steps_trained_again"] == 20
+
+
+def test_json_ranks_the_jobs_when_it_is_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(make_sweep(tmp_path / "sweep")), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    values = [job["best_metric"] for job in told["jobs"]]
+    assert values == sorted(values, reverse=True) and told["importance"]["optim.learning_rate"] > 0.5
