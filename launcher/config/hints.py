@@ -19,7 +19,7 @@ _IGNORED = {
     "dataloader_multiprocessing_context dataset_kwargs",
     "every column that is no conversation or text is ignored": "remove_unused_columns label_names",
     "rows are shuffled by seed, each once in an epoch": "shuffle_dataset train_sampling_strategy group_by_length "
-    "length_column_name",
+    "length_column_name shuffle_merged_datasets",
     "the whole evaluation set is read, and what is kept of it is small": "eval_accumulation_steps "
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics "
     "include_inputs_for_metrics bf16_full_eval fp16_full_eval",
@@ -32,16 +32,20 @@ _IGNORED = {
     "distributed_type world_size",
     "the loss is the mean over the labelled tokens of all processes": "average_tokens_across_devices loss_type",
     "rows are padded to the longest of their micro-batch": "pad_to_multiple_of truncation_mode packing_strategy "
-    "eval_packing",
+    "eval_packing pad_to_sequence_len eval_sample_packing",
     "metrics.jsonl always has num_tokens": "include_num_input_tokens_seen include_tokens_per_second",
     "model.gradient_checkpointing=true needs no arguments": "gradient_checkpointing_kwargs "
     "activation_checkpointing_kwargs",
     "`launcher train` trains, and evaluates by eval.eval_strategy": "do_train do_predict",
+    "tokenised rows are cached by their content": "overwrite_cache",
+    "report.html shows the curves": "plot_loss",
+    "peft and transformers read it from the model": "lora_fan_in_fan_out tokenizer_type use_fast_tokenizer",
 }
 _UNKNOWN_HERE = (
     "optim_target_modules label_smoothing_factor tf32 torch_compile torch_compile_backend torch_compile_mode "
     "use_liger_kernel liger_kernel_config neftune_noise_alpha torch_empty_cache_steps use_cache eval_delay "
-    "eval_on_start activation_offloading trackio_static_space_id jit_mode_eval dataset_streaming streaming"
+    "eval_on_start activation_offloading use_unsloth enable_liger_kernel liger_plugin max_samples "
+    "trackio_static_space_id jit_mode_eval dataset_streaming streaming"
 )
 _LEARNING_RATE, _FILES, _MODEL = "optim.learning_rate", "data.train_files=[{value}]", "model.model_name_or_path"
 _HINTS = {
@@ -51,7 +55,7 @@ _HINTS = {
     "adam_epsilon": "optim.kwargs.eps={value}", "warmup_ratio": "scheduler.warmup_steps",
     "lr_scheduler": "scheduler.lr_scheduler_type", "gradient_accumulation_steps": "!it follows from "
     "train.train_batch_size, train.per_device_train_batch_size and the number of processes",
-    "auto_find_batch_size": "train.per_device_train_batch_size=1", "bf16": "model.dtype=bfloat16",
+    "auto_find_batch_size": "train.per_device_train_batch_size=auto", "bf16": "model.dtype=bfloat16",
     "fp16": "model.dtype=float16", "activation_checkpointing": "model.gradient_checkpointing",
     "logging_strategy": "train.logging_steps=10", "logging_first_step": "train.logging_steps=1",
     "logging_nan_inf_filter": "train.on_nonfinite=stop", "report_to": "tracker",
@@ -114,7 +118,51 @@ _HINTS = {
     "special_tokens": "!set model.eos_token for what ends a text, model.add_tokens=[…] for new tokens",
     "additional_special_tokens": "model.add_tokens", "new_special_tokens": "model.add_tokens",
     "tokens": "model.add_tokens", "attn_impl": "model.attn_implementation",
+    # axolotl
+    "dataset_prepared_path": "data.cache_dir", "lora_target_linear": "model/peft=lora "
+    "model.peft.target_modules=all-linear", "peft_use_dora": "model/peft=lora model.peft.use_dora={value}",
+    "peft_use_rslora": "model/peft=lora model.peft.use_rslora={value}", "wandb_name": "run_name",
+    "wandb_entity": "!name it in tracker.init_kwargs, or set WANDB_ENTITY",
+    "train_on_inputs": "data.completion_only_loss=false",
+    "roles_to_train": "!the assistant's turns are trained on; to leave one out: `train: false` in its message; the "
+    "last one alone: data.loss_on=last_assistant_turn",
+    "sdp_attention": "model.attn_implementation=sdpa", "evals_per_epoch": "!set "
+    "eval.eval_strategy=steps eval.eval_steps=N, or eval.eval_strategy=epoch",
+    "saves_per_epoch": "!set checkpoint.save_steps=N, or checkpoint.save_strategy=epoch",
+    "auto_resume_from_checkpoints": "checkpoint.resume_from_checkpoint=auto",
+    "early_stopping": "train.early_stopping_patience", "revision_of_model": "model.revision",
+    "excess_length_strategy": "!longer rows are cut and counted: data.max_length",
+    "tokenizer_config": "model.tokenizer_name_or_path", "dataset_num_processes": "data.dataset_num_proc",
+    # LLaMA-Factory
+    "stage": "!supervised fine-tuning is what there is: leave it out", "finetuning_type": "model/peft=lora",
+    "lora_target": "model/peft=lora model.peft.target_modules={value}",
+    "additional_target": "model/peft=lora model.peft.modules_to_save={value}",
+    "quantization_bit": "model/peft=lora model.quantization.load_in_4bit=true",
+    "quantization_type": "model/peft=lora model.quantization.load_in_4bit=true "
+    "model.quantization.bnb_4bit_quant_type={value}",
+    "double_quantization": "model/peft=lora model.quantization.load_in_4bit=true "
+    "model.quantization.bnb_4bit_use_double_quant={value}",
+    "template": "!the tokenizer's own chat template is used; another one: data.chat_template=FILE.jinja",
+    "dataset_dir": "!name the files themselves: data.train_files=[FOLDER/FILE.json]",
+    "eval_dataset": "data.eval_files=[{value}] eval.eval_strategy=steps", "val_size": "data.eval_split",
+    "neat_packing": "data.packing", "train_on_prompt": "data.completion_only_loss=false",
+    "mask_history": "data.loss_on=last_assistant_turn", "tokenized_path": "data.cache_dir",
+    "mix_strategy": "!mix by weight: data.sources=[{train_files: [A], weight: 1}, …]",
+    "interleave_probs": "!mix by weight: data.sources=[{train_files: [A], weight: 0.7}, …]",
+    "flash_attn": "model.attn_implementation=auto", "add_special_tokens": "model.add_tokens",
+    "disable_gradient_checkpointing": "model.gradient_checkpointing=false",
 }  # fmt: skip
+_OF_VALUES = {
+    ("evals_per_epoch", "1"): "eval.eval_strategy=epoch", ("saves_per_epoch", "1"): "checkpoint.save_strategy=epoch",
+    ("adapter", "lora"): "model/peft=lora", ("adapter", "qlora"): _HINTS["qlora"],
+    ("finetuning_type", "full"): "!every parameter is trained by default: leave it out",
+    ("finetuning_type", "freeze"): _UNSUPPORTED, ("lora_target", "all"): _HINTS["lora_target_linear"],
+    ("quantization_bit", "8"): "model/peft=lora model.quantization.load_in_8bit=true",
+    ("flash_attn", "fa2"): "model.attn_implementation=flash_attention_2",
+    ("flash_attn", "sdpa"): "model.attn_implementation=sdpa",
+    ("flash_attn", "disabled"): "model.attn_implementation=eager",
+}  # fmt: skip
+"""Names that mean something else with these values."""
 _ALL = {
     **{name: f"{_NOT_NEEDED}{why}" for why, names in _IGNORED.items() for name in names.split()},
     **dict.fromkeys(_UNKNOWN_HERE.split(), _UNSUPPORTED),
@@ -146,7 +194,10 @@ def theirs_to_ours(name: str, value: str, keys: Collection[str], open_keys: Coll
         keys: what can be set here. A hint at a key that this version does not have is a note.
         open_keys: those that take keys of the user's own.
     """
-    entry = _ALL.get(name.replace("-", "_").lower())
+    name = name.replace("-", "_").lower()
+    entry = _OF_VALUES.get((name, value.lower())) or _ALL.get(name)
+    if name == "deepspeed" and (stage := re.search(r"(?:z|zero|stage)[_-]?([123])", value.lower())):
+        entry = f"strategy=zero{stage[1]}"
     if entry is None:
         return None
     if entry.startswith("!"):
