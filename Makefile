@@ -40,6 +40,7 @@ gpu-bundle: $(VENV)/bin/python
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/data_page.py
+	$(BIN)/python docs/other_tools.py
 
 dist: $(VENV)/.dev
 	$(BIN)/python -m hatchling build -t wheel -d $(DIST)
