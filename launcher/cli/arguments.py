@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from launcher.config.compose import Arguments, split_arguments
 
@@ -30,3 +32,13 @@ def _with_values(unknown: Sequence[str], argv: Sequence[str]) -> list[str]:
         has_value = bool(after) and "=" not in word and "=" not in after[0] and not after[0].startswith("-")
         words.append(f"{word}={after[0]}" if word.startswith("--") and has_value else word)
     return words
+
+
+def find_own_modules() -> None:
+    """Modules of the user's own in the working directory are found, as they are under `accelerate launch -m`.
+
+    A command that pip installed has the folder of its script in the path instead.
+    """
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)

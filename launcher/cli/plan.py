@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from launcher.agent.command import num_processes
 from launcher.base.device_memory import parse_bytes
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
-from launcher.cli.arguments import parse_settings
+from launcher.cli.arguments import find_own_modules, parse_settings
 from launcher.cli.train import as_argv
 from launcher.config.compose import Arguments, compose_arguments
 from launcher.config.settings import RunConfig
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     config, has_data = _composed(arguments)
     count = options.num_processes or num_processes(config)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    find_own_modules()
     from launcher.saving.plan import make_plan
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the JSON

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.base.errors import EXIT_DONE, UserError
-from launcher.cli.arguments import parse_settings
+from launcher.cli.arguments import find_own_modules, parse_settings
 from launcher.cli.train import as_argv
 from launcher.config.compose import compose_arguments
 
@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--rows must be at least 0 (got {options.rows})")
     config = compose_arguments(as_argv(arguments))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    find_own_modules()
     from launcher.data import build_tokenizer
     from launcher.data.preview import preview, runs
 

@@ -211,8 +211,8 @@ def meant_by_option(name: str, value: str) -> str:
     open_keys = [open_key for open_key, hint in keys.items() if is_open(hint)]
     hint = theirs_to_ours(key.rpartition(".")[2], value, keys, open_keys)
     if dataclasses.is_dataclass(keys.get(key)):  # a group: its choices have names of their own
-        meant = choice_hint(key, value) or (str(hint) if hint is not None else f"{key}=CHOICE")
-        return f" {meant}" if meant.startswith("Did") else f" Did you mean {typed(meant)}?"
+        choice = choice_hint(key, value) or (None if hint else f"{key}=CHOICE")
+        return f" Did you mean {typed(choice)}?" if choice else f" {hint}"
     if key in keys or (hint is None and any(key.startswith(f"{open_key}.") for open_key in open_keys)):
         return f" Did you mean {typed(f'{key}={value}')}?"
     if hint is not None:
