@@ -153,7 +153,7 @@ class EvalConfig:
 @dataclass
 class StrategyConfig:
     name: str = opt(
-        "ddp", "how state is spread over processes; auto: the simplest that fits", choices=(*STRATEGIES, AUTO)
+        AUTO, "how state is spread over processes; auto: the simplest that fits", choices=(*STRATEGIES, AUTO)
     )
     deepspeed: dict[str, Any] = opt({}, "DeepSpeed settings merged over ours")
 

@@ -21,6 +21,11 @@ LABELS = "fused_head_labels"
 """The keyword of `forward` that asks for the loss instead of logits."""
 
 
+def chunk_positions(kind: str) -> int:
+    """Labelled positions whose logits are there at once on a kind of device."""
+    return _CHUNK_POSITIONS.get(kind, 2048)
+
+
 @contextlib.contextmanager
 def chunks_of(kind: str) -> Iterator[None]:
     """On the CPU, chunks as large as on this kind of device: for a plan of what is needed there."""
@@ -201,7 +206,7 @@ class _FusedHead(torch.autograd.Function):
     ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        size = _CHUNK_POSITIONS.get(kind, 2048)
+        size = chunk_positions(kind)
         loss = torch.zeros((), dtype=torch.float64 if kind != "mps" else torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs and hidden.requires_grad else None
         needs_weight, needs_bias = needs and weight.requires_grad, needs and bias is not None and bias.requires_grad

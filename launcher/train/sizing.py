@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from launcher.agent import out_of_memory
 from launcher.agent.out_of_memory import BatchSizes
 from launcher.base import files
-from launcher.base.errors import UserError
+from launcher.base.errors import ConfigError, UserError
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes, ask_main
 from launcher.base.words import size as size_text
@@ -25,6 +25,7 @@ from launcher.data import build_tokenizer
 
 if TYPE_CHECKING:
     from launcher.model.memory.devices import Device
+    from launcher.model.memory.plan import MemoryModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +114,31 @@ def _without_auto(config: RunConfig, world_size: int, device: Device, paths: Run
         config = dataclasses.replace(config, strategy=StrategyConfig(before, config.strategy.deepspeed))
         if not is_batch_open:
             return config
-    memory = MemoryModel(config, device, world_size, build_tokenizer(config) if config.model.config else None)
-    plans = [memory.plan(name, 1 if is_batch_open else None) for name in memory.strategies()]
+    simplest = "single" if world_size == 1 else "ddp"
+    if not device.is_cuda and not is_batch_open:
+        return dataclasses.replace(config, strategy=StrategyConfig(simplest, config.strategy.deepspeed))
+    try:
+        memory = MemoryModel(config, device, world_size, build_tokenizer(config) if config.model.config else None)
+        return _chosen(config, memory)
+    except ConfigError:
+        raise
+    except UserError as error:
+        if is_batch_open:
+            raise
+        _say(f"strategy={simplest}, the simplest: {error}")
+        return dataclasses.replace(config, strategy=StrategyConfig(simplest, config.strategy.deepspeed))
+
+
+def _chosen(config: RunConfig, memory: MemoryModel) -> RunConfig:
+    """With the simplest strategy that fits, and the largest micro-batch where that is open."""
+    is_batch_open, device = config.train.per_device_train_batch_size == AUTO, memory.device
+    is_strategy_open, plans = config.strategy.name == AUTO, []
+    for name in memory.strategies():
+        plans.append(memory.plan(name, 1 if is_batch_open else None))
+        if is_strategy_open and plans[-1].fits:
+            break
     chosen = memory.choose(plans)
-    own = samples_of_a_step(config, world_size)
+    own = samples_of_a_step(config, memory.num_processes)
     size = min(max(chosen.largest_micro_batch, 1), own) if is_batch_open else memory.micro_batch
     needed = memory.parts(chosen.name, size).total
     _say(

@@ -98,7 +98,7 @@ def test_arithmetic_data_stay_when_only_a_model_is_named() -> None:
     config = compose(["model.model_name_or_path=org/name"])
     assert config.model.config == {}
     assert config.data.generator
-    assert config.strategy.name == "ddp"
+    assert config.strategy.name == "auto"
 
 
 def test_default_model_steps_aside_when_another_type_is_described(rows: str) -> None:
@@ -455,7 +455,7 @@ def test_sweep_over_data_is_no_demo() -> None:
     assert compose_hydra([]).strategy.name == "zero2"
     composed = compose_hydra(["hydra/launcher=slurm"], named=["data.train_files"])
     assert composed.hydra.runtime.choices["hydra/launcher"] == "slurm"
-    assert to_plain(composed)["strategy"]["name"] == "ddp"
+    assert to_plain(composed)["strategy"]["name"] == "auto"
 
 
 # --------------------------------------------------------------------------- the classes and their page

@@ -1,14 +1,15 @@
 """What a forward and backward pass holds beside parameters and gradients: run on tensors without memory, for one layer
 of each kind and one more, and extrapolated to all of them.
 
-Everything is linear in the number of layers and in the micro-batch: layers are alike, and rows do not meet. What is
-counted are the bytes of all storages that are alive at once, as an allocator would.
+Everything is linear in the number of layers and, but for the chunked head, in the micro-batch: layers are alike, and
+rows do not meet. What is counted are the bytes of all storages that are alive at once, as an allocator would.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from launcher.base.errors import UserError
-from launcher.model.fused_head import AfterHead, chunks_of, maybe_fuse_head
+from launcher.model.fused_head import AfterHead, chunk_positions, chunks_of, maybe_fuse_head
 from launcher.model.loss import summed_loss
 
 
@@ -117,17 +118,23 @@ class ActivationModel:
         self._layers, self._model = model, model.module
         self._trained_dtype, self._frozen_dtype = trained_dtype, frozen_dtype
         self._autocast, self._is_packed, self._num_tokens = autocast, is_packed, num_tokens
+        # Up to one chunk of the head the logits grow with the batch, from there on they do not: two lines, run at their
+        # ends, so that an answer does not depend on what was asked before.
+        self._bend = max(2, math.ceil(chunk_positions(model.kind) / num_tokens))
         self._passes: dict[int, Pass] = {}
 
     def at(self, batch: int) -> Pass:
-        """For a micro-batch of so many rows: run for the first two sizes that are asked for, from then on a line."""
-        if len(self._passes) < 2 and batch not in self._passes:
+        """For a micro-batch of so many rows."""
+        first, second = (1, self._bend) if batch <= self._bend else (self._bend, 2 * self._bend)
+        if batch in (first, second):
+            return self._run_once(batch)
+        slope = (self._run_once(second) - self._run_once(first)) * (1 / (second - first))
+        return self._run_once(first) + slope * (batch - first)
+
+    def _run_once(self, batch: int) -> Pass:
+        if batch not in self._passes:
             self._passes[batch] = self._all_layers(batch)
-        if batch in self._passes:
-            return self._passes[batch]
-        first, second = sorted(self._passes)
-        slope = (self._passes[second] - self._passes[first]) * (1 / (second - first))
-        return self._passes[first] + slope * (batch - first)
+        return self._passes[batch]
 
     def _all_layers(self, batch: int) -> Pass:
         with self._layers.fake:
