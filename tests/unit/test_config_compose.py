@@ -76,7 +76,7 @@ def test_demo_goes_entirely_when_own_data_are_named(rows: str) -> None:
     assert config.data.train_files == [rows]
     assert config.data.generator == {} and config.eval.metric == {}
     assert config.checkpoint.metric_key == "eval_loss"
-    assert (config.strategy.name, config.launch.num_processes, config.eval.eval_strategy) == ("ddp", None, "no")
+    assert (config.strategy.name, config.launch.num_processes, config.eval.eval_strategy) == ("auto", None, "no")
     assert config.model.config["model_type"] == "llama"
     assert config.output_dir == "outputs/run"
 

@@ -13,7 +13,7 @@ from launcher.base.processes import Processes
 from launcher.config.compose import compose
 from launcher.config.settings import RunConfig, to_dict
 from launcher.data import build_tokenizer
-from launcher.model.memory import devices
+from launcher.model.memory import devices, plan
 from launcher.model.memory.devices import Device
 from launcher.model.memory.plan import MemoryModel
 from launcher.train import sizing
@@ -83,15 +83,11 @@ def test_plan_does_not_depend_on_what_was_asked_before() -> None:
 
 @pytest.mark.parametrize(("num_processes", "expected"), [(1, "single"), (2, "ddp"), (3, "ddp")])
 def test_default_is_the_simplest_strategy_on_a_cpu_and_asks_no_model(
-    num_processes: int,
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    num_processes: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    empty = ("model=pretrained", f"model.model_name_or_path={tmp_path}")
     assert RunConfig().strategy.name == "auto"
-    assert settled(monkeypatch, num_processes, 10, *empty, kind="cpu").strategy.name == expected
+    monkeypatch.setattr(plan, "MemoryModel", None)
+    assert settled(monkeypatch, num_processes, 10, kind="cpu").strategy.name == expected
     assert not capsys.readouterr().err
 
 
@@ -104,13 +100,16 @@ def test_smallest_device_decides_for_all() -> None:
 
 
 def test_model_that_cannot_be_planned_gets_the_simplest_strategy_and_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = ("model=pretrained", f"model.model_name_or_path={tmp_path}")
-    assert settled(monkeypatch, 2, 80e9, *missing).strategy.name == "ddp"
-    assert "strategy=ddp, the simplest: " in capsys.readouterr().err
+    def refuse(*_: object) -> None:
+        raise UserError("it cannot be planned")
+
+    monkeypatch.setattr(plan, "MemoryModel", refuse)
+    assert settled(monkeypatch, 2, 80e9).strategy.name == "ddp"
+    assert "strategy=ddp, the simplest: it cannot be planned" in capsys.readouterr().err
     with pytest.raises(UserError):
-        settled(monkeypatch, 2, 80e9, *missing, "train.per_device_train_batch_size=auto")
+        settled(monkeypatch, 2, 80e9, "train.per_device_train_batch_size=auto")
 
 
 def test_run_keeps_its_strategy_when_it_goes_on_with_as_many_processes(

@@ -71,8 +71,8 @@ class MemoryModel:
         return min(wanted, own) if isinstance(wanted, int) else own
 
     def choose(self, plans: Sequence[StrategyPlan]) -> StrategyPlan:
-        """The strategy that is asked for; with auto, and where that is impossible here, the simplest that fits. On a CPU
-        the simplest: it is for trying things out."""
+        """The strategy that is asked for; with auto, and where that is impossible here, the simplest that fits; on a
+        CPU the simplest: it is for trying things out."""
         wanted = next((plan for plan in plans if plan.name == self.config.strategy.name), None)
         fitting = (plan for plan in plans if plan.fits or not self.device.is_cuda)
         return wanted or next(fitting, min(plans, key=lambda plan: plan.parts.total))
