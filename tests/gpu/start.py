@@ -65,7 +65,7 @@ class Runs:
             time.sleep(0.002)
         end(process)
         assert (paths.root / checkpoint).exists(), log_text(paths.root)
-        assert files.read_json(paths.run)["state"] == "running", "it was over before it could be killed"
+        assert files.read_json(paths.run_state)["state"] == "running", "it was over before it could be killed"
         return paths
 
 

@@ -86,7 +86,7 @@ def test_a_run_stops_and_goes_on_when_started_by_the_launcher(runs: Runs, tmp_pa
     (paths.root / "STOP").touch()
     assert process.wait(60) == 75, (paths.root / "test.log").read_text()[-3000:]
     runs.run("run", *more, command="launcher.cli train")
-    state = json.loads(paths.run.read_text())
+    state = json.loads(paths.run_state.read_text())
     assert (state["state"], state["step"]) == ("finished", 400)
     runs.run("run", *more, command="launcher.cli train")
 
