@@ -57,12 +57,12 @@ class Contender:
             )  # fmt: skip
         self._read()
 
-    def _read(self) -> dict[str, float]:
+    def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             sys.exit(f"a contender ended:\n{self._log.read_text()[-4000:]}")
-        found: dict[str, float] = json.loads(line)
+        found: dict[str, Any] = json.loads(line)
         return found
 
     def step(self) -> dict[str, float]:
@@ -70,6 +70,13 @@ class Contender:
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
         return self._read()
+
+    def profile(self) -> str:
+        """Of one step more; only ours."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("profile\n")
+        self._process.stdin.flush()
+        return str(self._read()["table"])
 
     def peak_bytes(self) -> int:
         status = Path(f"/proc/{self._process.pid}/status").read_text()

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -113,6 +112,7 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
             "losses": [line["loss"] for line in lines], "syncs": lines[-1].get("syncs"),
             "tokens_per_step": lines[-1]["tokens"],
         }  # fmt: skip
+    found["profile"] = running["ours"].profile()
     for side in running.values():
         side.close()
     return found
@@ -176,10 +176,12 @@ def main() -> None:
             try:
                 found = measure(case, Path(name), arguments.steps, peak, device)
             except (SystemExit, Exception) as error:
-                print(f"{case}: {str(error)[-3000:]}", file=sys.stderr, flush=True)
+                print(f"{case}: {type(error).__name__}: {str(error)[-1500:]}", flush=True)
                 continue
             results.append(found)
             print(line_of(found), flush=True)
+            if os.environ.get("PROFILE"):
+                print(found["profile"], flush=True)
             (out / "throughput.json").write_text(json.dumps({"peak_flops": peak, "cases": results}, indent=1))
 
 
