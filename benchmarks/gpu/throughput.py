@@ -97,6 +97,8 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
     sides = {"ours": spec} | {peer: {**spec, "kind_of_peer": peer} for peer in case.peers}
     running = {kind: Contender({**side, "kind": _kind(kind), **_options(kind)}, work_dir / f"{name}-{kind}.log")
                for kind, side in sides.items()}  # fmt: skip
+    for contender in running.values():
+        contender.wait_until_ready()
     taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in running}
     for number in range(steps + 2):
         order = list(running) if number % 2 == 0 else list(running)[::-1]
@@ -113,8 +115,8 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
             "tokens_per_step": lines[-1]["tokens"],
         }  # fmt: skip
     found["profile"] = running["ours"].profile()
-    for side in running.values():
-        side.close()
+    for contender in running.values():
+        contender.close()
     return found
 
 
