@@ -41,6 +41,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/data_page.py
 	$(BIN)/python docs/other_tools.py
+	$(BIN)/python -m docs.plan_page
 
 dist: $(VENV)/.dev
 	$(BIN)/python -m hatchling build -t wheel -d $(DIST)

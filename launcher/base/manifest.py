@@ -197,6 +197,14 @@ def read(folder: Path) -> Manifest:
     return parse(data, path)
 
 
+def bytes_of(folder: Path) -> int:
+    """What a checkpoint of ours takes on disk; 0 where it is none, or damaged."""
+    try:
+        return read(folder).total_bytes
+    except (OSError, DamagedCheckpointError):
+        return 0
+
+
 def parse(data: bytes, path: Path) -> Manifest:
     """A manifest from its text; `path` is for messages.
 

@@ -112,20 +112,23 @@ def _tokenizer_bytes(config: RunConfig) -> int:
     return sum(path.stat().st_size for path in found)
 
 
-def disk_bytes(config: RunConfig, size: CheckpointSize, num_steps: int | None) -> int | None:
+def disk_bytes(config: RunConfig, total: int, model: int, num_steps: int | None) -> int | None:
     """What the run needs on disk at most: its checkpoints with the one that is being written, and the model at the end.
+
+    Args:
+        total, model: bytes of a checkpoint, and of the model in it.
 
     Returns:
         None where every checkpoint is kept and their number is not known.
     """
     checkpoint = config.checkpoint
     if checkpoint.save_strategy == "no":
-        return size.model
+        return model
     limit, saves = checkpoint.save_total_limit, num_saves(config, num_steps)
     kept = None if limit is None else max(limit, 2 if checkpoint.load_best_model_at_end and limit == 1 else limit) + 1
     if saves is not None:
         kept = saves if kept is None else min(kept, saves)
-    return None if kept is None else kept * size.total + size.model
+    return None if kept is None else kept * total + model
 
 
 def num_saves(config: RunConfig, num_steps: int | None) -> int | None:

@@ -44,7 +44,7 @@ def make_plan(
         "strategies": [_entry(plan) for plan in plans],
         "checkpoint_bytes": {"model": size.model, "state": size.state, "total": size.total,
                              "masters": size.masters, "optimizer": size.optimizer},
-        "disk_bytes": disk_bytes(config, size, steps),
+        "disk_bytes": disk_bytes(config, size.total, size.model, steps),
         "num_checkpoints": num_saves(config, steps),
         **_times(config, size, steps, mtbf_s, tokens_per_s, disk_bytes_per_s, upload_bytes_per_s),
         "notices": [*memory.notices, *([] if has_data else ["no data is named: the number of steps is not known"])],

@@ -10,16 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.base import files
+from launcher.base import files, manifest
 from launcher.base.errors import CheckpointWriteError
 from launcher.base.files import free_bytes
 from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
+from launcher.base.words import size
 from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult, raise_failed
 from launcher.checkpoint.retention import expired_steps, our_steps
 from launcher.config.settings import RunConfig
 from launcher.hub import Hub
+from launcher.saving.checkpoint_size import disk_bytes
 from launcher.saving.save_schedule import SaveSchedule, is_better, save_line
 from launcher.saving.training_state import TrainingState
 
@@ -180,6 +182,8 @@ class Saver:
         if not self._is_reserved and self.is_on:  # the optimizer has its state now
             self.checkpointer.reserve()
             self._is_reserved = True
+            if self._processes.is_main and (notice := self._room_for_the_run()):
+                self._outlet.say(notice)
             for notice in self.checkpointer.notices:
                 self._outlet.say(notice)
         result = self.checkpointer.advance(num_undone, num_failed)
@@ -256,6 +260,27 @@ class Saver:
         if free >= needed:
             return None
         return f"not enough disk space: it needs {needed:,} bytes and {self._paths.root} has {free:,} free"
+
+    def _room_for_the_run(self) -> str | None:
+        """A notice where the disk has no room for all that the retention lets stay; main process.
+
+        By the same estimate as `launcher plan`, with the bytes of this very run's checkpoints.
+        """
+        plan = self.checkpointer.plan
+        model = sum(file.num_bytes for file in plan.files if manifest.role_of(file.path) != "state")
+        needed = disk_bytes(self._config, self.checkpointer.needed_bytes(), model, self._total_steps)
+        held = sum(manifest.bytes_of(folder) for _, folder in self._paths.checkpoint_dirs())
+        try:
+            free = free_bytes(self._paths.root)
+        except OSError:  # the save says what that means
+            return None
+        if needed is None or needed - held <= free:
+            return None
+        return (
+            f"the checkpoints of this run will need up to {size(needed)}, and {self._paths.root} has {size(free)} "
+            "free: a save that does not fit waits for room. Fewer: checkpoint.save_total_limit=2; what a run needs: "
+            "launcher plan"
+        )
 
     # ------------------------------------------------------------------ what became of one
 

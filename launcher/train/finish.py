@@ -10,6 +10,7 @@ from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Checkpoin
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.layout import MAX_SHARD_BYTES
 from launcher.saving.interop.target import Exported
+from launcher.train import planned
 from launcher.train.loop import Run, is_stopped_early
 
 
@@ -37,6 +38,7 @@ def finish(run: Run, paths: RunPaths) -> None:
     run.stop.clear()
     run.recorder.update_run(hub=run.hub.status())
     run.recorder.say(f"finished {run.step} steps; the model is in {paths.root}")
+    say_all(run, own_error(run, paths))
     say_all(run, what_next(run, paths))
 
 
@@ -64,6 +66,16 @@ def interrupted(run: Run, reason: str) -> int:
     else:
         run.recorder.say(f"stopped at step {run.step} of {run.total_steps}; run the same command again to continue")
     return code
+
+
+def own_error(run: Run, paths: RunPaths) -> list[str]:
+    """How far `launcher plan` was from the truth, also in run.json."""
+    if not run.processes.is_main:
+        return []
+    told = planned.compare(run.config, paths, run.train_step.accelerator.device, run.processes.world_size)
+    if told:
+        run.recorder.update_run(planned_and_measured=told)
+    return planned.in_words(told)
 
 
 def what_next(run: Run, paths: RunPaths) -> list[str]:

@@ -67,6 +67,16 @@ def test_a_checkpoint_is_as_large_as_planned_when_it_is_saved(
     assert planned.total == pytest.approx(sum(sizes.values()), rel=0.01)
 
 
+def test_a_run_tells_how_far_its_plan_was_off_when_it_ends(lab: Lab, tmp_path: Path) -> None:
+    steps = ("train.max_steps=2", "optim.name=tests.distributed.measured.ToldAdamW")
+    run = lab.run(tmp_path, "zero2", 2, *_WIDE, *steps, "model.dtype=bfloat16")
+    told = json.loads(run.run_state.read_text())["planned_and_measured"]
+    planned, measured = told["checkpoint_bytes"]
+    assert planned == pytest.approx(measured, rel=0.01)
+    assert all(10**8 < number < 10**10 for number in told["memory_bytes"])
+    assert "plan: memory of a process" in (tmp_path / "test.log").read_text()
+
+
 # --------------------------------------------------------------------------- memory
 
 

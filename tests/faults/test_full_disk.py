@@ -62,6 +62,7 @@ def test_saves_are_skipped_while_there_is_no_room_and_resume_when_there_is(
     assert lab.zygote.wait() == [0], log_text(run.root)
     text = log_text(run.root)
     assert "bytes" in text and "free. Training goes on" in text
+    assert "the checkpoints of this run will need up to" in text and "checkpoint.save_total_limit=2" in text
     assert different(undisturbed.checkpoint_dir(60), run.checkpoint_dir(60)) == []
 
 

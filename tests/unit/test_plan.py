@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from docs import plan_page
 from launcher.base.device_memory import host_bytes, parse_bytes
 from launcher.base.errors import ConfigError, UserError
 from launcher.cli.plan import main
@@ -15,6 +16,7 @@ from launcher.config.compose import compose
 from launcher.data import build_tokenizer
 from launcher.model.memory.devices import Device
 from launcher.model.memory.plan import MemoryModel
+from launcher.saving.checkpoint_size import disk_bytes
 
 GPU = Device("cuda", 80 * 10**9, "a test's")
 LLAMA_7B = {
@@ -125,3 +127,24 @@ def test_an_architecture_is_named_when_it_cannot_run_without_values() -> None:
     heads = ("model.config.num_attention_heads=4", "model.config.num_key_value_heads=2")
     with pytest.raises(UserError, match="mixtral cannot be planned"):
         _memory("model.config.model_type=mixtral", "model.config.num_hidden_layers=2", *settings, *heads).plan("single")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "expected"),
+    [
+        (["checkpoint=recommended"], 10_000, 6 * 100 + 10),  # five, and one that is being written
+        (["checkpoint=recommended"], 1000, 2 * 100 + 10),
+        (["checkpoint=last"], 10_000, 2 * 100 + 10),
+        (["checkpoint=all"], 10_000, 20 * 100 + 10),
+        (["checkpoint=all"], None, None),
+        (["checkpoint=off"], 10_000, 10),
+    ],
+)
+def test_disk_holds_what_the_retention_lets_stay(overrides: list[str], steps: int | None, expected: int | None) -> None:
+    assert disk_bytes(compose(["data=arithmetic", *overrides]), 100, 10, steps) == expected
+
+
+@pytest.mark.slow
+def test_table_of_the_page_is_up_to_date() -> None:
+    page = plan_page.TARGET.read_text(encoding="utf-8")
+    assert page == plan_page.filled(page), "run: make docs"

@@ -28,10 +28,14 @@ class Device:
         return self.kind == "cuda"
 
     @property
+    def runtime_bytes(self) -> int:
+        """What a process holds before there is anything of the run."""
+        return _CUDA_RUNTIME_BYTES if self.is_cuda else _CPU_RUNTIME_BYTES
+
+    @property
     def usable_bytes(self) -> float:
         """For what the plan counts."""
-        runtime = _CUDA_RUNTIME_BYTES if self.is_cuda else _CPU_RUNTIME_BYTES
-        return max(0.0, self.num_bytes * _USABLE - runtime)
+        return max(0.0, self.num_bytes * _USABLE - self.runtime_bytes)
 
 
 def find_device(num_processes: int, num_machines: int, given: int | None = None) -> Device:
