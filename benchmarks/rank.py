@@ -35,7 +35,7 @@ def build_product(settings: dict[str, Any]) -> Run:
     accelerator = build_accelerator(config)
     processes = Processes()
     paths, lock = open_output_dir(config, processes)
-    return build_run(config, accelerator, processes, paths, lock, EarlyStop(paths, processes, lock))
+    return build_run(config, accelerator, processes, paths, lock, EarlyStop(paths, processes, lock), {})
 
 
 def finish(spec: dict[str, Any], found: dict[str, Any]) -> None:

@@ -55,21 +55,35 @@ class Contender:
                 [sys.executable, "-m", "benchmarks.throughput_ranks", json.dumps(spec)], cwd=ROOT, env=environment,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
             )  # fmt: skip
-        self._read()
+        self._is_ready = False
 
-    def _read(self) -> dict[str, float]:
+    def wait_until_ready(self) -> None:
+        """Returns when it waits for its first turn; several can start at once."""
+        if not self._is_ready:
+            self._read()
+            self._is_ready = True
+
+    def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             sys.exit(f"a contender ended:\n{self._log.read_text()[-4000:]}")
-        found: dict[str, float] = json.loads(line)
+        found: dict[str, Any] = json.loads(line)
         return found
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> dict[str, Any]:
+        self.wait_until_ready()
         assert self._process.stdin is not None
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
         return self._read()
+
+    def profile(self) -> str:
+        """Of one step more; only ours."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("profile\n")
+        self._process.stdin.flush()
+        return str(self._read()["table"])
 
     def peak_bytes(self) -> int:
         status = Path(f"/proc/{self._process.pid}/status").read_text()
@@ -97,6 +111,8 @@ def duel(work_dir: Path, model: str, peer: str, dtype: str, pairs: int) -> dict[
         "batch": _BATCH, "max_length": _MAX_LENGTH,
     }  # fmt: skip
     sides = {kind: Contender({**spec, "kind": kind}, work_dir / f"{kind}-{dtype}.log") for kind in ("ours", peer)}
+    for side in sides.values():
+        side.wait_until_ready()
     found: dict[str, Any] = {"peer": peer, "dtype": dtype, "ours": [], "peer_steps": []}
     for number in range(pairs + 1):
         for kind in ("ours", peer) if number % 2 == 0 else (peer, "ours"):

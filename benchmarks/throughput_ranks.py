@@ -19,11 +19,30 @@ os.dup2(2, 1)  # what libraries print is no answer
 def serve(step: Callable[[], dict[str, float]]) -> None:
     """Answers until stdin ends."""
     print(json.dumps({"ready": True}), file=_ANSWERS)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "profile":
+            print(json.dumps({"table": _profiled(step)}), file=_ANSWERS)
+            continue
         started = time.perf_counter()
         found = step()
         print(json.dumps({"seconds": time.perf_counter() - started, **found}), file=_ANSWERS)
     os._exit(0)
+
+
+def _profiled(step: Callable[[], Any]) -> str:
+    """Where the device's time of a step goes, and the host's."""
+    from torch.profiler import ProfilerActivity, profile
+
+    started = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        step()
+    took = time.perf_counter() - started
+    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
+    total = sum(row.self_device_time_total for row in rows)
+    lines = [f"{took * 1e3:.0f} ms with the profiler, {total / 1e3:.0f} ms of them on the device"]
+    for row in rows[:22]:
+        lines.append(f"{row.self_device_time_total / 1e3:8.2f} ms {row.count:5d} x {row.key[:100]}")
+    return "\n".join(lines)
 
 
 def ours(spec: dict[str, Any]) -> None:

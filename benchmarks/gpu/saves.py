@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,14 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     arguments = parser.parse_args()
     work_dir = Path(tempfile.mkdtemp(prefix="saves-"))
+    code = 1
     try:
         _measure(work_dir, arguments.model, arguments.times)
-    finally:
-        shutil.rmtree(work_dir, ignore_errors=True)
-        os._exit(0)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    shutil.rmtree(work_dir, ignore_errors=True)
+    os._exit(code)  # the process group's and CUDA's destructors can hang
 
 
 def _measure(work_dir: Path, name: str | None, times: int) -> None:

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -98,6 +97,8 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
     sides = {"ours": spec} | {peer: {**spec, "kind_of_peer": peer} for peer in case.peers}
     running = {kind: Contender({**side, "kind": _kind(kind), **_options(kind)}, work_dir / f"{name}-{kind}.log")
                for kind, side in sides.items()}  # fmt: skip
+    for contender in running.values():
+        contender.wait_until_ready()
     taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in running}
     for number in range(steps + 2):
         order = list(running) if number % 2 == 0 else list(running)[::-1]
@@ -113,8 +114,9 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
             "losses": [line["loss"] for line in lines], "syncs": lines[-1].get("syncs"),
             "tokens_per_step": lines[-1]["tokens"],
         }  # fmt: skip
-    for side in running.values():
-        side.close()
+    found["profile"] = running["ours"].profile()
+    for contender in running.values():
+        contender.close()
     return found
 
 
@@ -176,10 +178,12 @@ def main() -> None:
             try:
                 found = measure(case, Path(name), arguments.steps, peak, device)
             except (SystemExit, Exception) as error:
-                print(f"{case}: {str(error)[-3000:]}", file=sys.stderr, flush=True)
+                print(f"{case}: {type(error).__name__}: {str(error)[-1500:]}", flush=True)
                 continue
             results.append(found)
             print(line_of(found), flush=True)
+            if os.environ.get("PROFILE"):
+                print(found["profile"], flush=True)
             (out / "throughput.json").write_text(json.dumps({"peak_flops": peak, "cases": results}, indent=1))
 
 

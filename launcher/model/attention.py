@@ -16,6 +16,7 @@ from launcher.base.errors import ConfigError
 from launcher.config.settings import RunConfig
 from launcher.model import cpu_attention, cuda_attention
 from launcher.model.packing_check import check_packing, is_same
+from launcher.model.packing_masks import give_positions_to_masks
 
 _LENGTHS = (13, 7)
 
@@ -93,6 +94,7 @@ def settle_attention(
                     name = plain
                     base.set_attn_implementation(name)
         if data.packing:
+            give_positions_to_masks(model, base, device)
             keeps_rows_apart(name, has_borders=False)
     return Attention(name, is_flat=False)
 

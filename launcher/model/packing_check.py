@@ -46,6 +46,18 @@ def check_packing(
     Raises:
         ConfigError: they differ, or the model takes no positions.
     """
+    problem = _problem(model, vocab_size, device, has_borders, is_exact)
+    if problem is not None:
+        raise ConfigError(
+            [
+                f"data.packing=true: {model_type} does not keep the rows of a pack apart: {problem}. "
+                "Set data.packing=false; rows of similar length waste little padding"
+            ]
+        )
+
+
+def _problem(model: Any, vocab_size: int, device: torch.device, has_borders: bool, is_exact: bool) -> str | None:
+    """How rows of a pack are not what they are alone; None where they are."""
     first, other, second = _rows(vocab_size, device)
     was_training = model.training
     model.eval()
@@ -55,17 +67,18 @@ def check_packing(
             changed = _log_probs(model, [other, second], has_borders)
             alone = _log_probs(model, [second], has_borders)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise _refusal(model_type, f"it cannot run a pack: {str(error).splitlines()[0]}") from error
+        return f"it cannot run a pack: {str(error).splitlines()[0]}"
     finally:
         model.train(was_training)
     is_exact = is_exact and packed.dtype == torch.float32
     max_leak = _MAX_LEAK if is_exact else _MAX_ROUNDED_LEAK
     leak = float((packed.float() - changed.float()).abs().max())
     if not leak <= max_leak:
-        raise _refusal(model_type, f"what a row predicts depends on the row before (by {leak:.2g} in log probability)")
-    if not is_same(packed, alone, is_exact=is_exact):
-        shift = float((packed.float() - alone.float()).abs().max())
-        raise _refusal(model_type, f"a row in a pack is not what it is alone (by {shift:.2g} in log probability)")
+        return f"what a row predicts depends on the row before (by {leak:.2g} in log probability)"
+    if is_same(packed, alone, is_exact=is_exact):
+        return None
+    shift = float((packed.float() - alone.float()).abs().max())
+    return f"a row in a pack is not what it is alone (by {shift:.2g} in log probability)"
 
 
 def _rows(vocab_size: int, device: torch.device) -> list[Tensor]:
@@ -94,12 +107,3 @@ def borders_of(lengths: Sequence[int], device: torch.device | None = None) -> di
     borders[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
     longest = max(lengths)
     return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
-
-
-def _refusal(model_type: str, why: str) -> ConfigError:
-    return ConfigError(
-        [
-            f"data.packing=true: {model_type} does not keep the rows of a pack apart: {why}. "
-            "Set data.packing=false; rows of similar length waste little padding"
-        ]
-    )

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ def environment() -> dict[str, str]:
 class Zygote:
     """The test's side."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, env: Mapping[str, str] | None = None) -> None:
         self._stderr = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.zygote"], cwd=ROOT, env=environment(),
+            [sys.executable, "-m", "tests.distributed.zygote"], cwd=ROOT, env=environment() | dict(env or {}),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, start_new_session=True,
         )  # fmt: skip
         self._read()

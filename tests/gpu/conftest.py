@@ -6,11 +6,13 @@ Run alone, with the device visible: `CUDA_VISIBLE_DEVICES=0 pytest tests/gpu` (e
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.gpu.start import Runs, has_cuda
+from tests.distributed.zygote import Zygote
+from tests.gpu.start import Runs, has_cuda, zygote
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session")
+def gpu_zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    made = zygote(tmp_path_factory.mktemp("zygote") / "log")
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def runs(tmp_path: Path) -> Runs:
-    return Runs(tmp_path)
+def runs(gpu_zygote: Zygote, tmp_path: Path) -> Runs:
+    return Runs(gpu_zygote, tmp_path)

@@ -38,7 +38,7 @@ def _loss(model: Any, rows: list[torch.Tensor], is_packed: bool) -> tuple[float,
         if bool((targets != -100).any()):
             loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
     return total, model.model.layers[0].self_attn.q_proj.weight.grad.float()
 
 
@@ -94,7 +94,7 @@ def test_rows_of_a_pack_are_what_they_are_alone_in_float64(
         start += length
     expected = torch.cat(parts, 2).transpose(1, 2)
     expected.backward(target.double())
-    for found, wanted in zip([output, *grads], [expected, *(x.grad for x in exact)], strict=True):
+    for found, wanted in zip([output.detach(), *grads], [expected.detach(), *(x.grad for x in exact)], strict=True):
         assert wanted is not None
         assert float((found.double() - wanted).norm() / wanted.norm()) < 1e-2
 

@@ -66,12 +66,11 @@ def _loads(run: RunPaths, case: str) -> None:
     assert bool(torch.isfinite(logits).all())
 
 
-def test_losses_are_those_of_the_cpu_when_fp32(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_are_those_of_the_cpu_when_fp32(runs: Runs) -> None:
     """One model, the same first weights and the same batches, on both devices."""
     more = ("train.max_steps=8", "model.config.attention_dropout=0.0", "model.dtype=float32", "strategy=single")
     on_gpu = losses(runs.run("gpu", *more))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    on_cpu = losses(runs.run("cpu", *more))
+    on_cpu = losses(runs.launched("cpu", *more, env={"CUDA_VISIBLE_DEVICES": ""}))
     assert on_gpu.keys() == on_cpu.keys()
     assert all(abs(on_gpu[step] / on_cpu[step] - 1) < 2e-4 for step in on_cpu), (on_gpu, on_cpu)
 
@@ -79,20 +78,20 @@ def test_losses_are_those_of_the_cpu_when_fp32(runs: Runs, monkeypatch: pytest.M
 def test_a_run_stops_and_goes_on_when_started_by_the_launcher(runs: Runs, tmp_path: Path) -> None:
     """As users start it: agent, accelerate launch, rank; a STOP file; the same command again; and once more."""
     more = ("train.max_steps=400", "checkpoint.save_steps=50", "strategy=auto", "launch.num_processes=1")
-    process, paths = runs.start("run", *more, command="launcher.cli train"), RunPaths(tmp_path / "run")
+    process, paths = runs.launch("run", *more), RunPaths(tmp_path / "run")
     deadline = time.monotonic() + 100
     while not (paths.root / "checkpoint-50").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     (paths.root / "STOP").touch()
     assert process.wait(60) == 75, (paths.root / "test.log").read_text()[-3000:]
-    runs.run("run", *more, command="launcher.cli train")
-    state = json.loads(paths.run.read_text())
+    runs.launched("run", *more)
+    state = json.loads(paths.run_state.read_text())
     assert (state["state"], state["step"]) == ("finished", 400)
-    runs.run("run", *more, command="launcher.cli train")
+    runs.launched("run", *more)
 
 
 def test_more_processes_than_devices_are_refused(runs: Runs) -> None:
     """NCCL takes one process per device."""
-    paths = runs.run("run", "strategy=ddp", "launch.num_processes=2", command="launcher.cli train", code=2)
+    paths = runs.launched("run", "strategy=ddp", "launch.num_processes=2", code=2)
     text = (paths.root / "test.log").read_text()
     assert "launch.num_processes=1" in text and "Traceback" not in text, text[-3000:]
