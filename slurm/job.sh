@@ -33,12 +33,9 @@ trap - ERR
 set +e
 {% endif %}
 export PYTHONPATH=$code_dir${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # the snapshot, not what lies in the working directory
-export run_dir code_dir job
+export run_dir first_node=${SLURMD_NODENAME:-$(hostname)}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
 [[ -n $SRUN_CPUS_PER_TASK ]] || unset SRUN_CPUS_PER_TASK
-export LAUNCHER_SUPERVISED=1         # STOP is ours to remove at the start, and run.json ours to complete
-export PET_SIGNALS_TO_HANDLE=SIGHUP  # torchrun leaves SIGTERM ignored, as `node` below sets it
-export PET_SHUTDOWN_TIMEOUT=5        # seconds that torchrun gives the other ranks once one has failed
 export SLURM_TIME_FORMAT=%s # not the user's own, which the job inherits: seconds since the epoch
 end_time=$(squeue -h -j "$job" -o %e)
 [[ $end_time =~ ^[0-9]+$ ]] || end_time=${SLURM_JOB_END_TIME:-} # of newer versions; may be empty: it has none
@@ -59,73 +56,32 @@ request_stop() { # the ranks look for STOP at every step, save, and end; the fir
   printf %s "$1" >"$run_dir/slurm/stop.$$" && mv "$run_dir/slurm/stop.$$" "$run_dir/STOP"
 }
 
-node() { # on every node: accelerate launch, shielded from signals
-  local again=1 code agent threads=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE / {{ local_processes }}))}
-  ((threads > 0)) || threads=1
-  on_signal() {
-    again=1
-    if [[ -e $LAUNCHER_ERROR_DIR/failed ]]; then # srun's own TERM, because another node failed: nothing to save
-      kill -KILL "$agent"
-    elif ((SLURM_NODEID == 0)); then
-      request_stop "$(stop_reason)"
-    fi
-  }
-  trap on_signal TERM INT USR1
-  (
-    trap '' TERM INT USR1
-    exec {{ launch_lines | join(" \\\n      ") }}
-  ) &
-  agent=$!
-  while ((again)); do # a trap interrupts wait
-    again=0
-    wait "$agent"
-    code=$?
-  done
-  ((code == 0)) || : >"$LAUNCHER_ERROR_DIR/failed"
-  exit "$code"
+on_nodes() { # srun, for one task on every node of the job
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" {{ srun_options | map("sh") | join(" ") }} "$@"
 }
 
-sees_output_dir() { # on every node: reads what the first node wrote, and answers
-  local tries
-  trap '((SLURM_NODEID)) || request_stop "$(stop_reason)"' TERM INT USR1
-  for ((tries = 0; tries < 10; tries++)); do
-    if [[ $(cat "$proof_dir/token" 2>/dev/null) == "$proof_dir" ]]; then
-      hostname >"$proof_dir/node-$SLURM_NODEID" && exit 0
-    fi
-    sleep 1
-  done
-  echo "launcher: node ${SLURMD_NODENAME:-$(hostname)} does not see, or cannot write to, output_dir=$run_dir." \
-    "All nodes need it on a shared file system: output_dir=/SHARED/…"
-  exit 9
-}
-
-on_nodes() { # runs a shell function once on every node of the job
-  local functions
-  functions=$(declare -f stop_reason request_stop "$1")
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" {{ srun_options | map("sh") | join(" ") }} \
-    bash -c "$functions; $1"
-}
-
-check_nodes() { # every node answers, and proves that it sees the same output_dir
-  local code node
-  export proof_dir=$run_dir/slurm/nodes-$SLURM_JOB_ID-$starts-$1
-  mkdir -p "$proof_dir" && printf %s "$proof_dir" >"$proof_dir/token"
-  on_nodes sees_output_dir
+check_nodes() { # every node answers, and sees in output_dir what was just written there; the ranks check the other way
+  local code
+  printf %s "$1" >"$run_dir/slurm/proof" || { say "output_dir=$run_dir cannot be written on $first_node"; exit 1; }
+  on_nodes --kill-on-bad-exit=0 bash -c '
+    for try in 0 1 2 3 4 5 6 7 8 9; do
+      [[ $(cat "$run_dir/slurm/proof" 2>/dev/null) == "$1" ]] && exit 0
+      sleep 1
+    done
+    echo "launcher: output_dir is not the same folder for all nodes: node ${SLURMD_NODENAME:-$(hostname)} does not see" \
+      "in output_dir=$run_dir what node $first_node has written in output_dir=$run_dir." \
+      "All nodes need it on a shared file system: output_dir=/SHARED/…"
+    exit 9' check "$1"
   code=$?
-  ((code == 9)) && exit 2
-  for ((node = 0; code == 0 && node < SLURM_JOB_NUM_NODES; node++)); do
-    [[ -s $proof_dir/node-$node ]] && continue
-    say "what node $node writes is not in output_dir=$run_dir. All nodes need it on a shared file system"
-    exit 2
-  done
-  rm -rf "$proof_dir"
-  if ((code)); then # dead, and Slurm has not noticed yet: it will, before the job starts again
-    say "a node of $SLURM_JOB_NODELIST does not answer"
-    requeue
-  fi
+  rm -f "$run_dir/slurm/proof"
+  ((code != 9)) || exit 2
+  ((code)) || return
+  # Ended by SIGTERM, as when the job is preempted; or dead, which Slurm will have noticed before the next start.
+  ((code == 143)) && say "stopped before the start" || say "a node of $SLURM_JOB_NODELIST does not answer"
+  requeue
 }
 
-# ---------------------------------------------------------------- one start of the ranks, and how it ended
+# ---------------------------------------------------------------- one start of the agents, and how it ended
 
 free_port() { # below the range from which the kernel takes ports for outgoing connections
   local port=$((20000 + (SLURM_JOB_ID * 7 + $1) % 10000))
@@ -133,26 +89,21 @@ free_port() { # below the range from which the kernel takes ports for outgoing c
   echo "$port"
 }
 
-run_ranks() { # the verdict: finished, pruned, interrupted REASON, unsaved REASON, failed CODE, crashed
-  local again=1 code ranks began
+run_agents() { # sets `verdict`, see launcher/slurm/node.py, and `code`: 0 where every agent came to an end of its own
+  local again=1 agents verdict_file=$run_dir/slurm/verdict port={{ launch.main_process_port or "" }}
   ((requeues + $1)) && export LAUNCHER_RESTARTED=1 # resume_from_checkpoint=never or a path was obeyed at the first start
-  export LAUNCHER_ATTEMPT=$SLURM_JOB_ID-$starts-$1
-  export LAUNCHER_ERROR_DIR=$run_dir/slurm/attempt-$LAUNCHER_ATTEMPT
-  export main_process_port={{ launch.main_process_port or "" }}
-  main_process_port=${main_process_port:-$(free_port "$1")}
-  mkdir -p "$LAUNCHER_ERROR_DIR"
-  began=$(date +%s)
-  export LAUNCHER_BEGAN=$began # for the timeline
-  on_nodes node &
-  ranks=$!
-  while ((again)); do
+  export LAUNCHER_BEGAN=$(date +%s) # for the timeline
+  printf '%-64s' >"$verdict_file" # room for the word, should the disk be full by then
+  on_nodes python3 -m launcher.slurm.node "$run_dir" --job "$job" --verdict "$verdict_file" \
+    --main_process_ip "${main_process_ip:-}" --main_process_port "${port:-$(free_port "$1")}" &
+  agents=$!
+  while ((again)); do # a trap interrupts wait
     again=0
-    wait "$ranks"
+    wait "$agents"
     code=$?
   done
-  verdict=$({{ (in_container + ["python3", "-m", "launcher.slurm.outcome"]) | map("sh") | join(" ") }} \
-    "$run_dir" --attempt "$LAUNCHER_ATTEMPT" --began "$began" --code "$code")
-  rm -rf "$LAUNCHER_ERROR_DIR"
+  read -r verdict <"$verdict_file"
+  rm -f "$verdict_file"
 }
 
 job_info() { # scontrol's, and where the controller is away for a while, as soon as it is back
@@ -202,24 +153,25 @@ on_limit_signal() { # Slurm's own warning comes up to two minutes before the lim
 trap on_limit_signal USR1
 trap 'again=1; request_stop "$(stop_reason)"' TERM
 rm -f "$run_dir/STOP"
-check_nodes start
+check_nodes "$SLURM_JOB_ID-$starts-0"
 for ((n = 0; ; n++)); do
   # A lock of this job's own is left by ranks that Slurm has ended, maybe on another host.
   grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$run_dir/.lock" && rm -f "$run_dir/.lock"
-  run_ranks "$n"
+  run_agents "$n"
   case "$verdict" in
     finished | pruned) say "job $job: $verdict"; exit 0 ;;
     "interrupted stop_file") say "stopped by $run_dir/STOP. To go on, submit again"; exit 75 ;;
     interrupted*) say "stopped and saved: ${verdict#* }"; requeue ;;
+    early*) ((code)) || { say "stopped before the start: ${verdict#* }"; requeue; } ;; # else srun, as another agent failed
     "unsaved stop_file") say "stopped by $run_dir/STOP, and its save failed. To go on, submit again"; exit 1 ;;
     unsaved*) say "stopped, but its save failed: ${verdict#* }"; ended=1; requeue ;;
     failed*) exit "${verdict#* }" ;;
   esac
   [[ $(job_info) == *" JobState=RUNNING "* ]] || requeue
-  check_nodes "$n"
+  check_nodes "$SLURM_JOB_ID-$starts-$((n + 1))"
   if ((n >= max_restarts)); then
-    say "failed after launch.max_restarts=$max_restarts restarts"
+    say "an agent was lost again after launch.max_restarts=$max_restarts restarts"
     exit 1
   fi
-  say "restarting from the last checkpoint ($((n + 1)) of launch.max_restarts=$max_restarts)"
+  say "an agent was lost (srun ended with $code): starting all again ($((n + 1)) of launch.max_restarts=$max_restarts)"
 done

@@ -5,4 +5,3 @@ if [[ -z $main_process_ip ]]; then
     main_process_ip=$(scontrol -o show node "$main_process_ip" | sed 's/.* NodeAddr=\([^ ]*\) .*/\1/')
   fi
 fi
-export main_process_ip

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.agent.command import accelerate_command, num_processes
@@ -27,6 +27,9 @@ from launcher.config.settings import RunConfig
 
 _SHUTDOWN_S = 5
 """torchrun gives the other ranks so long once one has failed. Requests to stop go through the STOP file instead."""
+_SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Slurm and container runtimes signal all processes of a job. torchrun would end the ranks; the agent asks them by the
+STOP file, with the reason. torchrun itself is told to handle SIGHUP alone, or it would not ignore these any more."""
 _EARLY_S = 1.0
 """For ranks that are asked to stop before their first step."""
 _POLL_S = 0.1
@@ -40,10 +43,8 @@ _WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/graph.py
 class Attempt:
     """What every start of this machine's ranks has in common."""
 
-    def __init__(
-        self, config: RunConfig, paths: RunPaths, arguments: Sequence[str], env: Mapping[str, str]
-    ) -> None:  # fmt: skip
-        self._config, self._paths, self._arguments, self._env = config, paths, arguments, env
+    def __init__(self, config: RunConfig, paths: RunPaths, arguments: Sequence[str]) -> None:
+        self._config, self._paths, self._arguments = config, paths, arguments
         self._machine = config.launch.machine_rank
         self._log = paths.agent_log(self._machine)
         local = max(1, num_processes(config) // config.launch.num_machines)
@@ -83,16 +84,21 @@ class Attempt:
     def _popen(self, start: Start, error_dir: str, log: int, began: float) -> subprocess.Popen[bytes]:
         parent = os.getpid()
         env = {
-            **without_inherited({**os.environ, **self._env}), SUPERVISED: "1", ATTEMPT: start.id,
-            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
+            **without_inherited({**os.environ, **self._config.launch.env}), SUPERVISED: "1", ATTEMPT: start.id,
+            "PET_SIGNALS_TO_HANDLE": "SIGHUP", "PET_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
             BEGAN: repr(began), "LAUNCHER_ERROR_DIR": error_dir, "LAUNCHER_STDERR": f"/proc/{parent}/fd/2",
             **({RESTARTED: "1"} if start.is_restart else {}),
         }  # fmt: skip
+
+        def prepare() -> None:
+            die_with_parent(expected_parent=parent)
+            for number in _SHIELDED:
+                signal.signal(number, signal.SIG_IGN)
+
         # A session of its own: Ctrl-C reaches only us, and the ranks learn of it at a step boundary.
         return subprocess.Popen(
             accelerate_command(self._config, self._arguments, start.port), env=env, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            preexec_fn=lambda: die_with_parent(expected_parent=parent),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=prepare,
         )  # fmt: skip
 
     def _watch(self, process: subprocess.Popen[bytes], machines: OneMachine, start: Start) -> int:

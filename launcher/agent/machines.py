@@ -27,7 +27,7 @@ from launcher import __version__
 from launcher.agent.channel import Channel
 from launcher.agent.command import num_processes
 from launcher.agent.requests import Requests
-from launcher.base.errors import EXIT_FAILED, EXIT_STOPPED, LauncherError, MachinesError, UserError
+from launcher.base.errors import EXIT_FAILED, LauncherError, MachinesError, StoppedEarlyError, UserError
 from launcher.base.process import host
 from launcher.base.rank_reports import Report
 from launcher.config.settings import RunConfig
@@ -75,11 +75,15 @@ class Ended:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What all machines do next: end with `exit_code`, or start again."""
+    """What all machines do next: end with `exit_code`, or start again. `state` and `reason` are those of run.json."""
 
     exit_code: int
     text: str
     is_restart: bool = False
+    state: str = ""
+    reason: str | None = None
+    is_lost: bool = False
+    """A machine's agent has gone: only somebody outside can start it again."""
 
 
 class OneMachine:
@@ -213,8 +217,10 @@ class FirstMachine(OneMachine):
         return "welcome", ""
 
     def grace_s(self) -> float | None:
-        super().grace_s()
+        is_stop_asked = self._requests.is_stop_asked  # before listening: srun signals the others once an agent has gone
         self._listen_to_all()
+        if is_stop_asked and not any(ended.is_lost for ended in self._ended.values()):
+            self._write_stop()
         self._is_killing |= self._requests.is_kill_asked
         failed = any(ended.code or ended.is_lost for ended in self._ended.values())
         if self._is_killing or failed:
@@ -448,9 +454,7 @@ def _same_everywhere(config: RunConfig) -> dict[str, Any]:
 
 
 def _stopped_before_start() -> LauncherError:
-    error = LauncherError("stopped before the start; nothing was running")
-    error.exit_code = EXIT_STOPPED
-    return error
+    return StoppedEarlyError("stopped before the start; nothing was running")
 
 
 def _ended_as_message(ended: Ended) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.agent.machines import Ended
+from launcher.agent.machines import Ended, Verdict
 from launcher.base import files
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, RunLockedError
 from launcher.base.paths import CheckpointPaths, RunPaths
@@ -131,6 +132,17 @@ def _complete(
     with contextlib.suppress(OSError):  # a full disk, or no output_dir at all
         now = {"step": step, "updated_at": time.time()}
         files.write_json(paths.run_state, {**known, **before, **fields, **error, **now})
+
+
+def stopped_early(paths: RunPaths, reason: str) -> Verdict:
+    """Completes run.json of a run that was asked to stop before its processes were started."""
+    run = files.read_json_or(paths.run_state, {})
+    with contextlib.suppress(OSError):
+        paths.root.mkdir(parents=True, exist_ok=True)
+    outcome = Outcome("interrupted", reason, EXIT_STOPPED)
+    _complete(paths, {}, run if isinstance(run, dict) else {}, uuid.uuid4().hex, outcome, [])
+    text = "stopped before the start; nothing was running"
+    return Verdict(EXIT_STOPPED, text, state=outcome.state, reason=reason)
 
 
 def give_up(paths: RunPaths, attempt: str, text: str) -> None:

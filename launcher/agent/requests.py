@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from launcher.base.first_moments import put_back
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -29,5 +31,4 @@ class Requests:
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            put_back(before.items())

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -35,28 +35,51 @@ from launcher.config.settings import RunConfig, run_length
 from launcher.hub import send_left_over
 
 
-def run(
-    config: RunConfig, arguments: Sequence[str], env: Mapping[str, str] | None = None,
-    stop_reason: Callable[[], str] = lambda: "signal",
-) -> int:  # fmt: skip
-    """Runs to the end, to a stop, or to a failure that a restart does not cure; on every machine with the same end.
+@dataclasses.dataclass(frozen=True)
+class Caller:
+    """Who started this agent, as far as it matters; the defaults are a person's terminal."""
 
-    Args:
-        arguments: of launcher.train.
-        env: added to the environment of the ranks.
-        stop_reason: one of stop_requests.REASONS, asked when this process gets a signal to stop.
+    stop_reason: Callable[[], str] = lambda: "signal"
+    """One of stop_requests.REASONS, asked when the agent gets a signal to stop."""
+    removes_stop: bool = True
+    """A STOP file at the start is an earlier run's; else the caller has removed that, and it may be a new request."""
+    is_heard: bool = True
+    """What is told of the whole run is told here; else by the first machine alone, in the same log."""
+
+
+def run(config: RunConfig, arguments: Sequence[str]) -> int:
+    """What `launcher train` does: `supervise` for a person at a terminal.
 
     Returns:
         0 finished, 75 stopped and saved.
 
     Raises:
+        RankFailedError: a process failed; its own error and exit code. And what `supervise` raises.
+    """
+    verdict = supervise(config, arguments)
+    if verdict.exit_code not in (EXIT_DONE, EXIT_STOPPED):
+        error = RankFailedError(redacted(verdict.text))
+        error.exit_code = verdict.exit_code
+        raise error
+    return verdict.exit_code
+
+
+def supervise(config: RunConfig, arguments: Sequence[str], caller: Caller | None = None) -> Verdict:
+    """Runs to the end, to a stop, or to a failure that a restart does not cure; on every machine with the same end.
+
+    Args:
+        arguments: of launcher.train.
+
+    Returns:
+        How it ended; its text has been told, but for that of a failure.
+
+    Raises:
         RunLockedError: output_dir is in use. UserError: it is finished, with other settings.
-        RankFailedError: a process failed; its own error and exit code.
-        MachinesError: the machines did not meet, or one has gone.
+        MachinesError: the machines did not meet, or one has gone. StoppedEarlyError: stopped before the start.
     """
     _append_to_own_output()
     with Requests().installed() as requests:
-        return _Supervisor(config, arguments, env or {}, requests, stop_reason).run()
+        return _Supervisor(config, arguments, requests, caller or Caller()).run()
 
 
 def _append_to_own_output() -> None:
@@ -70,12 +93,11 @@ def _append_to_own_output() -> None:
 
 class _Supervisor:
     def __init__(
-        self, config: RunConfig, arguments: Sequence[str], env: Mapping[str, str], requests: Requests,
-        stop_reason: Callable[[], str],
+        self, config: RunConfig, arguments: Sequence[str], requests: Requests, caller: Caller
     ) -> None:  # fmt: skip
-        self._config, self._requests, self._stop_reason = config, requests, stop_reason
+        self._config, self._requests, self._caller = config, requests, caller
         self._paths = RunPaths(Path(config.output_dir).expanduser().resolve())
-        self._ranks = Attempt(config, self._paths, arguments, {**config.launch.env, **env})
+        self._ranks = Attempt(config, self._paths, arguments)
         self._is_first = config.launch.num_machines == 1 or config.launch.machine_rank == 0
         self._has_written_stop = False
         self._earlier: Outcome | None = None
@@ -84,7 +106,7 @@ class _Supervisor:
         self._sizes: out_of_memory.BatchSizes | None = None
         self._num_halved = 0
 
-    def run(self) -> int:
+    def run(self) -> Verdict:
         if self._config.launch.num_machines > 1 and (finished := self._finished()) is not None:
             if self._is_first:
                 self._check_free()
@@ -100,19 +122,20 @@ class _Supervisor:
                     if self._is_first and not self._requests.is_kill_asked:
                         write_end_report(self._paths.root)
                     return self._conclude(verdict)
-                print(f"launcher: {verdict.text}", file=sys.stderr, flush=True)
+                self._tell(verdict.text)
                 time.sleep(1.0)
         finally:
             me.close()
         raise AssertionError("unreachable")
 
+    def _tell(self, text: str) -> None:
+        if self._caller.is_heard:
+            print(f"launcher: {text}", file=sys.stderr, flush=True)
+
     def _attempt(self, me: machines.OneMachine, start: Start) -> Verdict:
         self._began = time.time() if start.is_restart else began_at()
         count, strategy = num_processes(self._config), self._config.strategy.name
-        print(
-            f"launcher: starting {count} process{'es' if count > 1 else ''} ({strategy}) for {self._paths.root}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        self._tell(f"starting {count} process{'es' if count > 1 else ''} ({strategy}) for {self._paths.root}")
         ended = self._ranks.run(start, me, self._began)
         if sys.stderr.isatty():
             print("\x1b[?25h", end="", file=sys.stderr, flush=True)  # the cursor, where a panel was killed
@@ -128,13 +151,16 @@ class _Supervisor:
             self._check_free()
             if (finished := self._finished()) is not None:
                 return finished
+            if self._requests.is_stop_asked:
+                return outcome.stopped_early(self._paths, self._caller.stop_reason())
         self._newest_before = outcome.newest_checkpoint(self._paths)
         return Start(number, uuid.uuid4().hex, free_port(), is_restart=number > 0)
 
     def _finished(self) -> Verdict | None:
         if is_finished(self._config, self._paths):
             check_unchanged(self._config, self._paths)
-            return Verdict(EXIT_DONE, f"{self._paths.root} is finished: nothing to do. Its model is in that folder")
+            text = f"{self._paths.root} is finished: nothing to do. Its model is in that folder"
+            return Verdict(EXIT_DONE, text, state="finished")
         return None
 
     def _check_free(self) -> None:
@@ -142,12 +168,9 @@ class _Supervisor:
 
         Then nobody runs here, and a STOP file is of an earlier run.
         """
-        lock.wait_until_free(
-            self._paths.lock, lambda text: print(f"launcher: {text}", file=sys.stderr, flush=True),
-            may_wait=lambda: not self._requests.is_stop_asked,
-        )  # fmt: skip
-        if not remove_stop(self._paths.stop_file):
-            print(f"launcher: {odd_stop(self._paths.stop_file)}", file=sys.stderr, flush=True)
+        lock.wait_until_free(self._paths.lock, self._tell, may_wait=lambda: not self._requests.is_stop_asked)
+        if self._caller.removes_stop and not remove_stop(self._paths.stop_file):
+            self._tell(odd_stop(self._paths.stop_file))
 
     def _write_stop(self) -> None:
         """The ranks look for STOP at every step; the first reason stays."""
@@ -156,7 +179,7 @@ class _Supervisor:
             if read_stop(self._paths.stop_file) is not None:
                 return
             try:
-                files.replace_file(self._paths.stop_file, self._stop_reason().encode())
+                files.replace_file(self._paths.stop_file, self._caller.stop_reason().encode())
             except OSError:  # a folder of that name, a full disk: the ranks are asked by a signal
                 self._signal_ranks()
 
@@ -174,14 +197,15 @@ class _Supervisor:
             for process in other.pids if other is not None else ():
                 with contextlib.suppress(OSError):
                     if is_alive(*process):
-                        os.kill(process[0], signal.SIGTERM)
+                        os.kill(process[0], signal.SIGUSR1)  # they ignore SIGTERM
 
     def _judge(self, start: Start, ended: Sequence[Ended]) -> Verdict:
         """On the first machine: what follows for all from how the ranks ended."""
         found = outcome.judge(self._paths, start.id, ended, is_killed=self._requests.is_kill_asked)
         note_ended(self._paths, start.id, self._began, vars(found))
+        verdict = Verdict(found.exit_code, found.text, False, found.state, found.reason, found.is_lost)
         if found.state != "failed":
-            return Verdict(found.exit_code, found.text)
+            return verdict
         newest, limit = outcome.newest_checkpoint(self._paths), self._config.launch.max_restarts
         source = "the last checkpoint" if newest is not None else "the beginning, there is no checkpoint yet"
         if (place := out_of_memory.where(found, ended)) is not None:
@@ -194,9 +218,9 @@ class _Supervisor:
         self._earlier = found
         if why is not None or number >= limit or self._requests.is_stop_asked:
             why = f"\n  not restarted: {why}" if why and number < limit else ""
-            return Verdict(found.exit_code, f"{found.text}{why}")
+            return dataclasses.replace(verdict, text=f"{found.text}{why}")
         again = f"restarting from {source} ({number + 1} of {limit})"
-        return Verdict(found.exit_code, f"{found.text}\nlauncher: {again}", is_restart=True)
+        return dataclasses.replace(verdict, text=f"{found.text}\nlauncher: {again}", is_restart=True)
 
     def _with_less_memory(self, start: Start, found: Outcome, place: str, source: str) -> str | None:
         """What is said of a restart with smaller batches, which counts against no limit: each one is smaller."""
@@ -212,22 +236,16 @@ class _Supervisor:
             "step stay the same"
         )
 
-    def _conclude(self, verdict: Verdict) -> int:
-        """Shows how it ended.
-
-        Raises:
-            RankFailedError: it failed, on whichever machine.
-        """
+    def _conclude(self, verdict: Verdict) -> Verdict:
+        """Shows how it ended, but for a failure, which the caller shows as one."""
         if verdict.exit_code not in (EXIT_DONE, EXIT_STOPPED):
-            error = RankFailedError(redacted(verdict.text))
-            error.exit_code = verdict.exit_code
-            raise error
-        if verdict.text:
+            return verdict
+        if verdict.text and self._caller.is_heard:
             print(verdict.text, flush=True)
         if verdict.exit_code == EXIT_DONE and verdict.text and self._is_first:
             for line in send_left_over(self._config, self._paths, self._is_stop_asked):
                 print(line)
-        return verdict.exit_code
+        return verdict
 
 
 def is_finished(config: RunConfig, paths: RunPaths) -> bool:

@@ -40,8 +40,12 @@ def device_problems(num_local: int, num_machines: int = 1) -> list[str]:
 
 
 def num_cores() -> int:
-    """Cores of this process's affinity mask (Slurm and taskset set it), within its cgroups' quotas (containers)."""
-    allowed = len(os.sched_getaffinity(0))
+    """Cores of this process's affinity mask, within its cgroups' quotas (containers).
+
+    Where Slurm confines a job to its cores by neither, it at least says how many they are.
+    """
+    allowed, given = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_ON_NODE", "")
+    allowed = min(allowed, int(given)) if given.isdecimal() else allowed
     quotas = [quota for folder in own_cgroups("cpu") if (quota := _quota(folder)) is not None]
     return max(1, min([allowed, *(math.ceil(quota) for quota in quotas)]))
 

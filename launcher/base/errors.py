@@ -84,6 +84,12 @@ class MachinesError(LauncherError):
     """The machines of a run did not meet, or one of them has gone."""
 
 
+class StoppedEarlyError(LauncherError):
+    """Somebody asked for a stop before any process was started."""
+
+    exit_code = EXIT_STOPPED
+
+
 class HubError(LauncherError):
     """The Hub refused for good (token, quota, name); says the cure."""
 

@@ -41,6 +41,9 @@ def odd_stop(path: Path) -> str:
     return f"{path} is no file, so it asks for nothing: remove it. To stop this run: SIGTERM to `launcher train`"
 
 
+def _ignore(number: int, frame: FrameType | None) -> None: ...
+
+
 class StopRequests:
     """Collects the requests of this process. Signals once: the loop stops at the next step boundary."""
 
@@ -61,12 +64,13 @@ class StopRequests:
         Args:
             at_signal: called in the handler, at the first signal.
 
-        A SIGTERM that was ignored at start stays so: a Slurm script answers it for us, by a STOP file with the reason.
+        A SIGTERM that was ignored at start is not obeyed: our agent answers it for us, by a STOP file with the reason.
+        A handler that does nothing, unlike SIG_IGN, is not inherited by programs that the user's code starts and ends.
         """
         self._at_signal, self._pid = at_signal, os.getpid()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            if number != signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._on_signal)
+            is_shielded = number == signal.SIGTERM and signal.getsignal(number) in (signal.SIG_IGN, _ignore)
+            signal.signal(number, _ignore if is_shielded else self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a forked child that has not yet set its own

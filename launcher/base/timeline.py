@@ -12,7 +12,7 @@ Append only; each line is a JSON object with `event` and `t`, its time in second
 | evaluation, save | main process | one that lasted: s, its seconds, up to t |
 | end | main process | state and reason as in run.json |
 | closed | main process | its last act |
-| ended | agent, Slurm's script | the processes of an attempt are gone: attempt, began, state, reason, text |
+| ended | agent | the processes of an attempt are gone: attempt, began, state, reason, text |
 
 A crash may cut the last line off; readers leave out what is no JSON. No writing ever raises: a full disk ends no run.
 """

@@ -1,6 +1,7 @@
 """The command `launcher`: verbs, and the one place where an error becomes a message and an exit code.
 
-A verb is a module here with `main(argv) -> int`; it is imported only when it is asked for. Imports no torch.
+A verb is a module here with `main(argv) -> int`; it is imported only when it is asked for. Imports no torch, and little
+else: until `main` begins, a signal kills.
 """
 
 from __future__ import annotations
@@ -8,13 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 
 from launcher import __version__
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, UserError
+from launcher.base.first_moments import obey_signals
 
 VERBS = {
     "train": "train, or go on where the run was stopped; -m: a sweep",
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 2 the user's input is wrong, 1 it failed, 75 it was stopped on request and saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] == ["train"]:
+        obey_signals()
     try:
         return _dispatch(arguments)
     except LauncherError as error:
@@ -112,6 +114,9 @@ def _show(error: LauncherError) -> None:
 
 def _unexpected(error: Exception) -> str:
     """An error of ours rather than the user's: a short message, and where the rest of it is."""
+    import tempfile
+    import traceback
+
     from launcher.base.secrets import redacted
 
     text = redacted("".join(traceback.format_exception(error)))

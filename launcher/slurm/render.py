@@ -7,6 +7,7 @@ three templates share one body by `{% include %}`. A name that a template needs 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 import shutil
@@ -17,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.agent.command import accelerate_command
 from launcher.base.errors import ConfigError
 from launcher.base.paths import slurm_templates_dir
 from launcher.config.sbatch import asks_for_gpus
@@ -26,6 +26,7 @@ from launcher.config.settings import RunConfig
 _BACKSTOP_S = 60
 """So many seconds before the time limit, or up to 60 earlier, the batch shell gets SIGUSR1. It obeys where the ranks do
 not know the job's end; those that do stop by themselves, later than the signal mostly comes."""
+_WAIT_S = 120
 _OPTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}
 _OURS = {
@@ -209,31 +210,6 @@ def shell_word(value: object) -> str:
     return f"$'{escaped}'"
 
 
-def launch_lines(config: RunConfig) -> list[str]:
-    """`accelerate launch` with all its flags, a shell word or a flag with its value on each line.
-
-    What only the job knows (this node's rank, the first node, the port, the cores) is left to the shell.
-    """
-    launch = dataclasses.replace(config.launch, machine_rank=0, main_process_ip="")
-    command = accelerate_command(dataclasses.replace(config, launch=launch), [], port=0)
-    given_by_job = {
-        "--config_file": "$code_dir/launcher/agent/accelerate.yaml",
-        "--num_cpu_threads_per_process": "$threads",
-        "--machine_rank": "$SLURM_NODEID",
-        "--main_process_ip": "$main_process_ip",
-        "--main_process_port": "$main_process_port",
-    }
-    flags = command[command.index("--config_file") : command.index("-m", command.index("--config_file"))]
-    lines = ["accelerate launch"]
-    for word in flags:
-        if word.startswith("--"):
-            lines.append(word)
-            continue
-        flag = lines[-1]
-        lines[-1] += f' "{given_by_job[flag]}"' if flag in given_by_job else f" {shlex.quote(word)}"
-    return [*lines, '-m launcher.train --config-file "$run_dir/slurm/config.yaml"']
-
-
 def render(
     template: str, config: RunConfig, *, run_dirs: Sequence[Path], code_dir: Path, script: Path, log: str,
     array: str | None = None,
@@ -250,20 +226,22 @@ def render(
     launch = config.launch
     return environment.get_template(template).render(
         sbatch_lines=sbatch_lines(config, log, array),
-        launch_lines=launch_lines(config),
         srun_options=_srun_options(config, script.parent.parent),
-        in_container=_in_container(config, script.parent.parent),
         run_dirs=run_dirs,
         code_dir=code_dir,
         script=script,
         launch=launch,
-        local_processes=max(1, (launch.num_processes or 1) // launch.num_machines),
         bin_dir=None if launch.container else Path(sys.executable).parent,
     )
 
 
 def _srun_options(config: RunConfig, root: Path) -> list[str]:
-    options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none"]
+    """An agent ends with an error only where another one has gone: then srun need not wait for a node that is dead.
+
+    `wait`: seconds from the end of the first agent to that of the last, which may have checkpoints to send.
+    """
+    wait_s = _WAIT_S + (math.ceil(config.hub.max_wait_s) if config.hub.push_to_hub else 0)
+    options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", f"--wait={wait_s}", "--export=ALL", "--cpu-bind=none"]
     return [*options, *(["--label"] if config.launch.num_machines > 1 else []), *_container_options(config, root)]
 
 
@@ -276,9 +254,3 @@ def _container_options(config: RunConfig, root: Path) -> list[str]:
         f"--container-image={config.launch.container}", f"--container-mounts={mounts}",
         f"--container-workdir={Path.cwd()}",
     ]  # fmt: skip
-
-
-def _in_container(config: RunConfig, root: Path) -> list[str]:
-    """What runs a helper where the ranks ran: nothing, or one more step in the container."""
-    container = _container_options(config, root)
-    return ["srun", "--nodes=1", "--ntasks=1", "--overlap", *container] if container else []

@@ -21,7 +21,7 @@ from launcher.config.rules import leaves
 from launcher.config.sbatch import meant_option
 from launcher.config.settings import LaunchConfig, RunConfig, to_dict
 from launcher.slurm.queue import ask_slurm, live_jobs
-from launcher.slurm.render import launch_lines, render, sbatch_lines, with_slurm_defaults
+from launcher.slurm.render import render, sbatch_lines, with_slurm_defaults
 from launcher.slurm.snapshot import Snapshot, take_snapshot
 
 _NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionConfig", "BadConstraints")
@@ -169,7 +169,7 @@ def _plan_arrays(
 def _kind(config: RunConfig) -> tuple[str, ...]:
     """All that the script of an array says for each of its tasks."""
     shared = replace(config, run_name="")
-    return (*sbatch_lines(shared, ""), *launch_lines(shared), repr(_without_resources(config.launch)))
+    return (*sbatch_lines(shared, ""), repr(_without_resources(config.launch)))
 
 
 def _without_resources(launch: LaunchConfig) -> LaunchConfig:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from launcher.base import files, lock, words
 from launcher.base.errors import RunLockLostError
+from launcher.base.first_moments import put_back
 from launcher.sweep import jobs
 from launcher.sweep.devices import Slot
 from launcher.sweep.jobs import Job, SweepPaths
@@ -59,7 +60,7 @@ class Listed:
 
 
 class StopRequests:
-    """Counts SIGINT, SIGTERM and SIGHUP: the first stops with a save, the second kills."""
+    """Counts SIGINT, SIGTERM, SIGHUP and SIGUSR1: the first stops with a save, the second kills."""
 
     def __init__(self) -> None:
         self.count, self._last = 0, -_SAME_PRESS_S
@@ -72,13 +73,12 @@ class StopRequests:
 
     @contextmanager
     def installed(self) -> Iterator[StopRequests]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            put_back(before.items())
 
 
 @contextmanager

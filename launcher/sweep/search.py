@@ -6,6 +6,7 @@ still RUNNING in the study is continued under its own number, and values that we
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import deque
@@ -18,6 +19,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial, TrialState
 
+from launcher.base import files
 from launcher.base.errors import ConfigError
 from launcher.base.paths import RunPaths
 from launcher.sweep.jobs import Job, SweepTable, needs_run, read_job
@@ -171,8 +173,9 @@ class Search:
         trial = self._trials[job.name][0]
         is_new = self._report(trial, self._tails[job.name].new_lines())
         stop_file = RunPaths(job.output_dir).stop_file
-        if is_new and trial.should_prune() and not stop_file.exists():
-            stop_file.write_text("pruned\n", encoding="utf-8")
+        if is_new and trial.should_prune() and not files.is_taken(stop_file):
+            with contextlib.suppress(OSError):  # a full disk: asked again after the next evaluation
+                files.replace_file(stop_file, b"pruned\n")
 
     def ended(self, job: Job, status: RunStatus) -> None:
         """Tells the study. An interrupted trial stays RUNNING there: the next start continues it."""

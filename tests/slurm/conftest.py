@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from launcher.config.settings import LaunchConfig, RunConfig
+from launcher.config.compose import compose_arguments
+from launcher.config.settings import LaunchConfig
 from launcher.slurm import submit_run
 from tests.slurm.cluster import Cluster, missing, wait_for
 from tests.slurm.stand_in import expected_weights
@@ -83,7 +84,12 @@ class StandInRun:
     def pid(self, node: int) -> int:
         return int((self.root / f"pid-{node}").read_text())
 
-    def wait_step(self, step: int, timeout_s: float = 30) -> None:
+    def agent_pid(self, node: int) -> int:
+        """Of the agent that has started the stand-in of a node."""
+        stat = Path(f"/proc/{self.pid(node)}/stat").read_text()
+        return int(stat.rpartition(")")[2].split()[1])
+
+    def wait_step(self, step: int, timeout_s: float = 90) -> None:
         wait_for(lambda: self.step >= step, timeout_s, lambda: f"step {step}: {self.run_json()}\n{self.log()}", 0.05)
 
     def wait_completed(self, timeout_s: float = 60) -> None:
@@ -99,14 +105,15 @@ class StandInRun:
 SubmitStandIn = Callable[..., StandInRun]
 
 
-def stand_in_launch(bin_dir: Path, *, num_steps: int, step_s: float = 0.1, **launch: Any) -> LaunchConfig:
-    """A launch group whose jobs find the stand-in where `accelerate` would be."""
-    bin_dir.mkdir(exist_ok=True)
-    accelerate = bin_dir / "accelerate"
-    accelerate.write_text(f'#!/bin/bash\nexec {sys.executable} {_STAND_IN} "$@"\n', encoding="utf-8")
-    accelerate.chmod(0o755)
+def stand_in_launch(modules_dir: Path, *, num_steps: int, step_s: float = 0.1, **launch: Any) -> LaunchConfig:
+    """A launch group whose jobs find the stand-in where Accelerate would be."""
+    module = modules_dir / "accelerate" / "commands" / "launch.py"
+    module.parent.mkdir(parents=True, exist_ok=True)
+    for package in (module.parent, module.parent.parent):  # without, those of site-packages would be found
+        (package / "__init__.py").touch()
+    module.write_text(_STAND_IN.read_text(encoding="utf-8"), encoding="utf-8")
     env = {"STAND_IN_STEPS": str(num_steps), "STAND_IN_STEP_S": str(step_s), **launch.pop("env", {})}
-    setup = [*launch.pop("setup", []), f"export PATH={bin_dir}:$PATH"]
+    setup = [*launch.pop("setup", []), f"export PYTHONPATH={modules_dir}:$PYTHONPATH"]
     return LaunchConfig(**{"num_machines": 2, "env": env, "setup": setup, **launch})
 
 
@@ -117,8 +124,11 @@ def submit_stand_in(use_cluster: Cluster, tmp_path: Path) -> SubmitStandIn:
 
 def submitter(cluster: Cluster, folder: Path) -> SubmitStandIn:
     def submit(output_dir: str = "run", num_steps: int = 40, **launch: Any) -> StandInRun:
-        group = stand_in_launch(folder / "bin", num_steps=num_steps, **launch)
-        submission = submit_run(RunConfig(output_dir=output_dir, run_name="stand-in", launch=group))
+        group = stand_in_launch(folder / "modules", num_steps=num_steps, **launch)
+        config = dataclasses.replace(
+            compose_arguments(["strategy=ddp"]), output_dir=output_dir, run_name="stand-in", launch=group
+        )
+        submission = submit_run(config)
         return StandInRun(cluster, Path(output_dir).resolve(), submission.job_id, num_steps)
 
     return submit

@@ -1,7 +1,7 @@
 """Stands in for `accelerate launch -m launcher.train` on one node: a run of tiny steps that obeys what ranks obey.
 
 Its "weights" are a hash chain over the steps, so that a step lost or done twice shows. The first node does the steps
-and saves every 5th; the others only wait, and, like ranks in a collective, do not notice when a peer has gone.
+and saves every 5th, and fails, as a collective would, where a peer has gone; the others only wait.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def expected_weights(max_steps: int) -> str:
 
 
 class MainNode:
-    def __init__(self, root: Path, max_steps: int, step_s: float) -> None:
+    def __init__(self, root: Path, num_nodes: int, max_steps: int, step_s: float) -> None:
         self.root, self.max_steps, self.step_s = root, max_steps, step_s
+        self.peers = [peer(root, node) for node in range(1, num_nodes)]
         self.checkpoint = root / "checkpoint.json"
         saved = json.loads(self.checkpoint.read_text()) if self.checkpoint.exists() else {"step": 0, "weights": ""}
         self.step, self.weights = saved["step"], saved["weights"]
@@ -52,6 +53,9 @@ class MainNode:
 
     def save(self) -> None:
         write(self.checkpoint, {"step": self.step, "weights": self.weights})
+        folder = self.root / f"checkpoint-{self.step}"
+        folder.mkdir(exist_ok=True)
+        write(folder / "manifest.json", {})
 
     def stop_reason(self) -> str | None:
         stop = self.root / "STOP"
@@ -65,6 +69,8 @@ class MainNode:
         self.report("running")
         while self.step < self.max_steps:
             time.sleep(self.step_s)
+            if not all(Path(f"/proc/{pid}").exists() for pid in self.peers):
+                sys.exit(1)
             self.weights = hashlib.sha256(f"{self.weights}{self.step}".encode()).hexdigest()
             self.step += 1
             if self.step % SAVE_STEPS == 0:
@@ -76,6 +82,15 @@ class MainNode:
                 return self.report("interrupted", reason)
         self.save()
         return self.report("finished")
+
+
+def peer(root: Path, node: int) -> int:
+    """The process of another node in this start, once it is there."""
+    while True:
+        text = (root / f"peer-{node}").read_text() if (root / f"peer-{node}").exists() else ""
+        if text and json.loads(text)["attempt"] == os.environ["LAUNCHER_ATTEMPT"]:
+            return int(json.loads(text)["pid"])
+        time.sleep(0.05)
 
 
 def wait_for_main(root: Path) -> None:
@@ -104,6 +119,7 @@ def main() -> None:
     given, _ = parser.parse_known_args()
     root = Path(yaml.safe_load(Path(given.config_file).read_text())["output_dir"])
     write(root / f"pid-{given.machine_rank}", os.getpid())
+    write(root / f"peer-{given.machine_rank}", {"attempt": os.environ["LAUNCHER_ATTEMPT"], "pid": os.getpid()})
     if given.num_machines > 1:
         socket.getaddrinfo(given.main_process_ip, 1)
     if message := os.environ.get("STAND_IN_REFUSES"):
@@ -114,7 +130,9 @@ def main() -> None:
         (root / "imported").write_text(__import__(module).__file__ + " " + __import__(module).VALUE)
     if given.machine_rank:
         return wait_for_main(root)
-    return MainNode(root, int(os.environ["STAND_IN_STEPS"]), float(os.environ["STAND_IN_STEP_S"])).run()
+    return MainNode(
+        root, given.num_machines, int(os.environ["STAND_IN_STEPS"]), float(os.environ["STAND_IN_STEP_S"])
+    ).run()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,11 +39,20 @@ def test_job_is_failed_and_not_restarted_when_input_is_wrong(submit_stand_in: Su
 def test_job_is_failed_when_every_restart_crashes(submit_stand_in: SubmitStandIn) -> None:
     run = submit_stand_in(env={"STAND_IN_CRASHES": "1"}, max_restarts=1)
     run.cluster.wait_state(run.job_id, "FAILED")
-    assert run.log().count("restarting from the last checkpoint") == 1
+    assert run.log().count("restarting from the beginning") == 1
     assert (run.run_json()["state"], run.run_json()["reason"]) == ("failed", "crash")
 
 
 # --------------------------------------------------------------------------- stopped from outside, and going on
+
+
+def _in_order_of_step_5(runs: dict[str, StandInRun], names: list[str]) -> Iterator[str]:
+    """Slurm starts jobs one after the other, and the first ones must not have ended when the last has begun."""
+    while names:
+        wait_for(lambda: any(runs[name].step >= 5 for name in names), 60, lambda: f"step 5 of one of {names}")
+        for name in [name for name in names if runs[name].step >= 5]:
+            names.remove(name)
+            yield name
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +62,17 @@ def stopped(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with talking_to(cluster, folder):
         submit = submitter(cluster, folder)
         runs = {
-            "term": submit("term"),
-            "requeue": submit("requeue"),
-            "cancel": submit("cancel"),
-            "stop_file": submit("stop_file"),
-            "refused": submit("refused", sbatch={"requeue": False}),
-            "bounded": submit("bounded", max_requeues=0),
+            "term": submit("term", 120),
+            "requeue": submit("requeue", 120),
+            "cancel": submit("cancel", 120),
+            "stop_file": submit("stop_file", 120),
+            "refused": submit("refused", 120, sbatch={"requeue": False}),
+            "bounded": submit("bounded", 120, max_requeues=0),
             "time_limit": submit(
                 "time_limit",
-                25,
+                100,
                 sbatch={"time": "1", "signal": "B:USR1@0"},
-                env={"STAND_IN_MARGIN_S": "57", "SLURM_TIME_FORMAT": "relative"},
+                env={"STAND_IN_MARGIN_S": "50", "SLURM_TIME_FORMAT": "relative"},
             ),
             "backstop": submit(
                 "backstop",
@@ -73,12 +82,16 @@ def stopped(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 setup=["unset SLURM_JOB_END_TIME", "squeue() { false; }"],
             ),
         }
-        for name in ("term", "requeue", "cancel", "stop_file", "refused", "bounded"):
-            runs[name].wait_step(5)
-        (runs["stop_file"].root / "STOP").touch()
-        cluster.run("scancel", "--signal=TERM", *(runs[name].job_id for name in ("term", "refused", "bounded")))
-        cluster.run("scontrol", "requeue", runs["requeue"].job_id)
-        cluster.run("scancel", runs["cancel"].job_id)
+        actions: dict[str, Callable[[StandInRun], object]] = {
+            **dict.fromkeys(
+                ("term", "refused", "bounded"), lambda run: cluster.run("scancel", "-s", "TERM", run.job_id)
+            ),
+            "requeue": lambda run: cluster.run("scontrol", "requeue", run.job_id),
+            "cancel": lambda run: cluster.run("scancel", run.job_id),
+            "stop_file": lambda run: (run.root / "STOP").touch(),
+        }
+        for name in _in_order_of_step_5(runs, [*actions]):
+            actions[name](runs[name])
         yield runs
 
 
@@ -187,9 +200,10 @@ def test_job_continues_when_a_node_dies_unnoticed_by_slurm(submit_stand_in: Subm
     """Restarts must not be used up on a node that is gone."""
     run = submit_stand_in(max_restarts=0)
     run.wait_step(12)
+    agent, rank = run.agent_pid(1), run.pid(1)
     run.cluster.crash_node("n1")
-    os.kill(run.pid(1), signal.SIGKILL)
-    os.kill(run.pid(0), signal.SIGKILL)
+    os.kill(agent, signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
     try:
         wait_for(lambda: run.cluster.job(run.job_id).get("Restarts") == "1", 120, lambda: f"a requeue\n{run.log()}")
     finally:
@@ -204,7 +218,18 @@ def test_job_is_failed_when_a_node_does_not_see_output_dir(
     run = submit_stand_in(output_dir=str(use_cluster.private_dir / "run"))
     run.cluster.wait_state(run.job_id, "FAILED", timeout_s=60)
     assert run.cluster.job(run.job_id)["ExitCode"] == "2:0"
-    assert f"node n1 does not see, or cannot write to, output_dir={run.root}" in run.log()
+    words = f"node n1 does not see in output_dir={run.root} what node n0 has written in output_dir={run.root}"
+    assert words in run.log()
+
+
+@pytest.mark.parametrize("node", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_all_start_again_inside_the_job_when_an_agent_is_killed(submit_stand_in: SubmitStandIn, node: int) -> None:
+    run = submit_stand_in()
+    run.wait_step(12)
+    os.kill(run.agent_pid(node), signal.SIGKILL)
+    run.wait_completed()
+    assert run.cluster.job(run.job_id)["Restarts"] == "0"
+    assert "an agent was lost (srun ended with" in run.log() and "starting all again (1 of" in run.log()
 
 
 # --------------------------------------------------------------------------- what the job runs

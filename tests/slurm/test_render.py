@@ -17,6 +17,7 @@ from launcher.base.errors import ConfigError
 from launcher.base.paths import slurm_templates_dir
 from launcher.config.settings import LaunchConfig, RunConfig, StrategyConfig
 from launcher.slurm import ArrayJob, render_arrays, render_run
+from launcher.slurm.render import with_slurm_defaults
 
 _GOLDEN = Path(__file__).parent.parent / "golden"
 _GPU = {"gpus_per_node": 8, "sbatch": {"partition": "gpu", "time": "12:00:00", "exclusive": True}}
@@ -109,7 +110,8 @@ def test_percent_of_output_dir_is_no_pattern_of_sbatch() -> None:
 
 
 def test_processes_follow_from_gpus_when_not_set() -> None:
-    assert "--num_processes 16 " in render_run(RunConfig(launch=LaunchConfig(num_machines=2, gpus_per_node=8)))
+    config = with_slurm_defaults(RunConfig(launch=LaunchConfig(num_machines=2, gpus_per_node=8)), Path("/shared/run"))
+    assert config.launch.num_processes == 16
 
 
 def test_every_contradiction_is_named_when_there_are_several() -> None:

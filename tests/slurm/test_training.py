@@ -156,6 +156,7 @@ class LimitedRun:
     run: TrainingRun
     ends: dict[int, float] = field(default_factory=dict)
     stops: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _attempts: list[str] = field(default_factory=list)
 
     def look(self) -> bool:
         """Notes how the job stands; True once it has ended."""
@@ -163,8 +164,10 @@ class LimitedRun:
         state = job["JobState"]
         if state == "RUNNING":
             self.ends[int(job["Restarts"])] = datetime.fromisoformat(job["EndTime"]).timestamp()
+        if run.get("attempt") not in (None, *self._attempts):
+            self._attempts.append(run["attempt"])
         if run.get("state", "running") != "running":
-            self.stops[int(run["attempt"].split("-")[1])] = run
+            self.stops[self._attempts.index(run["attempt"])] = run
         return state not in ("RUNNING", "PENDING", "COMPLETING", "REQUEUED")
 
     def check(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.base.manifest import verify
 from tests.sweep.runner import ROOT, wait_until
 
 pytestmark = pytest.mark.slow
@@ -19,6 +20,10 @@ TINY = [
     "model=tiny_llama", "model.config.num_hidden_layers=1", "model.config.hidden_size=32", "data=arithmetic",
     "experiment=none", "launch.num_processes=1", "train.train_batch_size=8", "train.logging_steps=1",
     "checkpoint.save_steps=5", "tracker=off",
+]  # fmt: skip
+PRUNED = [
+    "strategy=ddp", "train.max_steps=2000", "eval.eval_strategy=steps", "eval.eval_steps=5",
+    "checkpoint.metric_for_best_model=loss",
 ]  # fmt: skip
 QUIET = ["eval.eval_strategy=no", "checkpoint.load_best_model_at_end=false"]
 
@@ -78,3 +83,29 @@ def test_a_hopeless_run_is_pruned_and_keeps_its_checkpoint(tmp_path: Path) -> No
     assert state["state"] == "pruned"
     assert 0 < state["step"] < 2000
     assert (run / f"checkpoint-{state['step']}" / "manifest.json").is_file()
+
+
+def test_run_is_pruned_with_any_number_of_ranks_and_goes_on_alone(tmp_path: Path) -> None:
+    """All ranks agree on the step at which they stop, save it together, and the checkpoint is one to go on from."""
+    sweep = tmp_path / "sweep"
+    asked = [
+        "-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=brute_force", "hydra/sweeper/pruner=threshold",
+        "hydra.sweeper.pruner.upper=0.001", "hydra.sweeper.n_trials=4", "launch.num_processes=choice(1,2,3,4)",
+        "sweep.num_slots=1", *PRUNED, f"output_dir={sweep}",
+    ]  # fmt: skip
+    assert "4 pruned" in finish(launcher_train(*asked))
+    for count in (1, 2, 3, 4):
+        run = sweep / f"launch.num_processes={count}"
+        state = json.loads((run / "run.json").read_text())
+        assert (state["state"], state["reason"], state["world_size"]) == ("pruned", None, count)
+        assert 0 < state["step"] < 2000
+        assert verify(run / f"checkpoint-{state['step']}") == []
+        assert not (run / "STOP").exists() and not list(run.glob(".tmp-*"))
+    run = sweep / "launch.num_processes=4"
+    before = (run / "run.json").read_bytes()
+    finish(launcher_train(*asked))
+    assert (run / "run.json").read_bytes() == before, "run again, it has nothing to do"
+    steps = json.loads((run / "run.json").read_text())["step"] + 5
+    alone = ["launch.num_processes=4", *PRUNED, f"train.max_steps={steps}", f"output_dir={run}"]
+    finish(launcher_train(*alone, "checkpoint.accept_changes=true"))
+    assert json.loads((run / "run.json").read_text())["step"] == steps
