@@ -7,6 +7,7 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # requeuei
 job=${job:-$SLURM_JOB_ID}
 starts=${SLURM_RESTART_COUNT:-0}
 requeues=$((starts + ${1:-0})) # $1: those of the jobs that this one follows up
+readonly run_dir code_dir script max_restarts max_requeues job starts requeues # launch.setup must not change them
 
 say() { echo "launcher: $*"; }
 

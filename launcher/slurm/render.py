@@ -90,11 +90,21 @@ def _sbatch_problems(sbatch: Mapping[str, Any]) -> list[str]:
 def _env_problems(env: Mapping[str, str]) -> list[str]:
     wrong = [name for name in env if not (name.isidentifier() and name.isascii())]
     problems = [f"launch.env.{name} is no name of an environment variable (letters, digits and _)" for name in wrong]
+    problems += [
+        f"launch.env.{name} would change a variable of the batch script's own. Choose another name, in capitals"
+        for name in sorted(set(env) & _own_variables())
+    ]
     return problems + [
         f"launch.env.{name} must be text without zero bytes that UTF-8 can hold (got {value!r})"
         for name, value in env.items()
         if not _is_text(value)
     ]
+
+
+def _own_variables() -> set[str]:
+    """Names that the scripts assign to."""
+    texts = [path.read_text(encoding="utf-8") for path in slurm_templates_dir().glob("*.s*")]
+    return {name for text in texts for name in re.findall(r"(?<![\w$./-])([a-z_]+)\+?=(?!=)", text)}
 
 
 def _text_problems(config: RunConfig, run_dir: Path) -> list[str]:

@@ -27,7 +27,8 @@ def overrides(folder: Path, *more: str) -> list[str]:
 def test_stop_before_the_first_step_ends_within_seconds(tmp_path: Path) -> None:
     """While the ranks import their libraries: nothing is lost, so the code is 75."""
     with launched(overrides(tmp_path), tmp_path / "run") as run:
-        time.sleep(3.0)
+        wait_until(lambda: (tmp_path / "run" / "logs" / "agent.log").exists(), "the start of the ranks")
+        time.sleep(1.0)
         started = time.monotonic()
         os.kill(run.process.pid, signal.SIGTERM)
         assert run.wait(30) == 75, run.text()

@@ -304,6 +304,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
         ("launch.env.A=null", ["launch.env.A", "None", "text"]),
         ("launch.env.A.B=1", ["launch.env.A", "text"]),
         ("launch.env.A-B=1", ["launch.env.A-B", "letters, digits and _"]),
+        ("launch.env.job=1", ["launch.env.job", "batch script's own"]),
+        ("launch.env.verdict_file=1", ["launch.env.verdict_file", "batch script's own"]),
         ("launch.main_process_port=99999999", ["launch.main_process_port", "65535"]),
         ("launch.setup=['echo ${HOME}']", ["launch.setup[0]", "$HOME"]),
         ("launch.setup=['if true; then']", ["launch.setup", "syntax error", "if true; then"]),
