@@ -8,7 +8,7 @@ for any number of processes and any ZeRO stage is the same walk over ranges, wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -69,13 +69,12 @@ class Segment:
                 found[name] = value.detach().view(-1)
         return found
 
-    def scalars(self) -> dict[str, float | int]:
-        """The states with one value per tensor (step)."""
-        found: dict[str, float | int] = {}
+    def scalars(self) -> dict[str, Tensor | float | int]:
+        """The states with one value per tensor (step), where they are; `read_scalars` reads them."""
+        found: dict[str, Tensor | float | int] = {}
         for name, value in self.state.items():
-            if isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0:
-                found[name] = value.item()
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            is_scalar = isinstance(value, Tensor) and value.dim() == 0
+            if is_scalar or (isinstance(value, (int, float)) and not isinstance(value, bool)):
                 found[name] = value
         return found
 
@@ -88,6 +87,22 @@ class Segment:
     def signature(self) -> tuple[str, ...]:
         """Which states there are: none before the first step that was applied."""
         return tuple(sorted(self.state))
+
+
+def read_scalars(segments: Sequence[Segment]) -> list[dict[str, float | int]]:
+    """`scalars` of each segment, with one transfer for all that are alike: a fused optimizer keeps hundreds of them on
+    the device, and reading one makes the host wait for it."""
+    found = [segment.scalars() for segment in segments]
+    alike: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str]]] = {}
+    for scalars in found:
+        for name, value in scalars.items():
+            if isinstance(value, Tensor):
+                alike.setdefault((value.device, value.dtype), []).append((scalars, name))
+    for places in alike.values():
+        values = torch.stack([scalars[name] for scalars, name in places]).tolist()
+        for (scalars, name), value in zip(places, values, strict=True):
+            scalars[name] = value
+    return found  # type: ignore[return-value]
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:

@@ -191,5 +191,26 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, An
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The tensors of a micro-batch on a device; numbers stay numbers."""
-    return {k: v if isinstance(v, int) else v.to(device, non_blocking=True) for k, v in batch.items()}
+    """A micro-batch on a device, without waiting for it; numbers stay numbers.
+
+    What a pass would otherwise have to ask the device for, and wait, is found here: `targets` instead of labels,
+    and of transformers' masks `is_full` (no padding) and `is_packed` (several rows in one).
+    """
+    from launcher.base.targets import targets_of
+
+    found = dict(batch)
+    if "labels" in found:
+        found["targets"] = targets_of(found.pop("labels"))
+    mask, positions = found.get("attention_mask"), found.get("position_ids")
+    found["is_full"] = mask is None or bool(mask.numpy().all())
+    found["is_packed"] = positions is not None and bool((np.diff(positions.numpy(), axis=-1) != 1).any())
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*map(moved, value))
+        if isinstance(value, int) or value.device == device:
+            return value
+        pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+        return pinned.to(device, non_blocking=True)
+
+    return {name: moved(value) for name, value in found.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,49 @@ def build_without_memory(cls: Any, config: Any, dtype: torch.dtype) -> Any:
         model = cls._from_config(copy.deepcopy(config), dtype=dtype)
         model.tie_weights()
     return model
+
+
+_masks: tuple[bool | None, bool | None] = (None, None)
+
+
+@contextlib.contextmanager
+def known_masks(is_full: bool | None, is_packed: bool | None) -> Iterator[None]:
+    """Inside, transformers does not ask the device what is known of a micro-batch: whether its 2D mask has no padding,
+    and whether positions restart in a row. Each such question stops the host until the device has done everything
+    before it. None: it asks.
+    """
+    global _masks
+    _teach_masks()
+    before, _masks = _masks, (is_full, is_packed)
+    try:
+        yield
+    finally:
+        _masks = before
+
+
+@functools.cache
+def _teach_masks() -> None:
+    from transformers import masking_utils
+
+    asks_all = getattr(masking_utils, "fast_all", None)  # not there before 5.20
+    asks_packed = masking_utils.find_packed_sequence_indices
+
+    def fast_all(tensor: Tensor) -> Any:
+        if _masks[0] is None or torch.compiler.is_compiling():
+            return asks_all(tensor) if asks_all is not None else tensor.all()
+        return _masks[0] or not tensor.numel()
+
+    def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
+        if _masks[1] is None or torch.compiler.is_compiling():
+            found: Tensor | None = asks_packed(position_ids)
+            return found
+        if not _masks[1]:
+            return None
+        return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+    if asks_all is not None:
+        masking_utils.fast_all = fast_all
+    masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
 
 
 def stored_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NO_LOSS = -100
+from launcher.base.targets import Targets
+
 _CHUNK_POSITIONS = {"cpu": 256, "cuda": 2048}
 _LARGEST = 9.9
 """Logits of up to sinh(9.9) = 10,000 are looked at, far beyond any cap."""
 _TOLERANCE = 1e-6
-LABELS = "fused_head_labels"
+TARGETS = "fused_head_targets"
 """The keyword of `forward` that asks for the loss instead of logits."""
 
 
@@ -104,7 +105,7 @@ def maybe_fuse_head(model: Any, device: torch.device, known: AfterHead | None = 
 
     A stand-in for the head shows what the forward pass does with logits. Where that is neither nothing, nor a scale,
     nor a soft cap, or where the head is not called exactly once on every position, the model stays as it is.
-    After this, `model(**inputs, fused_head_labels=labels_BT)` returns {"loss": summed cross entropy in fp32,
+    After this, `model(**inputs, fused_head_targets=Targets(…))` returns {"loss": summed cross entropy in fp32,
     "aux_loss": the router loss or None}; without that keyword nothing changes. Every process must call it.
 
     Args:
@@ -127,20 +128,18 @@ def maybe_fuse_head(model: Any, device: torch.device, known: AfterHead | None = 
 
     @functools.wraps(whole)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.pop(LABELS, None)
-        if labels is None:
+        targets: Targets | None = kwargs.pop(TARGETS, None)
+        if targets is None:
             return whole(*args, **kwargs)
         stand = _Stand(head, lambda hidden: hidden.new_empty((hidden.shape[0], 0, 1)))
         outputs = _with_stand(where, stand, lambda: whole(*args, **kwargs))
         (hidden,) = stand.given
-        targets = labels[:, 1:]
-        is_labelled = targets != NO_LOSS
-        chosen, targets = hidden[:, :-1][is_labelled], targets[is_labelled]
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
         if is_linear:
-            loss = head(chosen, targets)
+            loss = head(chosen, targets.tokens)
         else:  # LoRA on the head: one call, since processes under ZeRO-3 must make the same number of calls
             logits = after.apply_(head(chosen).float().clone())
-            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            loss = nn.functional.cross_entropy(logits, targets.tokens, reduction="sum")
         return {"loss": loss, "aux_loss": getattr(outputs, "aux_loss", None)}
 
     model.forward = forward

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from launcher.model.fused_head import LABELS, NO_LOSS, maybe_fuse_head
+from launcher.base.targets import targets_of
+from launcher.model import _transformers
+from launcher.model.fused_head import TARGETS, maybe_fuse_head
 
 
 class Losses(NamedTuple):
     """What a forward pass gives: the summed cross entropy (fp32 scalar, with graph), the number of labelled positions
-    (int64 scalar), and the router loss of a mixture of experts whose config asks for it (mean, not scaled)."""
+    here, and the router loss of a mixture of experts whose config asks for it (mean, not scaled)."""
 
     loss_sum: Tensor
-    num_labelled: Tensor
+    num_labelled: int
     router_loss: Tensor | None
 
 
-def summed_loss(model: nn.Module, batch: dict[str, Tensor], *, is_fused: bool = False) -> Losses:
+def summed_loss(model: nn.Module, batch: Mapping[str, Any], *, is_fused: bool = False) -> Losses:
     """Forward pass and the summed cross entropy over the labelled positions.
 
     Args:
-        batch: input_ids_BT, attention_mask_BT, labels_BT (-100: no loss), position_ids_BT where packed.
+        batch: input_ids_BT, attention_mask_BT, position_ids_BT where packed, and `targets`, as `data.to_device` gives
+            them; or labels_BT (-100: no loss) instead of the latter, which are looked for on the device.
         is_fused: the model was taught to give its loss (`fused_head.maybe_fuse_head`).
     """
-    labels = batch["labels"][:, 1:]
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    is_labelled = labels != NO_LOSS
-    if is_fused:
-        found = model(**inputs, use_cache=False, **{LABELS: batch["labels"]})
-        loss, router_loss = found["loss"], found["aux_loss"]
-    else:
-        outputs = model(**inputs, use_cache=False)
-        # Only labelled positions are widened to fp32: most of a chat's positions carry no loss.
-        chosen = outputs.logits[:, :-1][is_labelled].float()
-        loss = nn.functional.cross_entropy(chosen, labels[is_labelled], reduction="sum")
-        router_loss = getattr(outputs, "aux_loss", None)
-    return Losses(loss, is_labelled.sum(), router_loss if isinstance(router_loss, Tensor) else None)
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "targets", "is_full", "is_packed")}
+    targets = targets_of(batch["labels"]) if "labels" in batch else batch["targets"]
+    with _transformers.known_masks(batch.get("is_full"), batch.get("is_packed")):
+        if is_fused:
+            found = model(**inputs, use_cache=False, **{TARGETS: targets})
+            loss, router_loss = found["loss"], found["aux_loss"]
+        else:
+            outputs = model(**inputs, use_cache=False)
+            # Only labelled positions are widened to fp32: most of a chat's positions carry no loss.
+            chosen = outputs.logits.flatten(0, 1).index_select(0, targets.positions).float()
+            loss = nn.functional.cross_entropy(chosen, targets.tokens, reduction="sum")
+            router_loss = getattr(outputs, "aux_loss", None)
+    return Losses(loss, len(targets.tokens), router_loss if isinstance(router_loss, Tensor) else None)
 
 
-LossFunction = Callable[[nn.Module, dict[str, Tensor]], Losses]
+LossFunction = Callable[[nn.Module, Mapping[str, Any]], Losses]
 
 
 def build_loss(base: Any, device: torch.device, *, is_fused: bool) -> tuple[LossFunction, list[str]]:

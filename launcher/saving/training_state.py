@@ -19,7 +19,7 @@ from launcher.base.stored import StoredTensors
 from launcher.checkpoint import rng
 from launcher.checkpoint.engine import to_text
 from launcher.checkpoint.load import load_masters, load_trained_state, set_masters, set_rows
-from launcher.checkpoint.segments import TrainedState, collect
+from launcher.checkpoint.segments import TrainedState, collect, read_scalars
 from launcher.checkpoint.snapshot import SnapshotPlan, plan_snapshot
 from launcher.config.settings import RunConfig
 from launcher.model.build import saved_dtype, weights_stem
@@ -125,13 +125,12 @@ class TrainingState:
         }
 
     def _optimizer_state(self) -> dict[str, Any]:
-        groups = []
+        groups, segments = [], self.trained.segments
+        scalars = list(zip(segments, read_scalars(segments), strict=True))
         for i, group in enumerate(self.trained.optimizer.param_groups):
             by_scalars: dict[str, list[str]] = {}
-            own = {
-                e.param: s.scalars() for s in self.trained.segments if s.group == i and s.is_whole for e in s.extents
-            }
-            shared: dict[str, Any] = next((s.scalars() for s in self.trained.segments if s.group == i), {})
+            own = {e.param: found for s, found in scalars if s.group == i and s.is_whole for e in s.extents}
+            shared: dict[str, Any] = next((found for s, found in scalars if s.group == i), {})
             for info in self.trained.params:
                 if info.group == i:
                     by_scalars.setdefault(json.dumps(own.get(info.name, shared)), []).append(info.name)

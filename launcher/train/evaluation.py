@@ -64,7 +64,7 @@ class Evaluator:
         self.samples = []
         size, world = self._config.eval.per_device_eval_batch_size, self._processes.world_size
         self._model.eval()
-        loss_sum, labelled = 0.0, 0.0
+        loss_sum, labelled = torch.zeros((), dtype=torch.float64, device=self._accelerator.device), 0
         with torch.no_grad():
             for start in range(0, len(rows), size * world):
                 low = start + self._processes.rank * size
@@ -73,9 +73,9 @@ class Evaluator:
                 batch = to_device(batch, self._accelerator.device)
                 with self._accelerator.autocast():
                     loss, count, _ = self._loss(self._model, batch)
-                loss_sum, labelled = loss_sum + float(loss), labelled + float(count)
+                loss_sum, labelled = loss_sum + loss, labelled + count
                 self._watchdog.alive()
-            loss_total, count_total = self._processes.sum([loss_sum, labelled])
+            loss_total, count_total = self._processes.sum([float(loss_sum), labelled])
             values = {"eval_loss": loss_total / max(1.0, count_total)}
             if self._metric is not None:
                 self._watchdog.pause()

@@ -65,7 +65,7 @@ class TrainStep:
         for i, ids in enumerate(micro_batches):
             batch = collate(self._rows, ids, self._pad_token_id)
             mask = batch.get("attention_mask")
-            num_tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+            num_tokens += batch["input_ids"].numel() if mask is None else int(mask.numpy().sum())
             batch = to_device(batch, device)
             is_last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._no_sync():
@@ -80,8 +80,8 @@ class TrainStep:
                 self._backward(total, is_last=is_last)
             loss_sum += loss.detach()
         self._before_update()
-        grad_norm, is_applied = self._update()
-        return StepSums(float(loss_sum), float(router_loss), num_labelled, num_tokens, grad_norm, is_applied)
+        sums, is_applied = self._update([loss_sum, router_loss])
+        return StepSums(sums[0], sums[1], num_labelled, num_tokens, sums[2], is_applied)
 
     def _no_sync(self) -> Any:
         """DeepSpeed learns the boundary in `_backward`; DDP must not reduce before the last micro-batch."""
@@ -95,22 +95,32 @@ class TrainStep:
         else:
             self.accelerator.backward(loss)
 
-    def _update(self) -> tuple[float, bool]:
+    def _update(self, sums: list[torch.Tensor]) -> tuple[list[float], bool]:
         """Clips and applies; a non-finite gradient norm leaves the weights as they are.
 
+        Args:
+            sums: scalars of the device (fp64) that are to be known as well: the host waits once in a step, here.
+
         Returns:
-            The norm before clipping, and whether the step was applied.
+            Their values and the norm before clipping, and whether the step was applied.
         """
         if self._config.strategy.zero_stage:
             self.model.step()
-            grad_norm = float(self.model.get_global_grad_norm() or 0.0)
+            found = _read([*sums, self.model.get_global_grad_norm()])
             is_applied = not getattr(self.model.optimizer, "overflow", False)
         else:
             limit = self._config.train.max_grad_norm or math.inf
-            grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
-            is_applied = math.isfinite(grad_norm)
+            found = _read([*sums, self.accelerator.clip_grad_norm_(self.model.parameters(), limit)])
+            is_applied = math.isfinite(found[-1])
             if is_applied or self.accelerator.scaler is not None:
                 self.optimizer.step()
             self.optimizer.zero_grad()
         self.schedule.step()  # counts steps, applied or not, so that the rate follows from the step alone
-        return grad_norm, is_applied
+        return found, is_applied
+
+
+def _read(values: list[Any]) -> list[float]:
+    """Scalars of a device in one transfer; what is a number already, or None (0), stays on the host."""
+    on_device = [value.detach().double().view(()) for value in values if isinstance(value, torch.Tensor)]
+    read = iter(torch.stack(on_device).tolist() if on_device else [])
+    return [next(read) if isinstance(value, torch.Tensor) else float(value or 0.0) for value in values]

@@ -19,6 +19,8 @@ _NAMES = {
         "transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref",
         "transformers.integrations.deepspeed:unset_hf_deepspeed_config",
         "transformers.initialization:no_init_weights",
+        "transformers.masking_utils:fast_all",
+        "transformers.masking_utils:find_packed_sequence_indices",
         "transformers.core_model_loading:revert_weight_conversion",
         "transformers.core_model_loading:build_glob_alternation",
         "transformers.modeling_utils:remove_tied_weights_from_state_dict",

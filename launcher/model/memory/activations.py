@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from launcher.base.errors import UserError
+from launcher.base.targets import Targets
 from launcher.model.fused_head import AfterHead, chunk_positions, chunks_of, maybe_fuse_head
 from launcher.model.loss import summed_loss
 
@@ -169,7 +170,7 @@ class ActivationModel:
         model = self._model
         trained = [param for param in model.parameters() if param.requires_grad]
         inputs = self._batch(batch)
-        tracker = _Tracker([*model.parameters(), *model.buffers(), *inputs.values()])
+        tracker = _Tracker([*model.parameters(), *model.buffers(), *tree_leaves(inputs)])
         peaks: list[int] = []
 
         def took(param: Tensor) -> None:
@@ -207,12 +208,14 @@ class ActivationModel:
         with torch.autocast("cpu", dtype=self._autocast):
             yield
 
-    def _batch(self, batch: int) -> dict[str, Tensor]:
+    def _batch(self, batch: int) -> dict[str, Any]:
+        """Every position is labelled."""
         shape = (1, batch * self._num_tokens) if self._is_packed else (batch, self._num_tokens)
-        ids = torch.zeros(shape, dtype=torch.long)
+        ids, labelled = torch.zeros(shape, dtype=torch.long), torch.zeros(shape[0] * (shape[1] - 1), dtype=torch.long)
+        found = {"input_ids": ids, "targets": Targets(labelled, labelled)}
         if self._is_packed:
-            return {"input_ids": ids, "labels": ids, "position_ids": torch.zeros(shape, dtype=torch.long)}
-        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(shape, dtype=torch.long)}
+            return {**found, "position_ids": torch.zeros(shape, dtype=torch.long)}
+        return {**found, "attention_mask": torch.ones(shape, dtype=torch.long)}
 
 
 class SampledLayers:

@@ -1,0 +1,69 @@
+"""The host waits for the device once in an optimizer step; here counted by what would make it wait on CUDA."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from launcher.checkpoint.segments import collect, read_scalars
+from launcher.train import step as step_module
+from tests.one_step import FORMS, build_step
+
+_ASKING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select", "aten::equal")
+
+
+class _Waits(TorchDispatchMode):
+    """Notes every operation whose result the host needs before it can go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        has_mask = any(isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1:]))
+        if name in _ASKING or (name.startswith("aten::index") and has_mask):
+            frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "_dispatch" not in f.filename]
+            self.found.append(f"{name} at {frames[-2]}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", FORMS)
+def test_host_reads_the_device_once_in_a_step(form: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_device, reads = step_module.to_device, []
+
+    def on_the_host(*args: Any) -> Any:  # what it asks, it asks before anything is on the device
+        with _disable_current_modes():  # type: ignore[no-untyped-call]
+            return to_device(*args)
+
+    def read(values: list[Any]) -> list[float]:
+        reads.append(len(values))
+        with _disable_current_modes():  # type: ignore[no-untyped-call]
+            return read_all(values)
+
+    read_all = step_module._read
+    step = build_step(form, attention)
+    step.run(0)
+    monkeypatch.setattr(step_module, "to_device", on_the_host)
+    monkeypatch.setattr(step_module, "_read", read)
+    with _Waits() as waits:
+        sums = step.run(1)
+    assert waits.found == [] and reads == [3]
+    assert sums.loss_sum > 0 and sums.grad_norm > 0 and sums.is_applied
+
+
+def test_optimizer_scalars_are_read_together() -> None:
+    step = build_step("padded", "sdpa")
+    step.run(0)
+    state = collect(step.model, step.optimizer, rank=0, world_size=1)
+    with _Waits() as waits:
+        found = read_scalars(state.segments)
+        assert all(not segment.odd() for segment in state.segments)
+    assert waits.found == [] and len(found) > 10 and all(scalars == {"step": 1.0} for scalars in found)
