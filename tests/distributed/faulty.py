@@ -43,9 +43,11 @@ class FaultyAdamW(torch.optim.AdamW):
             loss.summed_loss = self._spoiled  # `build_loss` takes it from there, and is called later
 
     def _spoiled(self, model: Any, batch: Any, **settings: Any) -> loss.Losses:
+        borders = batch.get("cu_seq_lens_q")  # of rows one after another
+        num_rows = len(batch["input_ids"]) if borders is None else len(borders) - 1
         for fault in self._shortages:
             is_asked = fault.get("in_evaluation", False) is not torch.is_grad_enabled()
-            if is_asked and self._num_steps + 1 >= fault["step"] and len(batch["input_ids"]) > fault["above"]:
+            if is_asked and self._num_steps + 1 >= fault["step"] and num_rows > fault["above"]:
                 if fault.get("signal"):
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
