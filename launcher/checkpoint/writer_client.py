@@ -154,6 +154,7 @@ class WriterClient:
         self._process = subprocess.Popen(
             command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             pass_fds=[self._buffer.fd] if self._buffer.size else [],
+            process_group=0,  # torchrun signals the group of a rank, before a starting writer has learned to ignore it
         )  # fmt: skip
         assert self._process.stdout is not None and self._process.stdin is not None
         os.set_blocking(self._process.stdout.fileno(), False)

@@ -6,7 +6,7 @@ this package imports neither huggingface_hub nor torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,11 +24,15 @@ class Hub(Protocol):
     def pending_dirs(self) -> tuple[Path, ...]:
         """Folders with uploads that only page cache may hold: to be made durable before their checkpoints go."""
 
+    @property
+    def held_names(self) -> Collection[str]:
+        """Checkpoints that are being copied where there are no hard links, two at most: they may not go yet."""
+
     def start(self) -> None:
         """Picks up what an earlier run left. The uploader itself starts at the first poll or save."""
 
     def checkpoint_committed(self, step: int, folder: Path) -> None:
-        """Hands a committed checkpoint over; its folder may be deleted as soon as this returns."""
+        """Hands a committed checkpoint over; its folder may be deleted afterwards, unless it is in `held_names`."""
 
     def poll(self) -> list[str]:
         """Call at every step boundary. Returns lines for the progress display that are new since the last call."""
@@ -53,6 +57,7 @@ class NoHub:
     """The null object where nothing is pushed."""
 
     pending_dirs: tuple[Path, ...] = ()
+    held_names: Collection[str] = ()
 
     def start(self) -> None:
         pass

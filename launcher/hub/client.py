@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,15 @@ class SpoolHub:
         self._notices: list[str] = []
         self._events_offset = 0
         self._next_poll = 0.0
+        self._copies_failed: list[str] = []
 
     @property
     def pending_dirs(self) -> tuple[Path, ...]:
         return (self._spool.queue_dir, self._spool.active_dir)  # in this order: uploads move from one to the other
+
+    @property
+    def held_names(self) -> Collection[str]:
+        return self._spool.copies.names
 
     def start(self) -> None:
         with self._never_raising("start"):
@@ -117,12 +122,32 @@ class SpoolHub:
         home = self._spool.add(item)
         if self._settings.is_newest_enough:
             self._spool.record(passed_over=self._spool.pass_over(home.name))
+        self._note_copies()
         dropped = self._spool.drop_beyond(self._spool_limit(item.total_bytes))
         if dropped:
             self._spool.record(dropped=dropped)
             self._notices.append(
                 f"Hub: {', '.join(dropped)} will not be uploaded: the spool holds more than hub.max_spool_bytes. "
                 f"Raise it, or send a checkpoint by hand: launcher push {self._paths.root}/checkpoint-N"
+            )
+
+    def _note_copies(self) -> None:
+        """Counts and tells the copies that were not made, where the disk has no hard links."""
+        if gave_way := self._spool.copies.take_gave_way():
+            if self._settings.is_newest_enough:
+                self._spool.record(passed_over=gave_way)
+            else:
+                self._spool.record(dropped=gave_way)
+                self._notices.append(
+                    f"Hub: {', '.join(gave_way)} will not be uploaded: {self._spool.root} has no hard links here, and "
+                    "saves come faster than they can be copied. A larger checkpoint.save_steps helps, or "
+                    f"hub.hub_strategy=checkpoint. By hand, while it is there: launcher push RUN/checkpoint-N"
+                )
+        for name, error in self._spool.copies.take_failed():
+            self._copies_failed.append(name)
+            self._notices.append(
+                f"Hub: ERROR: {name} could not be copied to be sent: {error}. It is whole; the next start tries again "
+                f"if it is still there. To send it by hand: launcher push {self._paths.root}/{name}"
             )
 
     def _spool_limit(self, checkpoint_bytes: int) -> int:
@@ -137,6 +162,7 @@ class SpoolHub:
         if now >= self._next_poll:
             self._next_poll = now + POLL_INTERVAL_S
             with self._never_raising("poll"):
+                self._note_copies()
                 if self._try_begin() and self._spool.pending():
                     self._uploader.ensure_running()
                 self._read_events()
@@ -155,7 +181,7 @@ class SpoolHub:
                 "repo_id": journal["repo_id"] or self._settings.bucket or self._settings.repo_id,
                 "pushed": list(journal["pushed"]),
                 "pending": pending,
-                "failed": [*ledger["dropped"], *journal["failed"]],
+                "failed": [*ledger["dropped"], *journal["failed"], *self._copies_failed],
                 "passed_over": [*ledger["passed_over"], *journal["passed_over"]],
                 "last_error": now["last_error"],
                 "command": self._command if pending else None,
@@ -175,6 +201,7 @@ class SpoolHub:
                 if model_dir is not None:
                     self._add_final(model_dir)
                 self._wait(wait_s, is_stopping)
+                self._note_copies()
         with self._never_raising("finish"):
             self._uploader.stop()
             self._read_events()
@@ -197,7 +224,7 @@ class SpoolHub:
     def _wait(self, wait_s: float, is_stopping: Callable[[], bool]) -> None:
         """Until everything arrived, only the user can help, the time is over, or somebody asks for a stop."""
         end = time.monotonic() + wait_s
-        self._spool.wait_for_copies(wait_s, is_stopping)
+        self._spool.copies.wait(wait_s, is_stopping)
         if wait_s <= 0 or not self._spool.pending() or is_stopping():
             return
         self._uploader.ensure_running()

@@ -24,9 +24,7 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -37,6 +35,7 @@ from launcher.base import files
 from launcher.base.errors import UnsafeFileError
 from launcher.base.inner_files import read_json_object
 from launcher.hub import records
+from launcher.hub.copies import Copies, Copy
 from launcher.hub.items import Item, UploadSettings
 
 on_state: Callable[[str], None] | None = None
@@ -67,7 +66,7 @@ class Spool:
         self.status_path = root / "status.json"
         self.events_path = root / "events.jsonl"
         self.log_path = root / "uploader.log"
-        self._copies: list[threading.Thread] = []
+        self.copies = Copies()
         self._last_number = 0
         self._owner_fd: int | None = None
         self._folders: dict[str, Path] = {}  # of items that were added as they lie; never read from a file
@@ -129,7 +128,7 @@ class Spool:
     def pending(self) -> list[str]:
         """Plain names of what has not arrived, oldest first."""
         # In the order in which an item goes through them, so that none moves past us.
-        copied = [t.name for t in self._copies if t.is_alive()]
+        copied = self.copies.names
         found = {*self.names(self.queue_dir)} | {*self.names(self.active_dir)}
         plain = [_plain(name) for name in sorted(found)]
         return plain + [name for name in copied if name not in plain]
@@ -159,8 +158,8 @@ class Spool:
         """Puts hard links of the item's files into the queue; returns before any content is read.
 
         Where links are impossible (other file system, no such feature), the files are opened and copied in the
-        background: an open file survives the deletion of its folder. Nothing is fsynced, because the training loop
-        waits here: a kill loses nothing, and after a power cut `problems` tells and the checkpoint is linked again.
+        background (`copies`). Nothing is fsynced, because the training loop waits here: a kill loses nothing, and
+        after a power cut `problems` tells and the checkpoint is linked again.
         Who deletes the checkpoint makes the queue durable before (`Hub.pending_dirs`).
 
         Raises:
@@ -190,10 +189,8 @@ class Spool:
             records.write_new(home / "item.json", json.dumps(item.to_dict()).encode())
             reached("described")
             if copies:
-                arguments = (copies, home, target, opened.pop_all())
-                thread = threading.Thread(target=self._copy, args=arguments, name=item.name, daemon=True)
-                self._copies = [t for t in self._copies if t.is_alive()] + [thread]
-                thread.start()
+                is_checkpoint = item.kind == "checkpoint"
+                self.copies.add(Copy(item.name, is_checkpoint, copies, opened.pop_all(), home, target))
                 return target
         home.rename(target)
         reached("queued")
@@ -205,24 +202,6 @@ class Spool:
         home.mkdir()
         records.write_new(home / "item.json", json.dumps(item.to_dict()).encode())
         self._folders[home.name] = item.root
-
-    @staticmethod
-    def _copy(copies: list[tuple[BinaryIO, Path]], home: Path, target: Path, opened: contextlib.ExitStack) -> None:
-        try:
-            with opened:
-                for source, path in copies:
-                    with path.open("xb") as out:
-                        shutil.copyfileobj(source, out, 1 << 24)
-                        out.flush()
-                        os.fsync(out.fileno())  # else a power cut leaves the right length and other bytes
-            home.rename(target)
-        except OSError:  # full disk: the checkpoint itself is safe, and the next start queues it again
-            shutil.rmtree(home, ignore_errors=True)
-
-    def wait_for_copies(self, timeout_s: float, is_stopping: Callable[[], bool] = lambda: False) -> None:
-        end = time.monotonic() + timeout_s
-        while any(t.is_alive() for t in self._copies) and time.monotonic() < end and not is_stopping():
-            time.sleep(0.05)
 
     def clean_up(self) -> None:
         """Removes what a killed trainer left half linked and a power cut left incomplete; only the owner may."""

@@ -19,6 +19,7 @@ from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.config.settings import RunConfig, expanded
 from launcher.model import _transformers
 from launcher.model.blueprint import Blueprint
+from launcher.model.giants import refuse_giant
 from launcher.model.identity import local_folder
 from launcher.model.lora import adapter_folder, adapter_key, adapter_notice, with_lora
 from launcher.model.quantization import quantization_arguments
@@ -128,6 +129,8 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
     }
     torch.manual_seed(config.seed)
     try:
+        if checkpoint is not None:
+            refuse_giant(model_config.to_dict(), checkpoint)
         if checkpoint is None and settings.model_name_or_path:
             return AutoModelForCausalLM.from_pretrained(
                 name, revision=settings.revision, config=model_config, **arguments, **quantization_arguments(config)
@@ -146,6 +149,10 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
         is_attention = settings.attn_implementation != "auto" and re.search("attention|attn", str(error), re.I)
         mend = ". Set model.attn_implementation=auto" if is_attention else ""
         raise UserError(f"the model {name} cannot be built: {error}{mend}") from error
+    except Exception as error:  # whatever values that nobody meant to write make of transformers
+        if checkpoint is None:
+            raise
+        raise UserError(f"the model {name} cannot be built from its config.json: {error!r:.1000}") from error
 
 
 def _attention(config: RunConfig, model_config: Any) -> str | None:

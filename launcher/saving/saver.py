@@ -322,6 +322,15 @@ class Saver:
         self._last_write_s = result.write_s
         self._outlet.saved(save_line(result))
         self._hub.checkpoint_committed(result.step, self._paths.checkpoint_dir(result.step))
-        if self._processes.is_main:
-            old = expired_steps(our_steps(self._paths), self._config.checkpoint.save_total_limit, p.best_step)
-            self.checkpointer.expire([self._paths.checkpoint_dir(step) for step in old], self._hub.pending_dirs)
+        self.retain()
+
+    def retain(self) -> None:
+        """Tells the writer which checkpoints may go; what the Hub still copies stays until the next time. Not
+        collective: only the main process does something."""
+        if not self._processes.is_main or not self.is_on:
+            return
+        best = self._state.progress.best_step
+        old = expired_steps(our_steps(self._paths), self._config.checkpoint.save_total_limit, best)
+        folders = [self._paths.checkpoint_dir(step) for step in old]
+        held = self._hub.held_names
+        self.checkpointer.expire([f for f in folders if f.name not in held], self._hub.pending_dirs)

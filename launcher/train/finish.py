@@ -35,6 +35,7 @@ def finish(run: Run, paths: RunPaths) -> None:
     )  # fmt: skip
     # The others end here: uploading may take longer than a collective waits. Who asks for a stop now has the model.
     say_all(run, run.hub.finish(paths.root, is_stopping=lambda: run.stop.reason_code(0.0, 0.0) > 0))
+    run.saver.retain()  # what was held while it was copied
     run.stop.clear()
     run.recorder.update_run(hub=run.hub.status())
     run.recorder.say(f"finished {run.step} steps; the model is in {paths.root}")

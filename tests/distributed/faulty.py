@@ -3,14 +3,17 @@
 FAULTS is a JSON list of {"rank", "step" (counted from 1, in this process), "kind", "seconds"?, "bytes"?, "message"?,
 "once"?: a file that marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang, quota (no file may grow beyond
 "bytes"; -1: any), nan (in the gradients of that step, while its loss is a number), out_of_memory (in a forward pass of
-that step and of later ones with more than "above" rows; in an evaluation instead with "in_evaluation"; "signal" kills).
+that step and of later ones with more than "above" rows; in an evaluation instead with "in_evaluation"; "signal" kills),
+no_links (from the start: no hard links can be made, and each file's copy to the spool takes so many seconds).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -28,6 +31,19 @@ def _faults() -> list[dict[str, Any]]:
     return [fault for fault in json.loads(os.environ.get("FAULTS", "[]")) if fault.get("rank", rank) == rank]
 
 
+def _refuse_links(seconds: float) -> None:
+    copy = shutil.copyfileobj
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(seconds)
+        copy(*arguments)
+
+    os.link, shutil.copyfileobj = refuse, slowly
+
+
 class FaultyAdamW(torch.optim.AdamW):
     """AdamW, bit for bit, that calls the faults first."""
 
@@ -36,6 +52,9 @@ class FaultyAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings)
         self.param_groups[0]["is_first"] = True
+        for fault in _faults():
+            if fault["kind"] == "no_links":
+                _refuse_links(fault["seconds"])
         self._nans = [fault["step"] for fault in _faults() if fault["kind"] == "nan"]
         self._shortages = [fault for fault in _faults() if fault["kind"] == "out_of_memory"]
         if self._nans or self._shortages:

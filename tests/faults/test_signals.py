@@ -47,7 +47,7 @@ class Phase:
 PHASES = {
     "imports": Phase("import", r"^\('launcher\.train\.build'", is_begun=False),
     "tokenising": Phase("open", r"tokens\.bin", is_begun=False),
-    "model build": Phase("import", r"^\('transformers\.models\.llama\.modeling_llama'", is_begun=False),
+    "model build": Phase("open", r"modeling_llama\.cpython", is_begun=False),
     "first step": Phase("tests.step", r"\(1,"),
     "mid-training": Phase("tests.step", r"\(4,"),
     "evaluation": Phase("tests.evaluation", ""),
@@ -163,6 +163,7 @@ def test_run_under_ones_own_agent_stops_and_ends_bit_identical_when_it_gets_sigt
         run.wait(60)
         took_s, state = time.monotonic() - started, run.run_state()
     assert took_s < _SOON_S, run.text()
+    assert "WARNING" not in run.text(), run.text()  # a save that failed, since its writer was signalled too
     assert not list(run.paths.root.glob("logs/error-rank-*")) and not re.search(r"launcher: rank \d", run.text())
     if name == "imports":  # the signal ends the ranks: there is nothing to tell
         assert not state
@@ -172,6 +173,6 @@ def test_run_under_ones_own_agent_stops_and_ends_bit_identical_when_it_gets_sigt
         assert (state["state"], state["reason"], state["exit_code"]) == ("interrupted", "signal", 75), run.text()
         assert not phase.is_begun or run.paths.checkpoint_dir(state["step"]).is_dir()
         assert phase.is_begun or "stopped before the first step" in run.text()
-        assert took_s < 5.0 + _HELD_S
+        assert phase.is_begun or took_s < 5.0 + _HELD_S
     assert not run.paths.stop_file.exists()
     _check_resumes(tmp_path, undisturbed)

@@ -11,6 +11,7 @@ import pytest
 
 from launcher.base import manifest
 from launcher.base.paths import RunPaths
+from launcher.hub import copies
 from launcher.hub.client import SpoolHub
 from launcher.hub.items import checkpoint_item
 from launcher.hub.spool import Spool
@@ -86,19 +87,19 @@ def test_existing_file_is_not_opened_when_copying(tmp_path: Path, monkeypatch: p
     run = tmp_path / "run"
     spool = prepare_spool(run, make_config(run))
     checkpoint = make_checkpoint(run, 10)
-    copied = Spool._copy
+    make = copies._make
 
-    def planted(copies: list[tuple[object, Path]], *more: object) -> None:
-        copies[0][1].symlink_to(checkpoint / "model.safetensors")
-        copied(copies, *more)  # type: ignore[arg-type]
+    def planted(copy: copies.Copy) -> None:
+        copy.sources[0][1].symlink_to(checkpoint / "model.safetensors")
+        make(copy)
 
     def no_links(*_: object, **__: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(Spool, "_copy", staticmethod(planted))
+    monkeypatch.setattr(copies, "_make", planted)
     monkeypatch.setattr(os, "link", no_links)
     spool.add(checkpoint_item(10, checkpoint))
-    spool.wait_for_copies(20.0)
+    spool.copies.wait(20.0, lambda: False)
     assert manifest.verify(checkpoint) == []
 
 
@@ -146,7 +147,7 @@ def test_order_is_kept_when_several_are_copied(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "link", no_links)
     homes = [spool.add(checkpoint_item(s, make_checkpoint(run, s))) for s in (90, 100)]
-    spool.wait_for_copies(20.0)
+    spool.copies.wait(20.0, lambda: False)
     assert spool.pending() == ["checkpoint-90", "checkpoint-100"] and spool.pass_over(homes[1].name) == [
         "checkpoint-90"
     ]

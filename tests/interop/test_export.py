@@ -1,4 +1,4 @@
-"""Issue 4, points 5 and 6: what `launcher export` writes and refuses."""
+"""What `launcher export` writes and refuses."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from launcher.base import files, manifest
+from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
 from launcher.cli import main
 from launcher.saving.interop.importing import import_checkpoint
 from launcher.saving.interop.skeleton import trainer_groups
+from launcher.saving.interop.target import new_folder
 from tests.distributed.zygote import ROOT, environment
 from tests.interop.folders import config_of, llama, write_our_folder, write_trainer_folder
 
@@ -236,3 +238,14 @@ def test_an_optimizer_that_only_the_checkpoint_names_is_not_imported(
     assert export(folder, tmp_path / "out", "--format", "trainer") != 0
     assert "--trust-remote-code" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_export_is_refused_when_the_folder_lies_inside_of_a_checkpoint(tmp_path: Path) -> None:
+    """It would add files to it that its manifest does not name."""
+    checkpoint = tmp_path / "run/checkpoint-10"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / manifest.NAME).write_text("{}")
+    for target in (checkpoint / "served", checkpoint / "deep/served"):
+        with pytest.raises(UserError, match="inside of the checkpoint"), new_folder(target):
+            pass
+    assert [path.name for path in checkpoint.iterdir()] == [manifest.NAME]

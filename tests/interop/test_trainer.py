@@ -1,4 +1,4 @@
-"""Issue 4, point 5: a run of transformers' Trainer goes on here, and one of ours there, with the same losses."""
+"""A run of transformers' Trainer goes on here, and one of ours there, with the same losses."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -10,13 +9,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from launcher.base import files, manifest
+from launcher.base import manifest
 from launcher.base.errors import ResumeError
 from launcher.base.stored import StoredTensor
 from launcher.config.settings import RunConfig
 from launcher.model._transformers import no_zero_init, stored_tensors
-
-_MIN_MODULE_BYTES = 64
+from launcher.model.giants import refuse_giant
 
 
 def is_adapter(folder: Path) -> bool:
@@ -51,7 +49,7 @@ def build_skeleton(
             source = base or adapter.base_model_name_or_path or ""
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if source == str(folder):
-            _refuse_giant(config.to_dict(), folder)
+            refuse_giant(config.to_dict(), folder)
         text = config.get_text_config()
         text.vocab_size = max(text.vocab_size, min_rows)
         with no_zero_init(), torch.device("meta"):
@@ -66,23 +64,6 @@ def build_skeleton(
             f"the model of {folder} cannot be built from the config.json of {source}: {error!r:.1000}"
         ) from error
     return cast(nn.Module, model)
-
-
-def _refuse_giant(config: dict[str, Any], folder: Path) -> None:
-    """A mistyped or hostile number of layers would keep us building modules for days.
-
-    Raises:
-        ValueError: more modules than the files beside it have bytes for.
-    """
-    counts = {"layer": 1, "expert": 1}
-    for values in (config, *(v for v in config.values() if isinstance(v, dict))):
-        for key, value in values.items():
-            for kind in counts:
-                if kind in str(key) and type(value) is int:
-                    counts[kind] = max(counts[kind], value)
-    stored = sum((folder / name).lstat().st_size for name in files.list_files(folder))
-    if math.prod(counts.values()) > max(1000, stored // _MIN_MODULE_BYTES):
-        raise ValueError(f"{counts['layer']} layers with {counts['expert']} experts do not fit into {stored:,} bytes")
 
 
 def stored_in_parts(model: nn.Module) -> dict[str, tuple[StoredTensor, ...]]:

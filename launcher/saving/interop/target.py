@@ -83,6 +83,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     target = target.expanduser().absolute()
     if files.is_taken(target) and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder. Give another DIR, or remove it first")
+    for above in target.resolve().parents:
+        if (above / manifest.NAME).is_file():
+            raise UserError(f"{target} lies inside of the checkpoint {above}, which stays as it is. Give another DIR")
     temporary = target.with_name(f".tmp-export-{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
