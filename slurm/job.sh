@@ -167,6 +167,7 @@ for ((n = 0; ; n++)); do
     "unsaved stop_file") say "stopped by $run_dir/STOP, and its save failed. To go on, submit again"; exit 1 ;;
     unsaved*) say "stopped, but its save failed: ${verdict#* }"; ended=1; requeue ;;
     failed*) exit "${verdict#* }" ;;
+    "") ((code == 143 || code == 138 || code == 130)) && { say "stopped before the start"; requeue; } ;; # not yet a handler
   esac
   [[ $(job_info) == *" JobState=RUNNING "* ]] || requeue
   check_nodes "$SLURM_JOB_ID-$starts-$((n + 1))"

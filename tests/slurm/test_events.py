@@ -172,6 +172,31 @@ def test_job_continues_when_preempted(submit_stand_in: SubmitStandIn) -> None:
     assert run.reasons() == ["preempted", None]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["TERM", "USR1"])
+def test_job_is_requeued_when_the_signal_comes_before_the_agents_can_handle_it(
+    submit_stand_in: SubmitStandIn, number: str
+) -> None:
+    """Python has only begun: the signal kills."""
+    modules = Path("modules")
+    modules.mkdir()
+    (modules / "sitecustomize.py").write_text(_SLOW_IMPORT, encoding="utf-8")
+    run = submit_stand_in()
+    wait_for(lambda: len(list(modules.glob("importing-*"))) == 2, 60, lambda: f"both agents\n{run.log()}")
+    run.cluster.run("scancel", "-s", number, run.job_id)
+    run.wait_completed(120)
+    assert run.cluster.job(run.job_id)["Restarts"] == "1"
+    assert "stopped before the start" in run.log() and "an agent was lost" not in run.log()
+
+
+_SLOW_IMPORT = """
+import os, pathlib, sys, time
+if "launcher.slurm.node" in sys.orig_argv and not os.environ.get("SLURM_RESTART_COUNT"):
+    pathlib.Path(__file__).with_name("importing-" + os.environ["SLURM_NODEID"]).touch()
+    time.sleep(8)
+"""
+
+
 # --------------------------------------------------------------------------- faults
 
 
