@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     found = False
     with_code = config.model.trust_remote_code
     for what, name, revision in _models(config):
-        folder = fetch_model(name, revision, with_weights=what == "model", with_code=with_code)
+        folder = fetch_model(name, revision, with_weights=what != "tokenizer", with_code=with_code)
         _say(f"{what} {name}", str(folder))
         found = True
     for name, subset, splits in _datasets(config):
@@ -57,10 +57,11 @@ def _say(what: str, where: str) -> None:
 
 
 def _models(config: RunConfig) -> list[tuple[str, str, str | None]]:
-    """("model" or "tokenizer", name, revision) of what is on the Hub."""
+    """("model", "adapter" or "tokenizer", name, revision) of what is on the Hub."""
     model = config.model
     named = [
         ("model", model.model_name_or_path, model.revision),
+        ("adapter", model.adapter_name_or_path, None),
         ("tokenizer", model.tokenizer_name_or_path, None),
     ]
     return [(what, name, revision) for what, name, revision in named if name and not is_local_path(name)]

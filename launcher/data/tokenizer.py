@@ -16,6 +16,10 @@ PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 THINK = ("<think>", "</think>")
 NUM_BYTES = 256
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 MAX_TOKENS = 1 << 20  # only a warning threshold of transformers: bytes have no limit of their own
 
 BYTE_CHAT_TEMPLATE = """\
@@ -84,10 +88,26 @@ def _source(config: RunConfig) -> str | None:
     model = config.model
     if model.tokenizer_name_or_path:
         return model.tokenizer_name_or_path
-    adapter = model.adapter_name_or_path
-    if adapter and is_local_path(adapter) and (Path(expanded(adapter)) / "tokenizer_config.json").is_file():
-        return adapter
-    return model.model_name_or_path
+    return _of_adapter(model.adapter_name_or_path) or model.model_name_or_path
+
+
+def _of_adapter(name: str | None) -> str | None:
+    """The folder of an adapter that has a tokenizer; of one on the Hub the tokenizer is downloaded first."""
+    if not name:
+        return None
+    if is_local_path(name):
+        return name if (Path(expanded(name)) / _TOKENIZER_FILES[0]).is_file() else None
+    from transformers.utils.hub import cached_file
+
+    found = {}
+    for file in _TOKENIZER_FILES:
+        try:
+            found[file] = cached_file(name, file)
+        except (OSError, ValueError):  # none there; or no such adapter, which is named where it is loaded
+            found[file] = None
+        if not found[_TOKENIZER_FILES[0]]:
+            return None
+    return str(Path(str(found[_TOKENIZER_FILES[0]])).parent)
 
 
 def _add_tokens(tokenizer: Any, tokens: Sequence[Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -158,8 +178,8 @@ def _load(config: RunConfig, name: str) -> Any:
             expanded(name), revision=revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        key = next(k for k in ("tokenizer_name_or_path", "adapter_name_or_path", "model_name_or_path")
-                   if getattr(model, k) == name)  # fmt: skip
+        keys = ("tokenizer_name_or_path", "model_name_or_path")
+        key = next((k for k in keys if getattr(model, k) == name), "adapter_name_or_path")
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             [

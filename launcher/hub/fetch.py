@@ -26,7 +26,7 @@ from launcher.hub.items import checkpoint_item
 _URI = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>.+))?$")
 _TOKENIZER_FILE = re.compile(r"^([^/]+\.(json|txt|model|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja)$")
 _WEIGHTS_FILE = re.compile(r"^(?!consolidated)[^/]+\.safetensors$")  # Mistral's own format has the same weights again
-_PICKLED_WEIGHTS_FILE = re.compile(r"^pytorch_model[^/]*\.bin$")
+_PICKLED_WEIGHTS_FILE = re.compile(r"^(pytorch_model[^/]*|adapter_model)\.bin$")
 _CODE_FILE = re.compile(r"^[^/]+\.py$")
 _MAX_DOWNLOADS = 8
 _BUCKET_PREFIX = "hf://buckets/"
@@ -327,7 +327,9 @@ def download_model(name: str, revision: str | None, *, with_weights: bool, with_
         sizes = {s.rfilename: s.size for s in info.siblings or []}
         wanted = model_files(sizes, with_weights=with_weights, with_code=with_code)
         if with_weights and not any(p.endswith((".safetensors", ".bin")) for p in wanted):
-            raise UserError(f"model.model_name_or_path={name}: the repository has no weights at its top")
+            raise UserError(
+                f"{name} (model.model_name_or_path or adapter_name_or_path): the repository has no weights at its top"
+            )
         declared = [sizes[path] for path in wanted]
         bound = sum(s for s in declared if s is not None)
         if None in declared:  # a gateway that tells no sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from launcher.base.errors import ConfigError, UserError
 from launcher.config.model_rules import contradictions_of_adapter
-from launcher.config.settings import RunConfig, expanded
+from launcher.config.settings import RunConfig, is_local_path
 from launcher.model._peft import token_rows_on_any_device
 from launcher.model.identity import local_folder
 
@@ -22,9 +23,17 @@ def adapter_key(name: str) -> str:
 
 
 def adapter_folder(config: RunConfig) -> Path | None:
-    """Of the adapter that is continued, once it is here."""
+    """Of the adapter that is continued; one on the Hub is downloaded first. None where it cannot be had."""
     name = config.model.adapter_name_or_path
-    return local_folder(name, None, "adapter_config.json") if name else None
+    if not name:
+        return None
+    if not is_local_path(name):
+        from transformers.utils.hub import cached_file
+
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            with contextlib.suppress(OSError, ValueError):  # named where it is loaded
+                cached_file(name, file)
+    return local_folder(name, None, "adapter_config.json")
 
 
 def with_lora(
@@ -51,7 +60,7 @@ def with_lora(
                 param.data = param.data.float()
     if name and resumed_from is None:
         _refuse_untrained_tokens(lora, config, new_token_ids)
-        _load(adapted, name)
+        _load(adapted, name, adapter_folder(config))
     return adapted
 
 
@@ -105,7 +114,7 @@ def _own_config(config: RunConfig, resumed_from: Path | None) -> Any:
     name = config.model.adapter_name_or_path
     assert name is not None
     try:
-        lora = PeftConfig.from_pretrained(str(resumed_from or expanded(name)))
+        lora = PeftConfig.from_pretrained(str(resumed_from or adapter_folder(config) or name))
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.adapter_name_or_path={name}: no adapter can be loaded ({reason})") from error
@@ -156,13 +165,13 @@ def _wrapped(model: Any, lora: Any, name: str | None) -> Any:
         raise ConfigError([f"model.peft: {error}"]) from error
 
 
-def _load(model: Any, name: str) -> None:
+def _load(model: Any, name: str, folder: Path | None) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     trained = {n for n, param in model.named_parameters() if param.requires_grad}
     try:
         with warnings.catch_warnings(action="ignore"):
-            weights = load_peft_weights(expanded(name), device="cpu")
+            weights = load_peft_weights(str(folder or name), device="cpu")
             result: Any = set_peft_model_state_dict(model, weights)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"model.adapter_name_or_path={name} does not fit this model: {error!s:.500}") from error

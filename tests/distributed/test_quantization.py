@@ -29,6 +29,7 @@ needs_bitsandbytes = pytest.mark.skipif(
     ("strategy", "num_processes", "more"),
     [
         ("single", 1, NF4),
+        ("single", 1, ("model.quantization.load_in_8bit=true",)),
         ("ddp", 2, (*NF4, "model.quantization.bnb_4bit_use_double_quant=true", "model.dtype=bfloat16")),
     ],
 )

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from launcher.base import manifest
 from launcher.hub.items import checkpoint_item
 from tests.hub.helpers import REPO, make_checkpoint, make_config, prepare_spool, upload_all
@@ -26,6 +28,19 @@ config = LlamaConfig(
 AutoModelForCausalLM.from_config(config).save_pretrained(sys.argv[1])
 byte_tokenizer().save_pretrained(sys.argv[1])
 """
+_MAKE_ADAPTER = """
+import sys
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from launcher.data.tokenizer import byte_tokenizer
+torch.manual_seed(1)
+lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[1]), lora).save_pretrained(sys.argv[2])
+tokenizer = byte_tokenizer()
+tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+tokenizer.save_pretrained(sys.argv[2])
+"""
 _PREFETCH = """
 import sys
 from launcher.cli import prefetch
@@ -42,6 +57,8 @@ config = compose_arguments(sys.argv[1:])
 tokenizer = build_tokenizer(config)
 data = build_data(config, tokenizer, is_builder=True, wait=lambda: None)
 model = build_model(config, tokenizer).module
+print("template", tokenizer.chat_template)
+print("weights", sum(p.double().abs().sum().item() for p in model.parameters() if p.requires_grad))
 print("loaded", len(data.train), sum(p.numel() for p in model.parameters()))
 """
 
@@ -107,3 +124,58 @@ def test_model_without_weights_is_refused(hub: HubServer, env: dict[str, str], t
     hub.add_repo("org/empty", {"config.json": b"{}"})
     done = run_python(_PREFETCH, env, "model.model_name_or_path=org/empty", f"output_dir={tmp_path}")
     assert "the repository has no weights at its top" in done.stderr
+
+
+def add_adapter(hub: HubServer, env: dict[str, str], tmp_path: Path) -> list[str]:
+    """org/tiny and org/adapter on the Hub, and the folders of both; settings that train the adapter on."""
+    for code, *folders in ((_MAKE_MODEL, "made"), (_MAKE_ADAPTER, "made", "adapter")):
+        made = run_python(code, env, *(str(tmp_path / folder) for folder in folders))
+        assert made.returncode == 0, made.stderr
+    for name, folder in (("org/tiny", "made"), ("org/adapter", "adapter")):
+        hub.add_repo(name, {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(7)))
+    return ["model=pretrained", "model.model_name_or_path=org/tiny", f"data.train_files=[{rows}]"]
+
+
+@pytest.mark.slow
+def test_adapter_is_loaded_with_its_tokenizer_when_prefetched(
+    hub: HubServer, env: dict[str, str], tmp_path: Path
+) -> None:
+    """As the same adapter in a folder."""
+    overrides = [*add_adapter(hub, env, tmp_path), f"output_dir={tmp_path / 'run'}"]
+    done = run_python(_PREFETCH, env, *overrides, "model.adapter_name_or_path=org/adapter")
+    assert done.returncode == 0, done.stderr
+    assert "adapter org/adapter: " in done.stdout and "model org/tiny: " in done.stdout
+    hub.requests.clear()
+    told = []
+    for adapter in ("org/adapter", str(tmp_path / "adapter")):
+        loaded = run_python(_LOAD, {**env, "HF_HUB_OFFLINE": "1"}, *overrides, f"model.adapter_name_or_path={adapter}")
+        assert loaded.returncode == 0, loaded.stderr
+        told.append(loaded.stdout.splitlines()[-3:])
+    assert told[0] == told[1] and "m.content" in told[0][0]
+    assert hub.requests == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_run_of_two_processes_continues_an_adapter_when_it_is_on_the_hub(
+    hub: HubServer, env: dict[str, str], tmp_path: Path, strategy: str
+) -> None:
+    """Nothing is in the cache; in bf16, where the masters are read from the adapter's own fp32 file."""
+    overrides = [
+        *add_adapter(hub, env, tmp_path), f"strategy={strategy}", "launch.num_processes=2", "train.max_steps=2",
+        "train.train_batch_size=4", "model.dtype=bfloat16", "tracker=off", "checkpoint=last",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    env = {**env, "OMP_NUM_THREADS": "1"}
+    results = []
+    for name, adapter in (("hub", "org/adapter"), ("folder", str(tmp_path / "adapter"))):
+        run = tmp_path / name
+        code = "import sys; from launcher.cli import main; sys.exit(main(sys.argv[1:]))"
+        arguments = ["train", *overrides, f"output_dir={run}", f"model.adapter_name_or_path={adapter}"]
+        done = run_python(code, env, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        results.append((run / "adapter_model.safetensors").read_bytes())
+        assert "m.content" in (run / "chat_template.jinja").read_text()
+    assert results[0] == results[1] != (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()

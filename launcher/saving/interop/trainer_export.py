@@ -206,11 +206,12 @@ def _trainer_state(saved: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     )
     best = run_dir / Path(saved.get("best_model_checkpoint") or "none").name
     save_steps = saved.get("save_steps")
+    callbacks = saved.get("stateful_callbacks") or {}  # none where it was imported from a Trainer before 4.44
     return {
         **saved,
         "best_model_checkpoint": str(best) if best.is_dir() else None,
         "num_train_epochs": math.ceil(saved.get("num_train_epochs") or 1),
         "save_steps": save_steps if isinstance(save_steps, (int, float)) else 500,
         # Without its entry the Trainer's next save is a KeyError (trainer.py, _save_checkpoint).
-        "stateful_callbacks": {"TrainerControl": {"args": control, "attributes": {}}, **saved["stateful_callbacks"]},
+        "stateful_callbacks": {"TrainerControl": {"args": control, "attributes": {}}, **callbacks},
     }
