@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,3 +76,70 @@ def test_checkpoint_of_a_stop_is_not_the_best_when_an_undisturbed_run_has_none_t
     run.config.checkpoint.save_every_s = 60.0
     run.saver.made_up_for()
     assert run.state.progress.best_step == 15
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class LiveRun(SimpleNamespace):
+    @property
+    def step(self) -> int:
+        return int(self.state.progress.step)
+
+
+def trained(clock: Clock, progress: ProgressState, num_steps: int, step_s: float) -> ProgressState:
+    """The progress after steps that take so long, with the evaluations that are due by the clock (every minute)."""
+    run = LiveRun(**{key: value for key, value in vars(run_at(progress.step, [])).items() if key != "step"})
+    run.config.eval.eval_steps, run.config.eval.eval_every_s = 1000, 60.0
+    run.state.progress = progress
+    sums = SimpleNamespace(
+        loss_sum=1.0, router_loss=0.0, num_tokens=8, num_labelled=8, grad_norm=1.0, is_applied=True
+    )  # fmt: skip
+
+    def step(number: int) -> Any:
+        clock.now += step_s
+        return sums
+
+    run.train_step = SimpleNamespace(
+        run=step, epoch_after=lambda step: step / 100, schedule=SimpleNamespace(evaluated=lambda metric: None)
+    )
+    run.processes = SimpleNamespace(is_main=True, sum=lambda values: values)
+    run.stop = SimpleNamespace(knows_end=False, votes=lambda save_s, step_s: (0, 0))
+    run.saver._processes = run.processes
+    run.saver.checkpointer = SimpleNamespace(status=lambda: (0, 0))
+    loop.catch_up(run)
+    for _ in range(num_steps):
+        agreed = loop.train(run)
+        run.state.step = progress.step
+        loop.maybe_evaluate(run, by_clock=agreed.is_eval_due)
+    return progress
+
+
+@pytest.mark.parametrize("num_starts", [1, 2, 3, 6])
+def test_evaluation_by_the_clock_comes_at_the_same_step_when_the_run_was_stopped_within_the_interval(
+    monkeypatch: pytest.MonkeyPatch, num_starts: int
+) -> None:
+    """Starts of less than an interval add up; the hours between them do not count."""
+    clock, evaluated = Clock(), list[int]()
+    monkeypatch.setattr(loop, "time", clock)
+    progress = ProgressState(step=1, log_history=[{"step": 1, "eval_loss": 3.0}])
+    for _ in range(num_starts):
+        stored = json.loads(json.dumps(vars(progress)))  # as a checkpoint holds it
+        progress = trained(clock, ProgressState(**stored), 18 // num_starts, 10.0)
+        evaluated += EVALUATIONS
+        clock.now += 7200.0
+    assert evaluated == [7, 13, 19]
+    assert progress.seconds_since_eval == 0.0 and progress.step == 19
+
+
+def test_evaluation_by_the_clock_comes_after_the_next_step_when_a_stop_left_it_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(loop, "time", clock)
+    trained(clock, ProgressState(step=7, seconds_since_eval=60.0, log_history=[{"step": 1, "eval_loss": 3.0}]), 2, 10.0)
+    assert EVALUATIONS == [8]
