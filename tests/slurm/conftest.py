@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launcher.config.compose import compose_arguments
-from launcher.config.settings import LaunchConfig
+from launcher.config.settings import LaunchConfig, RunConfig
 from launcher.slurm import submit_run
 from tests.slurm.cluster import Cluster, missing, wait_for
 from tests.slurm.stand_in import expected_weights
@@ -117,6 +117,11 @@ def stand_in_launch(modules_dir: Path, *, num_steps: int, step_s: float = 0.1, *
     return LaunchConfig(**{"num_machines": 2, "env": env, "setup": setup, **launch})
 
 
+def stand_in_config(launch: LaunchConfig, **fields: Any) -> RunConfig:
+    """Settings that the agent takes for those of a real run."""
+    return dataclasses.replace(compose_arguments(["strategy=ddp"]), launch=launch, **fields)
+
+
 @pytest.fixture
 def submit_stand_in(use_cluster: Cluster, tmp_path: Path) -> SubmitStandIn:
     return submitter(use_cluster, tmp_path)
@@ -125,10 +130,7 @@ def submit_stand_in(use_cluster: Cluster, tmp_path: Path) -> SubmitStandIn:
 def submitter(cluster: Cluster, folder: Path) -> SubmitStandIn:
     def submit(output_dir: str = "run", num_steps: int = 40, **launch: Any) -> StandInRun:
         group = stand_in_launch(folder / "modules", num_steps=num_steps, **launch)
-        config = dataclasses.replace(
-            compose_arguments(["strategy=ddp"]), output_dir=output_dir, run_name="stand-in", launch=group
-        )
-        submission = submit_run(config)
+        submission = submit_run(stand_in_config(group, output_dir=output_dir, run_name="stand-in"))
         return StandInRun(cluster, Path(output_dir).resolve(), submission.job_id, num_steps)
 
     return submit

@@ -19,7 +19,7 @@ from launcher.config.settings import LaunchConfig, RunConfig
 from launcher.slurm import ArrayJob, live_jobs, submit_array, submit_run
 from launcher.slurm.snapshot import Snapshot, take_snapshot
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.conftest import StandInRun, SubmitStandIn, stand_in_launch
+from tests.slurm.conftest import StandInRun, SubmitStandIn, stand_in_config, stand_in_launch
 
 # --------------------------------------------------------------------------- what Slurm refuses
 
@@ -196,10 +196,10 @@ def test_snapshot_is_replaced_as_a_whole_when_code_changed(tmp_path: Path, monke
 def test_array_runs_every_job_when_one_is_stopped_and_requeued(use_cluster: Cluster, tmp_path: Path) -> None:
     """The stopped task is requeued under its own id; the others are not touched; no more than two run at once."""
     sweep = tmp_path / "sweep"
-    launch = stand_in_launch(tmp_path / "bin", num_steps=20, num_machines=1)
-    jobs = [ArrayJob(sweep / f"seed={n}", RunConfig(run_name=f"s{n}", launch=launch)) for n in range(3)]
+    launch = stand_in_launch(tmp_path / "modules", num_steps=60, num_machines=1)
+    jobs = [ArrayJob(sweep / f"seed={n}", stand_in_config(launch, run_name=f"s{n}")) for n in range(3)]
     (submission,) = submit_array(jobs, sweep, max_parallel=2)
-    runs = [StandInRun(use_cluster, job.run_dir, f"{submission.job_id}_{n}", 20) for n, job in enumerate(jobs)]
+    runs = [StandInRun(use_cluster, job.run_dir, f"{submission.job_id}_{n}", 60) for n, job in enumerate(jobs)]
     assert live_jobs(run.root for run in runs) == {run.root: run.job_id for run in runs}
     runs[0].wait_step(5)
     assert use_cluster.state(runs[2].job_id) == "PENDING"
@@ -213,17 +213,17 @@ def test_array_runs_every_job_when_one_is_stopped_and_requeued(use_cluster: Clus
 
 
 def test_array_task_goes_on_in_another_job_when_requeue_is_refused(use_cluster: Cluster, tmp_path: Path) -> None:
-    launch = stand_in_launch(tmp_path / "bin", num_steps=20, num_machines=1, sbatch={"requeue": False})
-    jobs = [ArrayJob(tmp_path / f"seed={n}", RunConfig(launch=launch)) for n in range(2)]
+    launch = stand_in_launch(tmp_path / "modules", num_steps=60, num_machines=1, sbatch={"requeue": False})
+    jobs = [ArrayJob(tmp_path / f"seed={n}", stand_in_config(launch)) for n in range(2)]
     (submission,) = submit_array(jobs, tmp_path)
-    stopped = StandInRun(use_cluster, jobs[1].run_dir, f"{submission.job_id}_1", 20)
+    stopped = StandInRun(use_cluster, jobs[1].run_dir, f"{submission.job_id}_1", 60)
     stopped.wait_step(5)
     use_cluster.run("scancel", "--signal=TERM", stopped.job_id)
     use_cluster.wait_state(stopped.job_id, "FAILED")
     stopped.job_id = (stopped.root / "slurm" / "job_id").read_text().strip()
     assert stopped.job_id.endswith("_1") and not stopped.job_id.startswith(f"{submission.job_id}_")
     stopped.wait_completed()
-    StandInRun(use_cluster, jobs[0].run_dir, f"{submission.job_id}_0", 20).wait_completed()
+    StandInRun(use_cluster, jobs[0].run_dir, f"{submission.job_id}_0", 60).wait_completed()
 
 
 def test_queued_array_keeps_its_script_and_code_when_more_jobs_are_added(use_cluster: Cluster, tmp_path: Path) -> None:

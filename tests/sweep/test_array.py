@@ -56,9 +56,9 @@ def test_jobs_save_and_leave_the_queue_when_the_waiting_command_is_stopped(
     slow = [a.replace("STAND_IN_STEPS='20'", "STAND_IN_STEPS='1000'") for a in arguments]
     command = [sys.executable, "-c", "import sys; from launcher.sweep import main; sys.exit(main(sys.argv[1:]))", *slow]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
-    reader = threading.Timer(60, process.kill)
+    reader = threading.Timer(150, process.kill)
     reader.start()
-    wait_until(lambda: states(tmp_path).count("running") == 2)
+    wait_until(lambda: states(tmp_path).count("running") == 2, timeout_s=90)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     reader.cancel()

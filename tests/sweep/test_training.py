@@ -106,6 +106,6 @@ def test_run_is_pruned_with_any_number_of_ranks_and_goes_on_alone(tmp_path: Path
     finish(launcher_train(*asked))
     assert (run / "run.json").read_bytes() == before, "run again, it has nothing to do"
     steps = json.loads((run / "run.json").read_text())["step"] + 5
-    alone = ["launch.num_processes=4", *PRUNED, f"train.max_steps={steps}", f"output_dir={run}"]
+    alone = ["launch.num_processes=4", *PRUNED, f"train.max_steps={steps}", f"output_dir='{run}'"]
     finish(launcher_train(*alone, "checkpoint.accept_changes=true"))
     assert json.loads((run / "run.json").read_text())["step"] == steps
