@@ -46,6 +46,22 @@ def host_bytes() -> int:
     return total
 
 
+def free_host_bytes() -> int:
+    """What is still to be had of this host's memory, or of its container's; a page cache can be had."""
+    free = _UNLIMITED_BYTES
+    for line in _text(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    for folder in own_cgroups("memory"):
+        stat = _text(folder / "memory.stat")  # version 1 has sums over the groups inside beside the group's own
+        cache = max(map(int, re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)), default=0)
+        for limit_name, used_name in zip(_CGROUP_LIMITS, ("memory.current", "memory.usage_in_bytes"), strict=True):
+            limit, used = _text(folder / limit_name).strip(), _text(folder / used_name).strip()
+            if limit.isdigit() and used.isdigit():
+                free = min(free, int(limit) - int(used) + cache)
+    return max(0, free)
+
+
 def oom_kills() -> int:
     """How many processes of this one's cgroup (of the whole host, where it has none of its own) the kernel has killed
     since the host's memory, or the container's, was full."""

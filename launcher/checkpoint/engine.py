@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 
+from launcher.base.device_memory import free_host_bytes
 from launcher.base.errors import CheckpointWriteError
 from launcher.base.lock import Fence
+from launcher.base.process import host
 from launcher.base.processes import Processes
-from launcher.checkpoint import snapshot
+from launcher.checkpoint import low_memory, snapshot
 from launcher.checkpoint.snapshot import HostCopies, SnapshotPlan
 from launcher.checkpoint.writer_client import InlineWriter, SnapshotBuffer, WriterClient, WriterDied
 
@@ -70,12 +72,15 @@ class Checkpointer:
         statics: files that are the same in every checkpoint, by relative path (main process).
         hang_timeout_s: a writer that did nothing for so long is ended, and its save fails.
         fence: the run's lock (main process): without it nothing is committed, deleted or discarded.
+        low_memory: write piece by piece while training waits, without a copy; None: where host memory is short.
     """
 
     def __init__(
         self, processes: Processes, plan: Callable[[], SnapshotPlan], statics: dict[str, bytes], *, zero_stage: int,
         is_async: bool, device: torch.device, hang_timeout_s: float = math.inf, fence: Fence | None = None,
+        low_memory: bool | None = False,
     ) -> None:  # fmt: skip
+        self._low_memory = low_memory
         self._processes, self._make_plan = processes, plan
         self._zero_stage, self._hang_timeout_s, self._fence = zero_stage, hang_timeout_s, fence
         self._cuda = device.type == "cuda"
@@ -112,11 +117,17 @@ class Checkpointer:
         return self.plan.total_bytes + sum(map(len, self._statics.values())) + _MARGIN_BYTES
 
     def reserve(self) -> None:
-        """Takes the host memory of a save now, rather than hours later inside the first one.
+        """Takes the host memory of a save now, rather than hours later inside the first one. Collective.
 
         Raises:
             CheckpointWriteError: there is not enough.
         """
+        if self._low_memory is None:
+            mine = (host(), self.plan.buffer_bytes, free_host_bytes())
+            reasons = low_memory.shortage(self._processes.gather(mine))
+            self._low_memory = host() in reasons
+            if reasons:
+                self.notices.append(low_memory.notice(reasons, self.plan.buffer_bytes))
         try:
             self._reserve(self.plan)
         except (OSError, MemoryError) as error:
@@ -127,7 +138,8 @@ class Checkpointer:
             ) from error
 
     def _reserve(self, plan: SnapshotPlan) -> None:
-        if self._buffer.reserve(plan.buffer_bytes, pin=self._cuda):
+        size = min(plan.buffer_bytes, low_memory.PIECE_BYTES) if self._low_memory else plan.buffer_bytes
+        if self._buffer.reserve(size, pin=self._cuda):
             self._writer.stop()  # it has the old one
             if self._cuda and not self._buffer.is_pinned and not self.notices:
                 self.notices.append(
@@ -158,7 +170,8 @@ class Checkpointer:
         try:
             self._reserve(plan)
             self._writer.start()
-            self._snapshot(plan)
+            if not self._low_memory:
+                self._snapshot(plan)
         except (OSError, MemoryError, WriterDied) as error:
             self._own_error = f"no snapshot could be taken: {error}"
         sizes = {f.path: f.num_bytes for f in plan.files}
@@ -174,8 +187,25 @@ class Checkpointer:
         }  # fmt: skip
         self.phase = Phase.WRITING
         self._flight = _InFlight(step, started, 0.0, sizes, commit)
+        if self._low_memory:
+            command, self._unsent = self._unsent, None
+            self._write_in_pieces(plan, command)
         self._flight.stall_s = time.monotonic() - started
         return self._flight.stall_s
+
+    def _write_in_pieces(self, plan: SnapshotPlan, command: dict[str, Any]) -> None:
+        """Returns when this process's part is written, or has failed: the state does not change before."""
+        for number, piece in enumerate(low_memory.pieces(plan, low_memory.PIECE_BYTES)):
+            if self._own_error is not None:
+                return
+            snapshot.take(piece.copies, self._buffer.tensor)
+            if self._cuda:
+                torch.cuda.current_stream().synchronize()
+            more = {} if number == 0 else {"heads": {}, "texts": {}, "statics": False}
+            self._own_work_done = False
+            self._try_send({**command, **more, "ranges": piece.ranges, "piece": number})
+            while not self._own_work_done and self._own_error is None:
+                self.status(timeout_s=1.0)
 
     def _temporary(self, target: Path) -> Path:
         """Where a save is written before it gets its name; a second attempt at it has a folder of its own, since the

@@ -6,7 +6,8 @@ the snapshot buffer (a memfd) with its rank, takes a JSON command per line on st
     {"cmd": "read", "path"}                               (the command itself is in that file: too long for a pipe)
     {"cmd": "static", "files": {path: base64}}            (no answer; sent once after each start)
     {"cmd": "write", "step", "dir", "files": {path: total bytes}, "heads": {path: base64},
-     "ranges": [[path, file offset, buffer offset, bytes]], "texts": {path: text}, "statics": bool}
+     "ranges": [[path, file offset, buffer offset, bytes]], "texts": {path: text}, "statics": bool,
+     "piece": number, if it is one of several, of which the first has all but ranges}
                                                           → {"event": "written", "step", "seconds"}
     {"cmd": "hash", "step", "dir", "files": [path]}       → {"event": "hashed", "step", "entries": [manifest entry]}
     {"cmd": "commit", "step", "dir", "target", "world_size", "zero_stage", "files": [path], "hashed": [manifest entry]}
@@ -67,10 +68,14 @@ class Writer:
             by_file[path].append((memoryview(base64.b64decode(head)), 0))
         for path, file_offset, buffer_offset, num_bytes in command["ranges"]:
             by_file[path].append((self._buffer[buffer_offset : buffer_offset + num_bytes], file_offset))
-        self._edges = {}
+        is_piece = "piece" in command  # then the buffer holds the next one when edges are looked at
+        if not command.get("piece"):
+            self._edges = {}
         for path, ranges in by_file.items():
             if ranges:
-                self._edges[folder / path] = [edge for data, offset in ranges for edge in block_io.edges(data, offset)]
+                edges = [edge for data, offset in ranges for edge in block_io.edges(data, offset)]
+                kept = [(memoryview(bytes(data)), offset) for data, offset in edges] if is_piece else edges
+                self._edges.setdefault(folder / path, []).extend(kept)
                 # Who writes the head also sets the length, once: all others only write inside it.
                 size = command["files"][path] if path in command["heads"] else None
                 _write_ranges(folder / path, size, ranges, root)

@@ -180,6 +180,7 @@ class CheckpointConfig:
     resume_from_checkpoint: str = opt("auto", "auto, never, a path, hf://ORG/NAME[@revision]")
     accept_changes: bool = opt(False, "resume although settings that change the result differ")
     async_save: bool = opt(True, "write in the background")
+    low_memory: bool | None = opt(None, "save without a copy in host memory, training waits; null: where it is short")
     on_error: str = opt("warn", "a save that fails", choices=("warn", "stop"))
     mtbf_s: float = opt(86400.0, "mean time between failures, for save_steps=auto", minimum=1)
     max_overhead: float = opt(0.01, "share of the time that save_steps=auto may spend saving", minimum=0)

@@ -207,6 +207,7 @@ def build_run(
         processes, lambda: state.plan(config.checkpoint.save_only_model), statics,
         zero_stage=config.strategy.zero_stage, is_async=config.checkpoint.async_save, device=accelerator.device,
         hang_timeout_s=config.launch.hang_timeout_s, fence=lock.fence() if processes.is_main else None,
+        low_memory=config.checkpoint.low_memory,
     )  # fmt: skip
     accelerator.attach(state, checkpointer)
     if point is not None:

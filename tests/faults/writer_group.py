@@ -48,7 +48,7 @@ class Group:
 
     def __init__(
         self, root: Path, world_size: int, *, is_async: bool = True, hang_timeout_s: float = 600.0,
-        fence: Fence | None = None,
+        fence: Fence | None = None, low_memory: bool = False,
     ) -> None:  # fmt: skip
         self.paths = RunPaths(root)
         self.tensor = torch.arange(NUMEL, dtype=torch.float32)
@@ -58,7 +58,7 @@ class Group:
                 processes[rank], lambda rank=rank: self._plan(rank, world_size),  # type: ignore[arg-type,misc]
                 {"config.json": b"{}"} if rank == 0 else {}, zero_stage=0, is_async=is_async,
                 device=torch.device("cpu"), hang_timeout_s=hang_timeout_s,
-                fence=fence if rank == 0 else None,
+                fence=fence if rank == 0 else None, low_memory=low_memory,
             )
             for rank in range(world_size)
         ]  # fmt: skip
