@@ -139,8 +139,11 @@ def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:
     if config.strategy.is_offloaded:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda}
         zero["offload_param"] = {"device": "cpu", "pin_memory": has_cuda}
-        settings["zero_force_ds_cpu_optimizer"] = has_cuda and is_plain_adamw(config)
-    return _merged(settings, config.strategy.deepspeed)
+    merged = _merged(settings, config.strategy.deepspeed)
+    offload = merged["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":  # also where strategy.deepspeed asks for it under another stage
+        merged.setdefault("zero_force_ds_cpu_optimizer", has_cuda and is_plain_adamw(config))
+    return merged
 
 
 def is_plain_adamw(config: RunConfig) -> bool:

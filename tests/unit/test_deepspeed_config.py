@@ -24,3 +24,7 @@ def test_offload_replaces_no_optimizer_by_another(name: str, kwargs: dict[str, A
     config.strategy.name, config.optim.name, config.optim.kwargs = "zero3_offload", name, kwargs
     assert deepspeed_config(config, has_cuda=True)["zero_force_ds_cpu_optimizer"] is is_replaced
     assert deepspeed_config(config, has_cuda=False)["zero_force_ds_cpu_optimizer"] is False
+    config.strategy.name = "zero2"
+    assert "zero_force_ds_cpu_optimizer" not in deepspeed_config(config, has_cuda=True)
+    config.strategy.deepspeed = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert deepspeed_config(config, has_cuda=True)["zero_force_ds_cpu_optimizer"] is is_replaced
