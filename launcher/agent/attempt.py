@@ -17,7 +17,7 @@ from launcher.agent.machines import Ended, OneMachine, Start
 from launcher.base import files
 from launcher.base.device_memory import oom_kills
 from launcher.base.environment import without_inherited
-from launcher.base.errors import UserError
+from launcher.base.errors import UnsafeFileError, UserError
 from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED, die_with_parent, host
 from launcher.base.rank_reports import ATTEMPT, is_library, make_report, read_reports
@@ -58,8 +58,8 @@ class Attempt:
         """
         try:
             self._paths.logs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            log = self._log.open("ab")
-        except OSError as error:
+            log = files.open_append(self._log, within=self._paths.root)
+        except (OSError, UnsafeFileError) as error:
             wrong = UserError(f"output_dir={self._config.output_dir} cannot be written on {host()}: {error}")
             report = make_report(wrong, rank=self._ranks.start, training_began=False, step=None)
             return Ended(self._machine, host(), wrong.exit_code, [report])

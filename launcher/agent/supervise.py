@@ -78,6 +78,7 @@ def supervise(config: RunConfig, arguments: Sequence[str], caller: Caller | None
         MachinesError: the machines did not meet, or one has gone. StoppedEarlyError: stopped before the start.
     """
     _append_to_own_output()
+    RunPaths(Path(config.output_dir).expanduser().resolve()).refuse_links()
     with Requests().installed() as requests:
         return _Supervisor(config, arguments, requests, caller or Caller()).run()
 
@@ -259,7 +260,8 @@ def is_finished(config: RunConfig, paths: RunPaths) -> bool:
     if state.get("stopped_early") and config.train.early_stopping_patience is not None:
         return True
     if config.train.max_steps >= 0:
-        return bool(state.get("step", 0) >= config.train.max_steps)
+        step = state.get("step", 0)
+        return isinstance(step, int) and step >= config.train.max_steps
     return bool(state.get("length") == run_length(config))
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.base.errors import UserError
+
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _CODE_DIR = Path(__file__).resolve().parent.parent
 
@@ -116,6 +118,18 @@ class RunPaths:
     def own_dirs(self) -> tuple[Path, ...]:
         """The folders that a run makes for itself; as links they would lead its writes out of output_dir."""
         return (self.logs_dir, self.hub_dir, self.code_dir, self.slurm_dir, self.imported_dir)
+
+    def refuse_links(self) -> None:
+        """To be asked before anything is written here.
+
+        Raises:
+            UserError: one of `own_dirs` is a link.
+        """
+        for folder in filter(Path.is_symlink, self.own_dirs):
+            raise UserError(
+                f"{folder} is a link to {folder.readlink()}: what a run writes stays inside of its output_dir. "
+                "Remove the link, or set another output_dir=… (which may itself be a link)"
+            )
 
     @property
     def slurm_dir(self) -> Path:

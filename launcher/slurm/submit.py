@@ -219,6 +219,7 @@ def _write(plan: _Plan, snapshot: Snapshot) -> None:
 def _write_files(plan: _Plan, snapshot: Snapshot) -> None:
     for job in plan.jobs:
         paths = RunPaths(job.run_dir)
+        paths.refuse_links()
         paths.slurm_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         paths.logs_dir.mkdir(mode=0o700, exist_ok=True)
         text = yaml.safe_dump(to_dict(job.config), sort_keys=False, allow_unicode=True)

@@ -69,11 +69,7 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
     def open_it() -> None:
         try:
             paths.root.mkdir(parents=True, exist_ok=True)
-            for folder in filter(Path.is_symlink, paths.own_dirs):
-                raise UserError(
-                    f"{folder} is a link to {folder.readlink()}: what a run writes stays inside of its output_dir. "
-                    "Remove the link, or set another output_dir=… (which may itself be a link)"
-                )
+            paths.refuse_links()
             files.make_dirs(paths.logs_dir, within=paths.root, mode=0o700)
             files.fsync_path(paths.root)  # else a power cut takes the folder with all its durable checkpoints
             lock.acquire(pids, lambda text: print(f"launcher: {text}", file=sys.stderr, flush=True))

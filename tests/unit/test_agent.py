@@ -46,6 +46,8 @@ def test_command_gives_every_flag_when_two_nodes_are_used(monkeypatch: pytest.Mo
         ({"state": "interrupted", "step": 20, "length": [20, 1.0, 32]}, 20, False),
         ({"state": "finished", "step": 20, "length": [-1, 1.0, 32]}, -1, True),
         ({"state": "finished", "step": 20, "length": [-1, 2.0, 32]}, -1, False),
+        ({"state": "finished", "step": "20"}, 20, False),
+        ({"state": ["finished"], "step": None}, 20, False),
     ],
 )
 def test_run_is_finished_only_when_no_more_steps_are_asked_for(
@@ -56,6 +58,20 @@ def test_run_is_finished_only_when_no_more_steps_are_asked_for(
     config = RunConfig()
     config.train.max_steps = asked
     assert is_finished(config, paths) is finished
+
+
+@pytest.mark.parametrize("name", ["logs", ".hub", "code", "slurm", "imported"])
+def test_start_is_refused_before_anything_is_written_when_a_folder_of_the_run_is_a_link(
+    tmp_path: Path, name: str
+) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    root.mkdir()
+    (root / name).symlink_to(outside)
+    config = RunConfig(output_dir=str(root))
+    with pytest.raises(UserError, match="is a link to"):
+        run(config, [])
+    assert not list(outside.iterdir()) and [path.name for path in root.iterdir()] == [name]
 
 
 def test_run_is_not_finished_when_run_json_is_broken(tmp_path: Path) -> None:
