@@ -227,7 +227,7 @@ def test_weights_and_state_are_identical_when_slurms_time_limit_is_near(limited:
     """The main process knows the end of its job from Slurm, and stops save_s + step_s + 60 s before it."""
     limited["end_time"].check()
     for start, spare_s in limited["end_time"].spare_s().items():
-        assert 58 < spare_s < 60 + limited["end_time"].save_s(start) + 2 * _STEP_S
+        assert 58 < spare_s < 60 + limited["end_time"].save_s(start) + 4 * _STEP_S  # a busy machine steps slower
     assert limited["end_time"].tensors() == limited["undisturbed"].tensors()
 
 
