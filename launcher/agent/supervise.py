@@ -208,7 +208,7 @@ class _Supervisor:
         if found.state != "failed":
             return verdict
         newest, limit = outcome.newest_checkpoint(self._paths), self._config.launch.max_restarts
-        source = "the last checkpoint" if newest is not None else "the beginning, there is no checkpoint yet"
+        source = "the last checkpoint" if newest is not None else "the beginning (there is no checkpoint yet)"
         if (place := out_of_memory.where(found, ended)) is not None:
             if (text := self._with_less_memory(start, found, place, source)) is not None:
                 return Verdict(found.exit_code, text, is_restart=True)

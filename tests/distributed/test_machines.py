@@ -283,7 +283,7 @@ def test_what_fails_the_same_way_before_any_checkpoint_is_not_restarted_for_ever
         run.start()
         assert run.codes() == [1], run.texts()
         assert len(run.attempts(0)) == num_starts, run.texts()
-        assert run.text(0).count("restarting from the beginning, there is no checkpoint yet") == num_starts - 1
+        assert run.text(0).count("restarting from the beginning (there is no checkpoint yet)") == num_starts - 1
         if action == "raise-own":
             assert "a fault\n  at /home/me/metric.py:5 in score\n  traceback: " in run.text(0)
             assert run.run_json()["step"] == 7
