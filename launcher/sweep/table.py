@@ -52,7 +52,7 @@ def jobs_table(statuses: Mapping[str, RunStatus], metric: Metric) -> Table:
         where = (status.host or "") + (f" job {status.job_id}" if status.job_id else "")
         table.add_row(
             str(rank) if has_metric else "", escape(printable(name)),
-            f"[{_STYLES.get(status.state, 'default')}]{printable(status.state)}", steps(status),
+            f"[{_STYLES.get(status.state, 'default')}]{escape(printable(status.state))}", steps(status),
             short(status.best_metric), str(status.best_step or "") if has_metric else "", escape(where),
         )  # fmt: skip
     return table

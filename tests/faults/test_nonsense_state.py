@@ -169,3 +169,13 @@ def test_every_error_has_a_name_when_state_or_sweep_is_nonsense_many_times(
     readers: dict[str, tuple[Sandbox, Read]], tmp_path: Path, name: str, count: int
 ) -> None:
     check(readers, tmp_path, name, range(1000, 1000 + count))
+
+
+def test_sweep_is_shown_when_a_state_is_markup_and_a_number_beyond_floats(tmp_path: Path) -> None:
+    sweep = SweepReader(tmp_path)
+    run = RunPaths(sweep.jobs[0].output_dir)
+    run.run_state.write_text('{"state": "[/x]", "step": 3}')
+    run.metrics.write_text('{"step": 1, "loss": 1.5, "epoch": 1' + "0" * 400 + "}\n")
+    mutator = Mutator("none", tmp_path)
+    for read in (sweep.status, sweep.status, sweep.status, sweep.report):
+        assert problem_of(lambda read=read: read(mutator)) == ""  # type: ignore[misc]
