@@ -96,8 +96,8 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 
 def _rows(path: Path) -> None:
-    """Every other one is too long, so that every micro-batch has a whole row and padding."""
-    lines = [json.dumps({"text": "x" * (600 if i % 2 else 400)}) for i in range(64)]
+    """All are too long: a plan counts full rows, and micro-batches without padding hold no more than there is."""
+    lines = [json.dumps({"text": "x" * 600})] * 64
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -141,5 +141,5 @@ def test_memory_is_as_planned_when_a_run_is_measured(
         lines: list[dict[str, Any]] = [
             json.loads(line) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()
         ]
-        # ZeRO-3 is planned as if every parameter were gathered when activations are highest: seen 7 % above the truth.
-        assert planned == pytest.approx(lines[-1]["peak"], rel=0.10 if strategy == "zero3" else 0.05)
+        # Under ZeRO-2 seen 7 % above the truth: the attention that the run chose holds less than the one counted.
+        assert planned == pytest.approx(lines[-1]["peak"], rel=0.10 if strategy == "zero2" else 0.05)

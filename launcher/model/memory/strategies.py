@@ -18,6 +18,7 @@ from launcher.model.memory.empty import EmptyModel, OptimizerStates
 _FORWARD_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MASTER_BYTES = 4
 _MAX_LIVE = _SUB_GROUP = 10**9
+_PREFETCH = 5 * 10**7
 _REDUCE_BUCKET = 5 * 10**8
 """DeepSpeed's defaults, in elements."""
 
@@ -76,6 +77,8 @@ class Sizes:
 
     trained: int
     largest: int
+    largest_of_all: int
+    """Of the parameter that has most, frozen or not; `largest` is of those that are trained."""
     total: int
     """Elements of all parameters."""
     plain_weights: float
@@ -97,10 +100,11 @@ class Sizes:
         weights = _MASTER_BYTES * trained + frozen + model.buffer_bytes
         flat_state = states.num_bytes((1024,)) / 1024
         largest = max((param.numel for param in model.trained), default=0)
+        largest_of_all = max((param.numel for param in model.params), default=0)
         total = sum(param.numel for param in model.params)
         return cls(
-            trained, largest, total, weights, frozen, sum(param.numel for param in model.frozen), model.buffer_bytes,
-            plain_states, flat_state,
+            trained, largest, largest_of_all, total, weights, frozen, sum(param.numel for param in model.frozen),
+            model.buffer_bytes, plain_states, flat_state,
         )  # fmt: skip
 
 
@@ -154,7 +158,11 @@ def _zero3(sizes: Sizes, setting: Setting, passes: Pass, states: OptimizerStates
     shares = (item * sizes.trained + _frozen_bytes(sizes, setting)) / count
     live = min(float(sizes.total), setting.zero_value("stage3_max_live_parameters", _MAX_LIVE))
     bucket = item * setting.zero_value("reduce_bucket_size", _REDUCE_BUCKET)
-    gathered = item * live + bucket
+    # The prefetcher gathers a small model whole at the start of the forward pass and passes over what it has gathered:
+    # each module's parameters go after it, and the backward pass gathers one at a time. Activations are highest at the
+    # head, with little else there (seen in fetch_sub_module). A larger model's are prefetched in the backward pass too.
+    is_gathered_at_once = sizes.total <= setting.zero_value("stage3_prefetch_bucket_size", _PREFETCH)
+    at_head = item * (float(sizes.largest_of_all) if is_gathered_at_once else live)
     masters = _MASTER_BYTES * sizes.trained / count
     optimizer = masters + sizes.flat_state * sizes.trained / count
     own_grads = item * sizes.trained / count
@@ -165,7 +173,8 @@ def _zero3(sizes: Sizes, setting: Setting, passes: Pass, states: OptimizerStates
     weights = shares + sizes.buffers
     highest = max(passes.before, passes.after)
     return [
-        MemoryParts(weights, own_grads, optimizer, highest, gathered),
+        MemoryParts(weights, own_grads, optimizer, highest, at_head + bucket),
+        MemoryParts(weights, own_grads, optimizer, 0.0, item * live + bucket),
         MemoryParts(weights, own_grads, optimizer, 0.0, bucket + copies),
     ]
 
