@@ -164,7 +164,9 @@ def test_every_error_has_a_name_when_state_or_sweep_is_nonsense(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [(n, {"state": 1500, "sweep report": 1500}.get(n, 4000)) for n in _NAMES])
+@pytest.mark.parametrize(
+    ("name", "count"), [(n, {"state": 1000, "settings": 2000, "sweep report": 1000}.get(n, 4000)) for n in _NAMES]
+)
 def test_every_error_has_a_name_when_state_or_sweep_is_nonsense_many_times(
     readers: dict[str, tuple[Sandbox, Read]], tmp_path: Path, name: str, count: int
 ) -> None:
