@@ -42,7 +42,7 @@ _IGNORED = {
     "peft and transformers read it from the model": "lora_fan_in_fan_out tokenizer_type use_fast_tokenizer",
 }
 _UNKNOWN_HERE = (
-    "optim_target_modules label_smoothing_factor tf32 torch_compile torch_compile_backend torch_compile_mode "
+    "optim_target_modules label_smoothing_factor tf32 torch_compile_backend torch_compile_mode "
     "use_liger_kernel liger_kernel_config neftune_noise_alpha torch_empty_cache_steps use_cache eval_delay "
     "eval_on_start activation_offloading use_unsloth enable_liger_kernel liger_plugin max_samples "
     "trackio_static_space_id jit_mode_eval dataset_streaming streaming"

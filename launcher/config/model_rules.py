@@ -42,6 +42,7 @@ def model_problems(config: RunConfig) -> Iterator[str]:
     yield from _token_problems(model)
     yield from _adapter_problems(model)
     yield from _quantization_problems(config)
+    yield from _compile_problems(config)
 
 
 def _missing_model(key: str, name: str | None, file: str) -> Iterator[str]:
@@ -121,6 +122,21 @@ def contradictions_of_adapter(name: str, own: Mapping[str, Any], peft: Mapping[s
 def _plain(value: Any) -> Any:
     """target_modules is a set."""
     return sorted(map(str, value)) if isinstance(value, (list, tuple, set)) else value
+
+
+def _compile_problems(config: RunConfig) -> Iterator[str]:
+    if not config.train.torch_compile:
+        return
+    if config.strategy.zero_stage == 3:
+        yield (
+            f"train.torch_compile=true cannot be combined with strategy={config.strategy.name}, which gathers weights "
+            "inside of every layer. Set strategy=zero2, or train.torch_compile=false"
+        )
+    if config.model.quantization:
+        yield (
+            "train.torch_compile=true cannot be combined with model.quantization, whose layers are no operations that "
+            "are compiled. Set train.torch_compile=false"
+        )
 
 
 def _quantization_problems(config: RunConfig) -> Iterator[str]:

@@ -117,6 +117,7 @@ class TrainConfig:
     early_stopping_patience: int | None = opt(None, "end after so many evaluations without improvement", minimum=1)
     early_stopping_threshold: float = opt(0.0, "what counts as an improvement of the metric", minimum=0)
     fused_loss: bool = opt(True, "head and loss in one, in chunks over labelled positions, where the model allows it")
+    torch_compile: bool = opt(False, "compile each layer before the first step (not with strategy=zero3)")
     full_determinism: bool = opt(False, "deterministic CUDA kernels; CPU is always deterministic")
 
     @property

@@ -45,16 +45,13 @@ def attend(
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    window = sliding_window if sliding_window is not None else key.shape[2]
+    borders = kwargs.get("cu_seq_lens_q")
     with torch.autocast("cpu", enabled=False):
-        if query.shape[2] == key.shape[2] and (attention_mask is None or _is_right_padded(attention_mask)):
-            rows = _rows(query.shape[0], query.shape[2], attention_mask, kwargs.get("cu_seq_lens_q"))
-            output: Tensor = _Blocks.apply(  # type: ignore[no-untyped-call]
-                query, key, value, scale, softcap, window, rows
-            )
+        if query.shape[2] == key.shape[2] and (torch.compiler.is_compiling() or _is_right_padded(attention_mask)):
+            output: Tensor = _of_rows(query, key, value, attention_mask, borders, scale, softcap, sliding_window)
         else:
-            output = _generating(query, key, value, attention_mask, scale, softcap, window)
-    return output.transpose(1, 2), None
+            output = _generating(query, key, value, attention_mask, scale, softcap, sliding_window)
+    return output, None
 
 
 def why_not(
@@ -68,25 +65,91 @@ def why_not(
     return "dropout" if dropout else more[0] if more else None
 
 
-def _is_right_padded(mask: Tensor) -> bool:
-    return bool((mask[:, :-1] >= mask[:, 1:]).all())
+def _is_right_padded(mask: Tensor | None) -> bool:
+    return mask is None or bool((mask[:, :-1] >= mask[:, 1:]).all())
 
 
 def _generating(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float | None, window: int
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float | None, window: int | None
 ) -> Tensor:
-    """With keys of a cache before the queries, or padding on the left."""
+    """With keys of a cache before the queries, or padding on the left; output_BTHD."""
     num_queries, num_keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = (query @ key.transpose(2, 3)).float() * scale
     if cap is not None:
         scores = (scores / cap).tanh() * cap
     distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)[None]
-    is_seen = (distance >= 0) & (distance < window)
+    is_seen = (distance >= 0) & (distance < (window or num_keys))
     if mask is not None:
         is_seen = is_seen & mask[:, None, None, :].bool()
     scores = scores.masked_fill(~is_seen, torch.finfo(torch.float32).min)  # a row of padding sees something
-    return scores.softmax(-1).to(value.dtype) @ value
+    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
+
+
+@torch.library.custom_op("launcher::cpu_attention", mutates_args=())
+def _of_rows(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, borders: Tensor | None, scale: float,
+    cap: float | None, window: int | None,
+) -> Tensor:  # fmt: skip
+    """softmax(scale · Q Kᵀ) V, output_BTHD; one operator for the compiler. H query heads share K key heads: the G = H/K
+    queries of a head are stacked."""
+    rows = _rows(query.shape[0], query.shape[2], mask, borders)
+    batch, heads, length, _ = query.shape
+    output = query.new_empty(batch, length, heads, value.shape[-1])
+    by_head = output.transpose(1, 2)
+    if sum(end - start for _, start, end in rows) < batch * length:
+        output.zero_()  # padding
+    for index, first, low, end in _blocks(rows, window):
+        probs, _ = _probabilities(query[index, :, low:end], key[index, :, first:end], scale, cap, window)
+        mixed = torch.bmm(probs.to(value.dtype), value[index, :, first:end])
+        by_head[index, :, low:end] = mixed.view(heads, end - low, -1)
+    return output
+
+
+@torch.library.custom_op("launcher::cpu_attention_backward", mutates_args=())
+def _of_rows_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, mask: Tensor | None,
+    borders: Tensor | None, scale: float, cap: float | None, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, key_heads = _rows(query.shape[0], query.shape[2], mask, borders), key.shape[1]
+    grad, output = grad.transpose(1, 2), output.transpose(1, 2)
+    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for index, first, low, end in _blocks(rows, window):
+        at, keys = (index, slice(None), slice(low, end)), (index, slice(None), slice(first, end))
+        stacked = query[at].reshape(key_heads, -1, query.shape[-1])
+        probs, slope = _probabilities(query[at], key[keys], scale, cap, window)
+        out = grad[at].reshape(key_heads, -1, grad.shape[-1])
+        mean = (out.float() * output[at].reshape(out.shape)).sum(-1, keepdim=True)
+        grad_value[keys] += torch.bmm(probs.to(out.dtype).transpose(1, 2), out)
+        scores = torch.bmm(out, value[keys].transpose(1, 2)).float().sub_(mean).mul_(probs).mul_(scale)
+        if slope is not None:
+            scores.mul_(slope)
+        scores = scores.to(query.dtype)
+        grad_query[at] = torch.bmm(scores, key[keys]).view(grad_query[at].shape)
+        grad_key[keys] += torch.bmm(scores.transpose(1, 2), stacked)
+    return grad_query, grad_key, grad_value
+
+
+@_of_rows.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+
+
+@_of_rows_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, mask, borders, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, output, mask, borders)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_of_rows_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+
+
+_of_rows.register_autograd(_differentiate, setup_context=_keep)
 
 
 Row = tuple[int, int, int]
@@ -94,68 +157,31 @@ Row = tuple[int, int, int]
 
 
 def _rows(batch: int, length: int, mask: Tensor | None, borders: Tensor | None) -> list[Row]:
+    """
+    Raises:
+        UnsupportedAttentionError: padding on the left, which is for generating only.
+    """
     if borders is not None:  # of all rows of the batch, one after another (flash attention's cu_seqlens)
         ends = borders.tolist()
         return [(a // length, a % length, a % length + b - a) for a, b in itertools.pairwise(ends) if b > a]
     if mask is None:
         return [(b, 0, length) for b in range(batch)]
+    if not _is_right_padded(mask):
+        raise UnsupportedAttentionError("padding on the left")
     ends = mask.sum(-1).tolist()
     return [(b, 0, int(end)) for b, end in enumerate(ends) if end]
 
 
-def _blocks(rows: list[Row], window: int) -> Iterator[tuple[int, int, int, int]]:
+def _blocks(rows: list[Row], window: int | None) -> Iterator[tuple[int, int, int, int]]:
     """(index in the batch, first key, first query, token after the last query)."""
     for index, start, end in rows:
         size = -(-(end - start) // max(1, round((end - start) / _BLOCK)))
         for low in range(start, end, size):
-            yield index, max(start, low - window + 1), low, min(end, low + size)
-
-
-class _Blocks(torch.autograd.Function):
-    """softmax(scale · Q Kᵀ) V. H query heads share K key heads: the G = H / K queries of a head are stacked."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float | None, window: int,
-        rows: list[Row],
-    ) -> Tensor:  # fmt: skip
-        batch, heads, length, _ = query.shape
-        key_heads = key.shape[1]
-        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        if sum(end - start for _, start, end in rows) < batch * length:
-            output.zero_()  # padding
-        for index, first, low, end in _blocks(rows, window):
-            probs, _ = _probabilities(query[index, :, low:end], key[index, :, first:end], scale, cap, window)
-            mixed = torch.bmm(probs.to(value.dtype), value[index, :, first:end])
-            output[index, :, low:end] = mixed.view(heads, end - low, -1)
-        ctx.save_for_backward(query, key, value, output)
-        ctx.settings = scale, cap, window, rows, key_heads
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        query, key, value, output = ctx.saved_tensors
-        scale, cap, window, rows, key_heads = ctx.settings
-        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for index, first, low, end in _blocks(rows, window):
-            at, keys = (index, slice(None), slice(low, end)), (index, slice(None), slice(first, end))
-            stacked = query[at].reshape(key_heads, -1, query.shape[-1])
-            probs, slope = _probabilities(query[at], key[keys], scale, cap, window)
-            out = grad[at].reshape(key_heads, -1, grad.shape[-1])
-            mean = (out.float() * output[at].reshape(out.shape)).sum(-1, keepdim=True)
-            grad_value[keys] += torch.bmm(probs.to(out.dtype).transpose(1, 2), out)
-            scores = torch.bmm(out, value[keys].transpose(1, 2)).float().sub_(mean).mul_(probs).mul_(scale)
-            if slope is not None:
-                scores.mul_(slope)
-            scores = scores.to(query.dtype)
-            grad_query[at] = torch.bmm(scores, key[keys]).view(grad_query[at].shape)
-            grad_key[keys] += torch.bmm(scores.transpose(1, 2), stacked)
-        return grad_query, grad_key, grad_value, None, None, None, None
+            yield index, max(start, low - window + 1) if window else start, low, min(end, low + size)
 
 
 def _probabilities(
-    query_HLD: Tensor, key_KSD: Tensor, scale: float, cap: float | None, window: int
+    query_HLD: Tensor, key_KSD: Tensor, scale: float, cap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """The softmax of the last L queries over S keys, fp32, (K, G · L, S); with a cap also its derivative."""
     heads, num_queries, size = query_HLD.shape
@@ -171,7 +197,7 @@ def _probabilities(
     each = scores.view(heads, num_queries, num_keys)
     offset = num_keys - num_queries  # of the first query among the keys
     hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=each.device).triu_(offset + 1)
-    if window < num_keys:
+    if window is not None and window < num_keys:
         hidden |= torch.ones_like(hidden).tril_(offset - window)
         each.masked_fill_(hidden, -torch.inf)
     else:

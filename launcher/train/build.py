@@ -30,6 +30,7 @@ from launcher.data import SORTED, StepSampler, build_vocabulary
 from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.model.attention import settle_attention, unwrapped
 from launcher.model.build import build_model, static_files
+from launcher.model.compile import compile_layers
 from launcher.model.identity import agreed_identity
 from launcher.model.loss import build_loss
 from launcher.model.optim import Schedule, build_optimizer
@@ -116,6 +117,7 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
         "train.mixed_precision": config.mixed_precision,
         "train.on_nonfinite": config.train.on_nonfinite,
         "train.fused_loss": config.train.fused_loss,
+        "train.torch_compile": config.train.torch_compile,
         "model.model_name_or_path": Path(name).name if name else None,
         "model.revision": config.model.revision,
         "model.base": agreed_identity(config, processes),
@@ -222,6 +224,9 @@ def build_run(
     loss, loss_notices = build_loss(
         unwrapped(accelerator.unwrap_model(model)), accelerator.device, is_fused=config.train.fused_loss
     )
+    if config.train.torch_compile:
+        tell(processes, "compiling the layers of the model")
+        loss_notices.append(compile_layers(config, model, accelerator, is_flat=attention.is_flat))
     about = about_run(
         built.module, num_rows=len(data.train), num_eval_rows=len(data.eval) if data.eval is not None else None,
         device=accelerator.device,

@@ -11,6 +11,7 @@ import torch
 from launcher.base.processes import Processes
 from launcher.config.settings import RunConfig
 from launcher.data import Data, EvalContext, collate, to_device
+from launcher.model.compile import uncompiled
 from launcher.model.loss import LossFunction
 from launcher.saving.save_schedule import crosses_epoch
 from launcher.train.watchdog import Watchdog
@@ -65,7 +66,7 @@ class Evaluator:
         size, world = self._config.eval.per_device_eval_batch_size, self._processes.world_size
         self._model.eval()
         loss_sum, labelled = torch.zeros((), dtype=torch.float64, device=self._accelerator.device), 0
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(self._config):
             for start in range(0, len(rows), size * world):
                 low = start + self._processes.rank * size
                 ids = np.arange(low, max(low, min(low + size, len(rows))))

@@ -49,17 +49,17 @@ def settle(model: Any, *, packing: bool = False, known: dict[str, Any] | None = 
     return settle_attention(config, model, accelerator, 256, model.config._attn_implementation, known)
 
 
-def loss_and_gradients(model: Any, *, is_flat: bool) -> tuple[float, torch.Tensor]:
+def loss_and_gradients(model: Any, *, is_flat: bool, lengths: tuple[int, ...] = _LENGTHS) -> tuple[float, torch.Tensor]:
     """Of the same rows, padded or one after another."""
     generator = torch.Generator().manual_seed(2)
-    rows = [torch.randint(0, 250, (length,), generator=generator) for length in _LENGTHS]
+    rows = [torch.randint(0, 250, (length,), generator=generator) for length in lengths]
     if is_flat:
         labels = [torch.cat([torch.tensor([-100]), row[1:]]) for row in rows]
-        batch = {"input_ids": torch.cat(rows)[None], "labels": torch.cat(labels)[None], **borders_of(_LENGTHS)}
-        batch["position_ids"] = torch.cat([torch.arange(length) for length in _LENGTHS])[None]
+        batch = {"input_ids": torch.cat(rows)[None], "labels": torch.cat(labels)[None], **borders_of(lengths)}
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
     else:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-        mask = torch.arange(max(_LENGTHS))[None] < torch.tensor(_LENGTHS)[:, None]
+        mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
         batch = {"input_ids": ids, "labels": ids.where(mask, -100), "attention_mask": mask.long()}
     model.zero_grad()
     loss = summed_loss(model, batch).loss_sum
