@@ -41,5 +41,5 @@ def test_layers_are_found_by_their_class(name: str) -> None:
     ],
 )
 def test_compiling_is_refused_when_it_cannot_work(more: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="Set .*train.torch_compile=false"):
+    with pytest.raises(ConfigError, match=r"Set .*train\.torch_compile=false"):
         compose(["train.torch_compile=true", *more])
