@@ -39,9 +39,9 @@ def commands() -> list[Command]:
     found = []
     for page in PAGES:
         lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-        lines += re.findall(
-            r"`((?:launcher|HF_HUB_OFFLINE=1 launcher) train [^`…]*)`", page.read_text(encoding="utf-8")
-        )
+        if page.name != "decisions.md":  # it tells of commands that were tried
+            text = page.read_text(encoding="utf-8")
+            lines += re.findall(r"`((?:HF_HUB_OFFLINE=1 )?launcher train [^`…]*=[^`…]*)`", text)
         for line in lines:
             words = shlex.split(line, comments=True)
             while words and (re.fullmatch(r"[A-Z_]+=\S*", words[0]) or words[0] == "srun"):
