@@ -32,15 +32,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     zygote.close()
 
 
-def arrivals(hub: HubServer, path: str) -> int:
-    """The commits that brought a file, or another content of it."""
-    repo, found = hub.repos[REPO], 0
-    for commit in repo.history():
-        before = repo.commits[commit.parent].files.get(path) if commit.parent is not None else None
-        found += commit.files.get(path) != before
-    return found
-
-
 @pytest.mark.parametrize(
     ("num_processes", "strategy"),
     [
@@ -79,9 +70,6 @@ def test_one_rank_pushes_and_goes_on_after_a_stop(
     steps = [step for step, _ in paths.checkpoint_dirs()]
     assert {10, 20, 60} <= set(steps) and set(pushed_checkpoints(paths)) == set(steps)
     assert set(hub.repos[REPO].tags) == {f"step-{step}" for step in steps}
-    assert arrivals(hub, "model.safetensors") == 1, "the final model"
-    for step in steps:
-        assert arrivals(hub, f"checkpoint-{step}/manifest.json") == 1, f"checkpoint-{step} is committed once"
     for step, folder in paths.checkpoint_dirs():
         assert manifest.verify(folder) == []
         for path in (p for p in folder.rglob("*") if p.is_file()):
