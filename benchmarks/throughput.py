@@ -57,6 +57,14 @@ class Contender:
             )  # fmt: skip
         self._is_ready = False
 
+    def _tell(self, command: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{command}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            sys.exit(f"a contender ended:\n{self._log.read_text()[-4000:]}")
+
     def wait_until_ready(self) -> None:
         """Returns when it waits for its first turn; several can start at once."""
         if not self._is_ready:
@@ -73,16 +81,12 @@ class Contender:
 
     def step(self) -> dict[str, Any]:
         self.wait_until_ready()
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
+        self._tell("step")
         return self._read()
 
     def profile(self) -> str:
         """Of one step more; only ours."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("profile\n")
-        self._process.stdin.flush()
+        self._tell("profile")
         return str(self._read()["table"])
 
     def peak_bytes(self) -> int:

@@ -43,7 +43,7 @@ def _ours(**train: Any) -> dict[str, Any]:
 
 
 CASES = {
-    "0.6b-8k": Case("qwen3-0.6b", 8192, 1, ("trainer", "trainer-liger")),
+    "0.6b-8k": Case("qwen3-0.6b", 8192, 1, ("trainer",)),
     "0.6b-8k-compiled": Case("qwen3-0.6b", 8192, 1, (), _ours(torch_compile=True)),
     "0.6b-8k-x4-compiled": Case("qwen3-0.6b", 8192, 4, (), _ours(torch_compile=True)),
     "0.6b-8k-zero2-compiled": Case(
@@ -95,16 +95,23 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
     }  # fmt: skip
     flops = flops_per_token(case.model, counts["mean_attended"], is_lora=case.is_lora)
     sides = {"ours": spec} | {peer: {**spec, "kind_of_peer": peer} for peer in case.peers}
-    running = {kind: Contender({**side, "kind": _kind(kind), **_options(kind)}, work_dir / f"{name}-{kind}.log")
-               for kind, side in sides.items()}  # fmt: skip
-    for contender in running.values():
-        contender.wait_until_ready()
-    taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in running}
-    for number in range(steps + 2):
-        order = list(running) if number % 2 == 0 else list(running)[::-1]
-        for kind in order:
-            taken[kind].append(running[kind].step())
     found: dict[str, Any] = {"case": name, "flops_per_token": flops, "mean_attended": counts["mean_attended"]}
+    running: dict[str, Contender] = {}
+    taken: dict[str, list[dict[str, float]]] = {}
+    try:
+        for kind, side in sides.items():
+            side = {**side, "kind": _kind(kind), **_options(kind)}
+            running[kind], taken[kind] = Contender(side, work_dir / f"{name}-{kind}.log"), []
+        for contender in running.values():
+            contender.wait_until_ready()
+        for number in range(steps + 2):
+            order = list(running) if number % 2 == 0 else list(running)[::-1]
+            for kind in order:
+                taken[kind].append(running[kind].step())
+        found["profile"] = running["ours"].profile()
+    finally:
+        for contender in running.values():
+            contender.close()
     for kind, lines in taken.items():
         rates = [line["tokens"] / line["seconds"] for line in lines[2:]]
         rate = statistics.median(rates)
@@ -114,9 +121,6 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
             "losses": [line["loss"] for line in lines], "syncs": lines[-1].get("syncs"),
             "tokens_per_step": lines[-1]["tokens"],
         }  # fmt: skip
-    found["profile"] = running["ours"].profile()
-    for contender in running.values():
-        contender.close()
     return found
 
 

@@ -28,6 +28,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Writes each result into $OUT at once: what is cut off by time has still told what it found."""
+    if os.environ.get("OUT") and (report.when == "call" or report.failed):
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        if worker == "main" and os.environ.get("PYTEST_XDIST_TESTRUNUID"):
+            return
+        with (Path(os.environ["OUT"]) / f"tests-{worker}.txt").open("a") as file:
+            file.write(f"{report.outcome} {report.duration:.1f} s {report.nodeid}\n")
+            if report.failed:
+                file.write(f"{report.longreprtext[-6000:]}\n")
+
+
 @pytest.fixture(scope="session")
 def gpu_zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     made = zygote(tmp_path_factory.mktemp("zygote") / "log")

@@ -13,9 +13,9 @@ from launcher.base.paths import RunPaths
 from tests.distributed.runs import different, losses
 from tests.gpu.start import Runs
 
-_STEPS, _SAVE = 120, 20
+_STEPS, _SAVE = 40, 10
 _COMMON = (
-    f"train.max_steps={_STEPS}", f"checkpoint.save_steps={_SAVE}", "train.full_determinism=true",
+    f"train.max_steps={_STEPS}", f"checkpoint.save_steps={_SAVE}", "train.per_device_train_batch_size=4", "train.full_determinism=true",
     "model.config.hidden_size=128", "model.config.intermediate_size=256",
 )  # fmt: skip
 _CASES = {
@@ -40,7 +40,7 @@ _CASES = {
 @pytest.mark.parametrize("case", _CASES)
 def test_weights_are_the_same_bits_when_the_run_was_killed(runs: Runs, case: str) -> None:
     more = (*_COMMON, *_CASES[case])
-    killed = runs.run_killed("killed", f"checkpoint-{2 * _SAVE}", *more)
+    killed = runs.run_killed("killed", f"checkpoint-{_SAVE}", *more)
     undisturbed = runs.run("undisturbed", *more)
     resumed = runs.run("killed", *more)
     assert "continuing from" in (killed.root / "test.log").read_text()
@@ -77,16 +77,16 @@ def test_losses_are_those_of_the_cpu_when_fp32(runs: Runs) -> None:
 
 def test_a_run_stops_and_goes_on_when_started_by_the_launcher(runs: Runs, tmp_path: Path) -> None:
     """As users start it: agent, accelerate launch, rank; a STOP file; the same command again; and once more."""
-    more = ("train.max_steps=400", "checkpoint.save_steps=50", "strategy=auto", "launch.num_processes=1")
+    more = ("train.max_steps=200", "checkpoint.save_steps=20", "strategy=auto", "launch.num_processes=1")
     process, paths = runs.launch("run", *more), RunPaths(tmp_path / "run")
     deadline = time.monotonic() + 100
-    while not (paths.root / "checkpoint-50").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (paths.root / "checkpoint-20").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     (paths.root / "STOP").touch()
     assert process.wait(60) == 75, (paths.root / "test.log").read_text()[-3000:]
     runs.launched("run", *more)
     state = json.loads(paths.run_state.read_text())
-    assert (state["state"], state["step"]) == ("finished", 400)
+    assert (state["state"], state["step"]) == ("finished", 200)
     runs.launched("run", *more)
 
 
