@@ -46,8 +46,8 @@ $PYTHON -c "from deepspeed.ops.op_builder import CPUAdamBuilder as B; B().load(v
 
 for name in ${*:-tests saves throughput sweep}; do
   case $name in
-    tests) part tests 150 $PYTHON -m pytest tests/gpu -q -x --maxfail=100 -n "${WORKERS:-7}" --timeout=140 -p no:cacheprovider --tb=short -W default ;;
-    saves) part saves 100 $PYTHON -m benchmarks.gpu.saves ;;
+    tests) part tests "${TESTS_S:-150}" $PYTHON -m pytest ${TESTS:-tests/gpu} -q -n "${WORKERS:-8}" --timeout=140 -p no:cacheprovider --tb=short -W default ;;
+    saves) part saves "${SAVES_S:-80}" $PYTHON -m benchmarks.gpu.saves ;;
     throughput) part throughput "${THROUGHPUT_S:-170}" $PYTHON -m benchmarks.gpu.throughput ;;
     sweep) part sweep 60 $PYTHON -m benchmarks.gpu.sweep ;;
     *) echo "unknown part $name: tests saves throughput sweep" >&2 ;;

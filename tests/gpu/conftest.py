@@ -30,14 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Writes each result into $OUT at once: what is cut off by time has still told what it found."""
-    if os.environ.get("OUT") and (report.when == "call" or report.failed):
-        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-        if worker == "main" and os.environ.get("PYTEST_XDIST_TESTRUNUID"):
-            return
-        with (Path(os.environ["OUT"]) / f"tests-{worker}.txt").open("a") as file:
-            file.write(f"{report.outcome} {report.duration:.1f} s {report.nodeid}\n")
-            if report.failed:
-                file.write(f"{report.longreprtext[-6000:]}\n")
+    if not os.environ.get("OUT") or "PYTEST_XDIST_WORKER" in os.environ or not (report.when == "call" or report.failed):
+        return
+    with (Path(os.environ["OUT"]) / "tests.txt").open("a") as file:
+        file.write(f"{report.outcome} {report.duration:.1f} s {report.nodeid}\n")
+        if report.failed:
+            file.write(f"{report.longreprtext[-6000:]}\n")
 
 
 @pytest.fixture(scope="session")

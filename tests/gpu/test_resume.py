@@ -15,8 +15,8 @@ from tests.gpu.start import Runs
 
 _STEPS, _SAVE = 40, 10
 _COMMON = (
-    f"train.max_steps={_STEPS}", f"checkpoint.save_steps={_SAVE}", "train.per_device_train_batch_size=4", "train.full_determinism=true",
-    "model.config.hidden_size=128", "model.config.intermediate_size=256",
+    f"train.max_steps={_STEPS}", f"checkpoint.save_steps={_SAVE}", "train.per_device_train_batch_size=4",
+    "train.full_determinism=true", "model.config.hidden_size=128", "model.config.intermediate_size=256",
 )  # fmt: skip
 _CASES = {
     "single-bf16": ("strategy=single", "model.dtype=bfloat16"),
