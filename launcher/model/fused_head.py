@@ -100,7 +100,9 @@ class _Stand(nn.Module):
         return self._answer(hidden)
 
 
-def maybe_fuse_head(model: Any, device: torch.device, known: AfterHead | None = None) -> bool:
+def maybe_fuse_head(
+    model: Any, device: torch.device, known: AfterHead | None = None, *, is_compiled: bool = False
+) -> bool:
     """Teaches a causal model's `forward` to give the loss itself, where that is exact: the model is tried.
 
     A stand-in for the head shows what the forward pass does with logits. Where that is neither nothing, nor a scale,
@@ -111,6 +113,7 @@ def maybe_fuse_head(model: Any, device: torch.device, known: AfterHead | None = 
     Args:
         model: prepared and unwrapped; under peft its base model.
         known: what it does with logits, for a model without memory, which cannot be tried.
+        is_compiled: softmax, loss and their gradient become two passes over the logits instead of six.
     """
     head = model.get_output_embeddings()
     where = next(
@@ -123,7 +126,7 @@ def maybe_fuse_head(model: Any, device: torch.device, known: AfterHead | None = 
         return False
     is_linear = type(head).forward is nn.Linear.forward
     if is_linear:
-        _teach_linear(head, after)
+        _teach_linear(head, after, is_compiled=is_compiled)
     whole = model.forward
 
     @functools.wraps(whole)
@@ -176,20 +179,44 @@ def _try(model: Any, where: tuple[nn.Module, str], device: torch.device) -> Afte
         model.train(was_training)
 
 
-def _teach_linear(head: nn.Linear, after: AfterHead) -> None:
+def _teach_linear(head: nn.Linear, after: AfterHead, *, is_compiled: bool) -> None:
     """`head(hidden_NH, targets_N)` gives the summed loss. It stays a call of the module, whose hooks gather the weight
     under ZeRO-3."""
-    plain = head.forward
+    plain, entropy = head.forward, _compiled_cross_entropy() if is_compiled else _cross_entropy
 
     def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return plain(hidden)
         loss: Tensor = _FusedHead.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight, head.bias, targets, after, torch.is_grad_enabled()
+            hidden, head.weight, head.bias, targets, after, torch.is_grad_enabled(), entropy
         )
         return loss
 
     head.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def _cross_entropy(
+    given: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, loss_dtype: torch.dtype, *, needs_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The summed loss of logits_NV, the gradient of what the head gave in its dtype, and that of the bias in fp32."""
+    logits = given.float()
+    if bias is not None:
+        logits += bias
+    after.apply_(logits)
+    log_probs = logits.log_softmax(-1)
+    loss = -log_probs.gather(1, targets[:, None]).sum(dtype=loss_dtype)
+    if not needs_grad:
+        return loss, None, None
+    if torch.compiler.is_compiling():  # one pass over all of it; an indexed write would make it three
+        grad = log_probs.exp() - (torch.arange(logits.shape[1], device=logits.device) == targets[:, None]).float()
+    else:
+        grad = log_probs.exp_()
+        grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
+    grad = after.backward_(grad, logits if after.cap is not None else None)
+    return loss, grad.to(given.dtype), None if bias is None else grad.sum(0)
+
+
+_compiled_cross_entropy = functools.cache(lambda: torch.compile(_cross_entropy, dynamic=True))
 
 
 class _FusedHead(torch.autograd.Function):
@@ -201,8 +228,9 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, needs: bool
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, needs: bool,
+        entropy: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
+    ) -> Tensor:  # fmt: skip
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         size = chunk_positions(kind)
@@ -215,20 +243,15 @@ class _FusedHead(torch.autograd.Function):
             used = weight.to(dtype)
             for start in range(0, len(targets), size):
                 part, chosen = hidden[start : start + size].to(dtype), targets[start : start + size]
-                logits = torch.mm(part, used.t()).float()
-                if bias is not None:
-                    logits += bias
-                after.apply_(logits)
-                log_probs = logits.log_softmax(-1)
-                loss -= log_probs.gather(1, chosen[:, None]).sum(dtype=loss.dtype)
-                if grad_hidden is None and not needs_weight and not needs_bias:
+                needs_grad = grad_hidden is not None or needs_weight or needs_bias
+                found, grad, of_bias = entropy(
+                    torch.mm(part, used.t()), bias, chosen, after, loss.dtype, needs_grad=needs_grad
+                )
+                loss += found
+                if grad is None:
                     continue
-                grad = log_probs.exp_()
-                grad[torch.arange(len(chosen), device=grad.device), chosen] -= 1.0
-                grad = after.backward_(grad, logits if after.cap is not None else None)
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-                grad = grad.to(dtype)
+                    grad_bias += of_bias
                 if grad_hidden is not None:
                     grad_hidden[start : start + size] = torch.mm(grad, used)
                 if needs_weight:
@@ -247,7 +270,7 @@ class _FusedHead(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight.mul_(scale).to(weight_dtype),
             None if grad_bias is None else grad_bias.mul_(scale).to(bias_dtype),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 

@@ -49,14 +49,17 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Any], *, is_fused: bool = 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Losses]
 
 
-def build_loss(base: Any, device: torch.device, *, is_fused: bool) -> tuple[LossFunction, list[str]]:
+def build_loss(
+    base: Any, device: torch.device, *, is_fused: bool, is_compiled: bool = False
+) -> tuple[LossFunction, list[str]]:
     """The loss of a prepared model, and notices. Collective.
 
     Args:
         base: without its wrappers; under peft its base model.
         is_fused: whether head and loss are to be one operation where that is exact.
+        is_compiled: whether its parts without matrix products are compiled.
     """
-    has_fused = is_fused and maybe_fuse_head(base, device)
+    has_fused = is_fused and maybe_fuse_head(base, device, is_compiled=is_compiled)
     notices = []
     if is_fused and not has_fused:
         notices.append(
