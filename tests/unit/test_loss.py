@@ -50,6 +50,22 @@ def test_gradient_is_that_of_the_whole_when_the_batch_is_split() -> None:
         assert torch.allclose(p.grad, q.grad, atol=1e-5), name
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own, in its compiler
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_compiled_loss_and_gradient_are_the_plain_ones(cap: float | None) -> None:
+    torch.manual_seed(0)
+    logits, targets, after = torch.randn(20, 333) * 4, torch.randint(0, 333, (20,)), fused_head.AfterHead(0.5, cap)
+    for bias in (None, torch.randn(333)):
+        plain, compiled = (
+            function(logits.clone(), bias, targets, after, torch.float64, needs_grad=True)
+            for function in (fused_head._cross_entropy, fused_head._compiled_cross_entropy())
+        )
+        for a, b in zip(plain, compiled, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_gradient_is_zero_and_present_when_nothing_is_labelled() -> None:
     """A process without samples in a micro-step still takes part in DDP's and ZeRO's collectives."""
     model, rows = tiny(), batch([5], 5)
