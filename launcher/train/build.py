@@ -222,8 +222,9 @@ def build_run(
     notices += compared_late(config, point, settings, {"attention": attention.setting()})
     data.use_flat_batches(attention.is_flat)
     loss, loss_notices = build_loss(
-        unwrapped(accelerator.unwrap_model(model)), accelerator.device, is_fused=config.train.fused_loss
-    )
+        unwrapped(accelerator.unwrap_model(model)), accelerator.device, is_fused=config.train.fused_loss,
+        is_compiled=config.train.torch_compile and accelerator.device.type == "cuda",
+    )  # fmt: skip
     if config.train.torch_compile:
         tell(processes, "compiling the layers of the model")
         loss_notices.append(compile_layers(config, model, accelerator, is_flat=attention.is_flat))
