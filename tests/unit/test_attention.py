@@ -65,7 +65,7 @@ def loss_and_gradients(model: Any, *, is_flat: bool, lengths: tuple[int, ...] = 
     loss = summed_loss(model, batch).loss_sum
     loss.backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return float(loss), torch.cat(gradients)
+    return float(loss.detach()), torch.cat(gradients)
 
 
 @pytest.mark.filterwarnings("ignore")  # kernels that are not installed
