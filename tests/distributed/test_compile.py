@@ -61,7 +61,7 @@ def test_weights_equal_when_killed_and_continued_with_an_empty_compiler_cache(
     assert losses(continued) == losses(undisturbed)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about torch
 def test_one_compilation_serves_all_lengths() -> None:
     import torch
     from torch._dynamo.utils import counters
