@@ -250,7 +250,7 @@ class _FusedHead(torch.autograd.Function):
                 loss += found
                 if grad is None:
                     continue
-                if grad_bias is not None:
+                if grad_bias is not None and of_bias is not None:
                     grad_bias += of_bias
                 if grad_hidden is not None:
                     grad_hidden[start : start + size] = torch.mm(grad, used)
