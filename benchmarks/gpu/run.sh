@@ -37,7 +37,11 @@ part() { # NAME LIMIT_S COMMAND…
   local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
   echo "== $name"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" || code=$?
+  PART=$name-$$ timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" || code=$?
+  # What it left running keeps memory of the device: the next part would run out of it.
+  for environ in $(grep -lsz "^PART=$name-$$\$" /proc/[0-9]*/environ); do
+    kill -KILL "$(basename "$(dirname "$environ")")" 2>/dev/null
+  done
   echo "== $name: exit $code after $((SECONDS - start)) s ($((SECONDS - began)) s in all)"
 }
 

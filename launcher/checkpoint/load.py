@@ -174,6 +174,7 @@ class StoredWeights:
         return parts is not None
 
 
+@torch.no_grad()
 def load_trained_state(
     state: TrainedState, module: torch.nn.Module, folder: Path, saved: dict[str, Any], *, weights_stem: str,
     stored: StoredTensors, listed: Collection[str] | None = None,

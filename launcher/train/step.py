@@ -120,7 +120,8 @@ class TrainStep:
 
 
 def _read(values: list[Any]) -> list[float]:
-    """Scalars of a device in one transfer; what is a number already, or None (0), stays on the host."""
-    on_device = [value.detach().double().view(()) for value in values if isinstance(value, torch.Tensor)]
-    read = iter(torch.stack(on_device).tolist() if on_device else [])
-    return [next(read) if isinstance(value, torch.Tensor) else float(value or 0.0) for value in values]
+    """Scalars of a device in one transfer; what is on the host already (offloaded norms, numbers, None for 0) stays."""
+    is_far = [isinstance(value, torch.Tensor) and value.device.type != "cpu" for value in values]
+    far = [value.detach().double().view(()) for value, is_one in zip(values, is_far, strict=True) if is_one]
+    read = iter(torch.stack(far).tolist() if far else [])
+    return [next(read) if is_one else float(value or 0.0) for value, is_one in zip(values, is_far, strict=True)]

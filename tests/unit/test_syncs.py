@@ -59,6 +59,25 @@ def test_host_reads_the_device_once_in_a_step(form: str, attention: str, monkeyp
     assert sums.loss_sum > 0 and sums.grad_norm > 0 and sums.is_applied
 
 
+class _OnOneDevice(TorchDispatchMode):
+    """Stacks as a device does, of its own tensors alone ("meta" stands for it); all are 7."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name != "aten::stack":
+            return func(*args, **(kwargs or {}))
+        assert {tensor.device.type for tensor in args[0]} == {"meta"}
+        return torch.full((len(args[0]),), 7.0)
+
+
+def test_step_reads_a_norm_of_the_host_beside_sums_of_the_device() -> None:
+    """With offloaded states DeepSpeed keeps the norm on the CPU."""
+    sums = torch.zeros((), device="meta", dtype=torch.float64)
+    with _OnOneDevice():
+        assert step_module._read([sums, sums, torch.tensor(2.5)]) == [7.0, 7.0, 2.5]
+        assert step_module._read([sums, None, 3]) == [7.0, 0.0, 3.0]
+        assert step_module._read([torch.tensor(1.5), 2.0]) == [1.5, 2.0]
+
+
 def test_optimizer_scalars_are_read_together() -> None:
     step = build_step("padded", "sdpa")
     step.run(0)

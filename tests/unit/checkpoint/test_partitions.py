@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +170,20 @@ def test_checkpoint_is_whole_when_written_by_any_number_of_processes(
             stored.read_into(f"{slot}.{name}", 0, found.view(-1))
             assert found.equal(value)
     assert len(stored.specs) == 12
+
+
+def test_state_loads_into_the_masters_of_a_device(tmp_path: Path) -> None:
+    """DeepSpeed's masters are leaves that want gradients; on a device they are copied to, not read into."""
+    _save(tmp_path, "zero3", 2)
+    process = _zero3(0, 1, False)
+    segments = []
+    for segment in process.state.segments:
+        master = torch.empty(segment.master.shape, device="meta", requires_grad=True)
+        segments.append(replace(segment, master=master, key=master))
+    state = replace(process.state, segments=tuple(segments))
+    load_trained_state(state, process.module, tmp_path, _SAVED, weights_stem="model", stored=_STORED)
+    assert all(s.master.is_leaf and s.master.requires_grad and len(s.elementwise()) == 2 for s in segments)
+    assert not any(t.requires_grad for s in segments for t in s.elementwise().values())
 
 
 @pytest.mark.parametrize("source", [("replicated", 3), ("zero3", 1), ("zero3", 3), ("zero3", 4)])
