@@ -37,7 +37,9 @@ part() { # NAME LIMIT_S COMMAND…
   local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
   echo "== $name"
-  PART=$name-$$ timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" || code=$?
+  PART=$name-$$ timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 &
+  tail -n +1 -f --pid=$! "$OUT/$name.log"
+  wait $! || code=$?
   # What it left running keeps memory of the device: the next part would run out of it.
   for environ in $(grep -lsz "^PART=$name-$$\$" /proc/[0-9]*/environ); do
     kill -KILL "$(basename "$(dirname "$environ")")" 2>/dev/null
