@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 _STARTS_RANKS = {"distributed", "faults", "sweep", "slurm", "hub", "interop"}
 """Folders of tests that start training processes."""
@@ -28,6 +29,29 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(_EXTENSIONS_DIR)
     # DeepSpeed calls ninja by name, also where pytest was started without activating the environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+_FIRST = ("slurm", "faults", "distributed", "hub", "interop", "sweep")
+"""Folders whose files take long: with several workers they start before the others."""
+
+
+class _ByFile(LoadFileScheduling):
+    """A file of tests belongs to one worker, as its fixtures do; all of Slurm's files, for they share one cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
+    config.option.loadscopereorder = False
+    return _ByFile(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        own = {folder: number for number, folder in enumerate(_FIRST)}
+        items.sort(key=lambda item: own.get(item.path.relative_to(Path(__file__).parent).parts[0], len(own)))
 
 
 @pytest.fixture(scope="session", autouse=True)
