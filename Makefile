@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 DIST ?= dist
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 ARGS ?=
+# Tests side by side: many wait for processes that they have started. Slow ones run alone, with all cores.
+WORKERS ?= 3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: train test test-slow lint format bench gpu-bundle docs dist setup clean
@@ -15,7 +17,7 @@ train: $(VENV)/.runtime
 test test-slow: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" -n $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/.slow
 	$(BIN)/pytest -m slow $(ARGS)

@@ -36,9 +36,11 @@ _FIRST = ("slurm", "faults", "distributed", "hub", "interop", "sweep")
 
 
 class _ByFile(LoadFileScheduling):
-    """A file of tests belongs to one worker, as its fixtures do; all of Slurm's files, for they share one cluster."""
+    """A file of tests belongs to one worker, as its fixtures do; Slurm's files share a cluster, the GPU's nothing."""
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith("tests/gpu/"):
+            return nodeid
         return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
 
 

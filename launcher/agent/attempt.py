@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.agent.command import accelerate_command, num_processes
-from launcher.agent.machines import Ended, OneMachine, Start
+from launcher.agent.machine import Ended, OneMachine, Start
 from launcher.base import files
 from launcher.base.device_memory import oom_kills
 from launcher.base.environment import without_inherited

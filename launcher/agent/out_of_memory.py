@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.agent.machines import Ended
+from launcher.agent.machine import Ended
 from launcher.agent.outcome import Outcome
 from launcher.base import files
 from launcher.base.paths import RunPaths

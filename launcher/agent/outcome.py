@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.agent.machines import Ended, Verdict
+from launcher.agent.machine import Ended, Verdict
 from launcher.base import files
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, RunLockedError
 from launcher.base.paths import CheckpointPaths, RunPaths

@@ -19,7 +19,7 @@ import yaml
 from launcher.agent import machines, out_of_memory, outcome
 from launcher.agent.attempt import Attempt
 from launcher.agent.command import free_port, num_processes
-from launcher.agent.machines import Ended, Start, Verdict
+from launcher.agent.machine import Ended, OneMachine, Start, Verdict
 from launcher.agent.outcome import Outcome
 from launcher.agent.requests import Requests
 from launcher.base import files, lock, lock_file
@@ -133,7 +133,7 @@ class _Supervisor:
         if self._caller.is_heard:
             print(f"launcher: {text}", file=sys.stderr, flush=True)
 
-    def _attempt(self, me: machines.OneMachine, start: Start) -> Verdict:
+    def _attempt(self, me: OneMachine, start: Start) -> Verdict:
         self._began = time.time() if start.is_restart else began_at()
         count, strategy = num_processes(self._config), self._config.strategy.name
         self._tell(f"starting {count} process{'es' if count > 1 else ''} ({strategy}) for {self._paths.root}")

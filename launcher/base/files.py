@@ -387,3 +387,8 @@ def free_bytes(path: Path) -> int:
     """Bytes that this user may still write on the file system of `path`."""
     stats = os.statvfs(path)
     return stats.f_bavail * stats.f_frsize
+
+
+def to_text(value: Any) -> str:
+    """Plain data as the text of a JSON file."""
+    return json.dumps(value, indent=1) + "\n"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import enum
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,8 @@ from launcher.base.lock import Fence
 from launcher.base.process import host
 from launcher.base.processes import Processes
 from launcher.checkpoint import low_memory, snapshot
+from launcher.checkpoint.layout import deal_out
+from launcher.checkpoint.save_result import SaveResult
 from launcher.checkpoint.snapshot import HostCopies, SnapshotPlan
 from launcher.checkpoint.writer_client import InlineWriter, SnapshotBuffer, WriterClient, WriterDied
 
@@ -39,19 +40,6 @@ class Phase(enum.Enum):
     WRITING = "writing"
     HASHING = "hashing"
     COMMITTING = "committing"
-
-
-@dataclass
-class SaveResult:
-    """What became of a save: seconds the loop stood still, seconds until durable, bytes; `error` where it failed,
-    `found_no_room` where it was not even begun."""
-
-    step: int
-    stall_s: float
-    write_s: float = 0.0
-    num_bytes: int = 0
-    error: str | None = None
-    found_no_room: bool = False
 
 
 @dataclass
@@ -324,7 +312,7 @@ class Checkpointer:
             return SaveResult(flight.step, flight.stall_s, error=errors[0] if errors else "unknown")
         if self.phase is Phase.WRITING:
             self.phase = Phase.HASHING
-            share = _shares(flight.sizes, self._processes.world_size)[self._processes.rank]
+            share = deal_out(flight.sizes, self._processes.world_size)[self._processes.rank]
             self._begin({"cmd": "hash", "step": flight.step, "dir": flight.commit["dir"], "files": share})
             return None
         if self.phase is Phase.HASHING:
@@ -406,27 +394,3 @@ class Checkpointer:
         self.finish_snapshot()
         self._writer.stop()
         self._buffer.close()
-
-
-def _shares(sizes: dict[str, int], count: int) -> list[list[str]]:
-    """Deals files out to processes, about the same number of bytes to each."""
-    shares: list[list[str]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for path in sorted(sizes, key=lambda path: -sizes[path]):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(path)
-        loads[lightest] += sizes[path]
-    return shares
-
-
-def raise_failed(result: SaveResult) -> None:
-    """Raises: CheckpointWriteError, for `checkpoint.on_error=stop`."""
-    raise CheckpointWriteError(
-        f"the save of step {result.step} failed: {result.error}. Nothing of it was committed; earlier checkpoints are "
-        "whole. To go on without stopping: checkpoint.on_error=warn"
-    )
-
-
-def to_text(value: Any) -> str:
-    """Plain data as the text of a JSON file."""
-    return json.dumps(value, indent=1) + "\n"

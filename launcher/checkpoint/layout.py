@@ -213,3 +213,14 @@ def iter_safetensors(folder: Path, stem: str, listed: Collection[str] | None = N
     single_name = f"{stem}.safetensors"
     names = [single_name] if single_name in listed else sorted(path for path in listed if shard.fullmatch(path))
     yield from (folder / name for name in names)
+
+
+def deal_out(sizes: dict[str, int], count: int) -> list[list[str]]:
+    """Deals files out to processes, about the same number of bytes to each."""
+    shares: list[list[str]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for path in sorted(sizes, key=lambda path: -sizes[path]):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(path)
+        loads[lightest] += sizes[path]
+    return shares

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, overload
@@ -13,20 +13,19 @@ from typing import Any, overload
 import numpy as np
 
 from launcher.base.devices import num_cores
-from launcher.base.errors import ConfigError, DataError, LauncherError
+from launcher.base.errors import DataError, LauncherError
 from launcher.base.paths import default_cache_dir
-from launcher.config.schema import did_you_mean
-from launcher.config.settings import DataConfig, RunConfig, expand_files
+from launcher.config.settings import DataConfig, RunConfig
 from launcher.data.cache import FORMAT_VERSION, TokenStore, build_store, open_store
 from launcher.data.encoding import BuildReport
 from launcher.data.file_hashes import FileHashes
 from launcher.data.formats import Formatter
+from launcher.data.plan import DataPlan, data_plan
 from launcher.data.rows import TokenRows, pack, row_lengths
-from launcher.data.sources import FileSource, GeneratorSource, HubSource, Source, rows_of
+from launcher.data.sources import Source, rows_of
 from launcher.data.tokenising_display import TokenisingDisplay
 from launcher.data.tokenizer import tokenizer_key
 
-_SOURCE_KEYS = ("train_files", "dataset_name", "dataset_config", "train_split", "generator", "weight")
 _MAX_NAMES = 10
 _SPLIT_STREAM, _MIX_STREAM = 1, 2  # which draws a seed is used for
 
@@ -53,14 +52,6 @@ class Data:
                 rows.is_flat = is_flat
 
 
-@dataclass(frozen=True)
-class _Plan:
-    train: list[Source]
-    weights: list[float] | None  # shares of the samples; None: every row once
-    eval: Source | None
-    eval_fraction: float | None
-
-
 def build_data(
     config: RunConfig, tokenizer: Any, *, is_builder: bool, wait: Callable[[], None],
     display: TokenisingDisplay | None = None,
@@ -84,7 +75,7 @@ def build_data(
     if not is_builder:
         wait()  # afterwards the hashes of large files are known, too
     try:
-        plan = _plan(config.data)
+        plan = data_plan(config.data)
         cache_dir = _cache_dir(config.data)
         formatter = build_formatter(config.data, tokenizer)
         sources = [*plan.train, *([plan.eval] if plan.eval else [])]
@@ -111,7 +102,7 @@ def sources_of(config: RunConfig, tokenizer: Any, split: str) -> list[tuple[Sour
 
     Everything must be tokenised already (`build_data`).
     """
-    plan = _plan(config.data)
+    plan = data_plan(config.data)
     sources = [*plan.train, *([plan.eval] if plan.eval else [])]
     folders = _folders(config.data, sources, tokenizer, _cache_dir(config.data))
     stores = [_open(folder, source) for folder, source in zip(folders, sources, strict=True)]
@@ -171,77 +162,10 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------- which sources there are
-
-
-def _plan(data: DataConfig) -> _Plan:
-    problems: list[str] = []
-    weights: list[float] | None = None
-    if data.sources:
-        train = [_source(entry, f"data.sources[{i}]", problems) for i, entry in enumerate(data.sources)]
-        weights = _weights(data.sources)
-    else:
-        own = {f.name: getattr(data, f.name) for f in fields(data) if f.name in _SOURCE_KEYS}
-        train = [_source({key: value for key, value in own.items() if value}, "data", problems)]
-    eval_source, eval_fraction = _evaluation(data, problems)
-    if problems:
-        raise ConfigError(problems)
-    return _Plan([source for source in train if source], weights, eval_source, eval_fraction)
-
-
-def _source(entry: dict[str, Any], key: str, problems: list[str]) -> Source | None:
-    for name in entry:
-        if name not in _SOURCE_KEYS:
-            hint = did_you_mean(name, _SOURCE_KEYS) or f" Valid: {', '.join(_SOURCE_KEYS)}."
-            problems.append(f"{key}.{name} is not a setting.{hint}")
-    given = [name for name in ("train_files", "dataset_name", "generator") if entry.get(name)]
-    if len(given) != 1:
-        problems.append(f"{key} needs exactly one of train_files, dataset_name and generator (got {given or 'none'})")
-        return None
-    if given == ["generator"]:
-        return GeneratorSource(entry["generator"], "train")
-    if given == ["dataset_name"]:
-        return HubSource(entry["dataset_name"], entry.get("dataset_config"), entry.get("train_split") or "train")
-    return _file_source(entry["train_files"], f"{key}.train_files", problems)
-
-
-def _file_source(names: Any, key: str, problems: list[str]) -> FileSource:
-    names = [names] if isinstance(names, str) else list(names)
-    missing = [name for name in names if not expand_files([name])]
-    problems += [f"{key}: {name} does not exist (looked in {Path.cwd()})" for name in missing]
-    return FileSource(tuple(expand_files(names)))
-
-
-def _weights(entries: list[dict[str, Any]]) -> list[float] | None:
-    """Each source's share of the samples, 1 where only others have one; None where none has."""
-    if all(entry.get("weight") is None for entry in entries):
-        return None
-    return [float(entry.get("weight") or 1.0) for entry in entries]
-
-
-def _evaluation(data: DataConfig, problems: list[str]) -> tuple[Source | None, float | None]:
-    split = data.eval_split
-    if data.eval_files:
-        if split is not None:
-            problems.append("data.eval_files and data.eval_split are both set. Set data.eval_split=null")
-        return _file_source(data.eval_files, "data.eval_files", problems), None
-    if isinstance(split, float):
-        return None, split
-    if isinstance(split, str):
-        if not data.dataset_name:
-            problems.append(
-                f"data.eval_split={split} names a split, which needs data.dataset_name. "
-                "Set a fraction (data.eval_split=0.01) or data.eval_files=[FILE]"
-            )
-            return None, None
-        return HubSource(data.dataset_name, data.dataset_config, split), None
-    return (GeneratorSource(data.generator, "eval") if data.generator else None), None
-
-
 # ---------------------------------------------------------------------- split, mix, pack
 
 
-def _assemble(config: RunConfig, plan: _Plan, stores: list[TokenStore]) -> Data:
+def _assemble(config: RunConfig, plan: DataPlan, stores: list[TokenStore]) -> Data:
     notices = [
         notice
         for source, store in zip([*plan.train, *([plan.eval] if plan.eval else [])], stores, strict=True)

@@ -7,7 +7,7 @@ Nothing gets a second BOS or EOS. Loss falls on completions and on assistant tur
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,16 +22,20 @@ from launcher.data.normalise import (
     normalise,
     takes_part,
     template_kwargs,
-    text_of_content,
     tools_of,
 )
 from launcher.data.spans import common_length, spans_at_once, token_span, within, without
+from launcher.data.turns import (
+    MEND,
+    is_empty,
+    is_rewritten,
+    names_of,
+    refuse_swallowed_turns,
+    unused_keys,
+    with_text_arguments,
+)
 
 _MANY_SPANS = 32
-_MEND = (
-    "Set data.chat_template=FILE.jinja to one that marks the assistant's words with "
-    "{% generation %} … {% endgeneration %}"
-)
 
 
 @dataclass(frozen=True)
@@ -183,13 +187,13 @@ class Formatter:
         spans: list[tuple[int, int]] | None, trained: Sequence[bool | None], learnt: list[dict[str, Any]],
     ) -> Rendered:  # fmt: skip
         tools = tools_of(row)
-        unused = _unused_keys(turns, self._chat_template.words(tools))
+        unused = unused_keys(turns, self._chat_template.words(tools))
         if any(trained[i] and turn["role"] != "assistant" for i, turn in enumerate(turns)):
             unused |= {"a weight on turns that are not the assistant's"}
-        if tools and not all(name in chat.text for name in _names(tools)):
+        if tools and not all(name in chat.text for name in names_of(tools)):
             unused |= {"tools (the chat template does not show them)"}
         return Rendered(
-            chat.text, add_special_tokens=False, spans=spans, is_rewritten=_is_rewritten(chat.text, learnt),
+            chat.text, add_special_tokens=False, spans=spans, is_rewritten=is_rewritten(chat.text, learnt),
             unused=unused,
         )  # fmt: skip
 
@@ -209,7 +213,7 @@ class Formatter:
         if RESERVED.search(json.dumps(turns, ensure_ascii=False)):
             raise BadRowError("holds code points that Unicode keeps from being exchanged (U+FDD0 to U+FDD4)")
         problem: Exception | None = None
-        for attempt in (turns, _with_text_arguments(turns)):
+        for attempt in (turns, with_text_arguments(turns)):
             try:
                 return self._chat_template.render(attempt, tools, kwargs, add_generation_prompt=add_generation_prompt)
             except Exception as error:  # templates are programs: whatever one raises, it refused this row
@@ -228,8 +232,8 @@ class Formatter:
         if chat.generated is not None:
             return [part for low, high in pieces for part in within(chat.generated, low, high)]
         if not pieces:
-            return [] if _is_empty(turns[i]) else [self._span_by_prefix(row, turns, chat, i)]
-        _refuse_swallowed_turns(turns, chat, i)
+            return [] if is_empty(turns[i]) else [self._span_by_prefix(row, turns, chat, i)]
+        refuse_swallowed_turns(turns, chat, i)
         if i == len(turns) - 1:  # what comes after the loop: Phi-3's EOS
             pieces = [*pieces[:-1], (pieces[-1][0], len(chat.text))]
         return [(self._start_of(row, turns, chat, i), pieces[0][1]), *pieces[1:]]
@@ -260,7 +264,7 @@ class Formatter:
         if not chat.text.startswith(until):
             raise BadRowError(
                 "the chat template rewrites earlier turns and has no loop over the messages, so it cannot be told "
-                f"where message {i} is. {_MEND}"
+                f"where message {i} is. {MEND}"
             )
         return common_length(asked, chat.text), len(until)
 
@@ -355,9 +359,6 @@ class Formatter:
         return None
 
 
-# ---------------------------------------------------------------------- helpers
-
-
 def _text(row: dict[str, Any], key: str) -> str:
     value = row[key]
     if not isinstance(value, str):
@@ -365,80 +366,3 @@ def _text(row: dict[str, Any], key: str) -> str:
     if not value.strip():
         raise BadRowError(f"{key} is empty")
     return value
-
-
-def _with_text_arguments(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same with the arguments of calls as JSON text, which is what DeepSeek's template takes."""
-    changed = []
-    for turn in turns:
-        if calls := turn.get("tool_calls"):
-            turn = {**turn, "tool_calls": [
-                {**call, "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])}}
-                for call in calls
-            ]}  # fmt: skip
-        changed.append(turn)
-    return changed
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-_NO_WORDS = {
-    "role",
-    "content",
-    "tool_calls",
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-    "name",
-    "id",
-    "tool_call_id",
-}
-"""Keys of a message that are looked after elsewhere, or that only say which call an answer is for."""
-
-
-def _unused_keys(turns: Iterable[dict[str, Any]], words: frozenset[str]) -> frozenset[str]:
-    """Keys of messages that hold something and that the template never names."""
-    keys = {
-        str(key) for turn in turns for key, value in turn.items() if key not in _NO_WORDS and value not in ("", [], {})
-    }
-    return frozenset(f"messages[].{key}" for key in keys - words)
-
-
-def _names(tools: list[Any]) -> list[str]:
-    named = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
-    return [str(tool["name"]) for tool in named if isinstance(tool, dict) and "name" in tool]
-
-
-def _is_empty(turn: dict[str, Any]) -> bool:
-    return not turn.get("content") and not turn.get("tool_calls") and not turn.get("reasoning_content")
-
-
-def _refuse_swallowed_turns(turns: list[dict[str, Any]], chat: Conversation, i: int) -> None:
-    """Raises: BadRowError, where the template prints a tool's answer as part of the assistant's turn (Gemma 4)."""
-    for k in range(i + 1, len(turns)):
-        if turns[k]["role"] == "assistant":
-            return
-        words = text_of_content(turns[k].get("content") or "", "content").strip()
-        if not chat.turns[k] and words and any(words in chat.text[a:b] for a, b in chat.turns[i]):
-            raise BadRowError(
-                f"the chat template prints message {k} ({turns[k]['role']}) inside of the assistant's turn before it, "
-                f"so it cannot be told which words are whose. {_MEND}"
-            )
-
-
-def _is_rewritten(text: str, turns: list[dict[str, Any]]) -> bool:
-    """Whether some of an assistant's words are missing from the text: some templates drop `<think>` parts."""
-    at = 0  # most templates keep the order: then no part of the text is searched twice
-    for turn in turns:
-        if turn["role"] != "assistant":
-            continue
-        words = [turn.get("reasoning_content") or "", text_of_content(turn.get("content") or "", "content")]
-        words += [call["function"]["name"] for call in turn.get("tool_calls") or []]
-        for part in filter(None, map(str.strip, words)):
-            found = text.find(part, at)
-            if found < 0 and part not in text:
-                return True
-            at = max(at, found)
-    return False

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launcher.model import cpu_attention
 from launcher.model.cpu_attention import UnsupportedAttentionError
 
 NAME = "cuda_rows"
@@ -59,14 +60,11 @@ def why_not(
     module: nn.Module, query: Tensor, *, dropout: float = 0.0, softcap: float | None = None,
     is_causal: bool | None = None, **kwargs: Any,
 ) -> str | None:  # fmt: skip
-    """What of a call it cannot do."""
-    is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if not is_causal:
-        return "attention in both directions"
-    if dropout or softcap is not None:
-        return "dropout" if dropout else "a soft cap"
-    if more := [name for name in ("s_aux", "sinks", "position_bias", "head_mask") if kwargs.get(name) is not None]:
-        return more[0]
+    """What of a call it cannot do: no more than ours on the CPU, and less."""
+    if reason := cpu_attention.why_not(module, query, dropout=dropout, is_causal=is_causal, **kwargs):
+        return reason
+    if softcap is not None:
+        return "a soft cap"
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     if dtype not in _HALF or query.shape[-1] > _MAX_HEAD_DIM or query.shape[-1] % 8:
         return f"{dtype}, heads of {query.shape[-1]}"

@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any
 
-from launcher.checkpoint.engine import SaveResult
+from launcher.checkpoint.save_result import SaveResult
 from launcher.config.settings import RunConfig
 
 _FIRST_AUTO_SAVE_S = 60.0

@@ -17,8 +17,9 @@ from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
 from launcher.base.words import size
-from launcher.checkpoint.engine import Checkpointer, Phase, SaveResult, raise_failed
+from launcher.checkpoint.engine import Checkpointer, Phase
 from launcher.checkpoint.retention import expired_steps, our_steps
+from launcher.checkpoint.save_result import SaveResult, raise_failed
 from launcher.config.settings import RunConfig
 from launcher.hub import Hub
 from launcher.saving.checkpoint_size import disk_bytes

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from launcher.base import _deepspeed, files, manifest
 from launcher.base.errors import DamagedCheckpointError
+from launcher.base.files import to_text
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.processes import Processes
 from launcher.base.stored import StoredTensors
 from launcher.checkpoint import rng
-from launcher.checkpoint.engine import to_text
 from launcher.checkpoint.load import load_masters, load_trained_state, set_masters, set_rows
 from launcher.checkpoint.segments import TrainedState, collect, read_scalars
 from launcher.checkpoint.snapshot import SnapshotPlan, plan_snapshot

@@ -23,7 +23,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.agent.machines import Verdict
+from launcher.agent.machine import Verdict
 from launcher.agent.outcome import newest_checkpoint
 from launcher.agent.supervise import Caller, supervise
 from launcher.base import files

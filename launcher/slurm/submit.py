@@ -17,7 +17,7 @@ from launcher.base import files, lock, lock_file
 from launcher.base.errors import RunLockedError, SlurmError, UserError
 from launcher.base.paths import RunPaths
 from launcher.base.timeline import Timeline
-from launcher.config.rules import leaves
+from launcher.config.launch_rules import leaves
 from launcher.config.sbatch import meant_option
 from launcher.config.settings import LaunchConfig, RunConfig, to_dict
 from launcher.slurm.queue import ask_slurm, live_jobs

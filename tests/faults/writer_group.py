@@ -12,8 +12,9 @@ import torch
 
 from launcher.base.lock import Fence
 from launcher.base.paths import RunPaths
-from launcher.checkpoint.engine import Checkpointer, SaveResult
+from launcher.checkpoint.engine import Checkpointer
 from launcher.checkpoint.layout import TensorSpec, plan_files
+from launcher.checkpoint.save_result import SaveResult
 from launcher.checkpoint.snapshot import SnapshotPlan
 
 NUMEL = 300_000

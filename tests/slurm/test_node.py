@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agent.machines import Verdict
+from launcher.agent.machine import Verdict
 from launcher.base.paths import RunPaths
 from launcher.slurm.node import in_a_word, stop_reason
 

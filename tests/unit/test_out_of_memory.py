@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.agent import out_of_memory
-from launcher.agent.machines import Ended
+from launcher.agent.machine import Ended
 from launcher.agent.out_of_memory import BatchSizes
 from launcher.agent.outcome import Outcome
 from launcher.base import device_memory

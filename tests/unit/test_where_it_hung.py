@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from launcher.agent.attempt import where_it_stood
-from launcher.agent.machines import Ended
+from launcher.agent.machine import Ended
 from launcher.agent.outcome import judge
 from launcher.base.environment import interface_problems
 from launcher.base.paths import RunPaths

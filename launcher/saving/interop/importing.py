@@ -22,9 +22,9 @@ from launcher.base.errors import (
     ResumeMismatchError,
     UnsafeFileError,
 )
+from launcher.base.files import to_text
 from launcher.base.inner_files import inner_file
 from launcher.base.paths import CheckpointPaths, RunPaths, checkpoint_step
-from launcher.checkpoint.engine import to_text
 from launcher.checkpoint.resume import origin_id
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM
 from launcher.checkpoint.writer import Writer

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from launcher.base import files, manifest
 from launcher.base.errors import CheckpointWriteError, DamagedCheckpointError, UserError
+from launcher.base.files import to_text
 from launcher.base.inner_files import inner_file
 from launcher.base.paths import CheckpointPaths, RunPaths
-from launcher.checkpoint.engine import to_text
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from launcher.base import files
 from launcher.base.errors import ResumeError, UserError
-from launcher.checkpoint.engine import to_text
+from launcher.base.files import to_text
 from launcher.checkpoint.load import TensorFiles
 from launcher.checkpoint.resume import read_state
 from launcher.checkpoint.snapshot import MASTER, OPTIMIZER_STEM, TORCH_DTYPES

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.engine import SaveResult
+from launcher.checkpoint.save_result import SaveResult
 from launcher.config.parse import parse_config
 from launcher.config.settings import RunConfig
 from launcher.saving import save_schedule

@@ -1,0 +1,92 @@
+"""The turns of a chat, before a template has printed them and beside what it printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from launcher.data.chat_template import Conversation
+from launcher.data.normalise import BadRowError, text_of_content
+
+MEND = (
+    "Set data.chat_template=FILE.jinja to one that marks the assistant's words with "
+    "{% generation %} … {% endgeneration %}"
+)
+
+
+def with_text_arguments(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with the arguments of calls as JSON text, which is what DeepSeek's template takes."""
+    changed = []
+    for turn in turns:
+        if calls := turn.get("tool_calls"):
+            turn = {**turn, "tool_calls": [
+                {**call, "function": {**call["function"], "arguments": as_json(call["function"]["arguments"])}}
+                for call in calls
+            ]}  # fmt: skip
+        changed.append(turn)
+    return changed
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+_NO_WORDS = {
+    "role",
+    "content",
+    "tool_calls",
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+    "name",
+    "id",
+    "tool_call_id",
+}
+"""Keys of a message that are looked after elsewhere, or that only say which call an answer is for."""
+
+
+def unused_keys(turns: Iterable[dict[str, Any]], words: frozenset[str]) -> frozenset[str]:
+    """Keys of messages that hold something and that the template never names."""
+    keys = {
+        str(key) for turn in turns for key, value in turn.items() if key not in _NO_WORDS and value not in ("", [], {})
+    }
+    return frozenset(f"messages[].{key}" for key in keys - words)
+
+
+def names_of(tools: list[Any]) -> list[str]:
+    named = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    return [str(tool["name"]) for tool in named if isinstance(tool, dict) and "name" in tool]
+
+
+def is_empty(turn: dict[str, Any]) -> bool:
+    return not turn.get("content") and not turn.get("tool_calls") and not turn.get("reasoning_content")
+
+
+def refuse_swallowed_turns(turns: list[dict[str, Any]], chat: Conversation, i: int) -> None:
+    """Raises: BadRowError, where the template prints a tool's answer as part of the assistant's turn (Gemma 4)."""
+    for k in range(i + 1, len(turns)):
+        if turns[k]["role"] == "assistant":
+            return
+        words = text_of_content(turns[k].get("content") or "", "content").strip()
+        if not chat.turns[k] and words and any(words in chat.text[a:b] for a, b in chat.turns[i]):
+            raise BadRowError(
+                f"the chat template prints message {k} ({turns[k]['role']}) inside of the assistant's turn before it, "
+                f"so it cannot be told which words are whose. {MEND}"
+            )
+
+
+def is_rewritten(text: str, turns: list[dict[str, Any]]) -> bool:
+    """Whether some of an assistant's words are missing from the text: some templates drop `<think>` parts."""
+    at = 0  # most templates keep the order: then no part of the text is searched twice
+    for turn in turns:
+        if turn["role"] != "assistant":
+            continue
+        words = [turn.get("reasoning_content") or "", text_of_content(turn.get("content") or "", "content")]
+        words += [call["function"]["name"] for call in turn.get("tool_calls") or []]
+        for part in filter(None, map(str.strip, words)):
+            found = text.find(part, at)
+            if found < 0 and part not in text:
+                return True
+            at = max(at, found)
+    return False
