@@ -95,14 +95,13 @@ def test_agent_restarts_with_smaller_batches_when_the_kernel_killed_a_rank(
     """The kernel's counter alone is made up. In the end only gradient checkpointing is left."""
     counts = iter(range(100))
     monkeypatch.setattr(attempt, "oom_kills", lambda: next(counts))
-    for name, value in environment().items():
+    for name, value in {**environment(), **shortage(5, 1, rank=1, signal=True)}.items():
         monkeypatch.setenv(name, value)
     overrides = lab.overrides(
         tmp_path / "run", "zero2", *_MORE, "train.per_device_train_batch_size=2", "launch.num_processes=2",
         "launch.max_restarts=0",
     )  # fmt: skip
-    env = shortage(5, 1, rank=1, signal=True)
-    assert supervise.run(compose(overrides), overrides, env) == 0
+    assert supervise.run(compose(overrides), overrides) == 0
     run = RunPaths(tmp_path / "run")
     assert limits(run)["train"] == 1 and not limits(run)["gradient_checkpointing"]
     assert losses(run) == pytest.approx(undisturbed, rel=1e-5)
