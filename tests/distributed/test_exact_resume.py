@@ -71,6 +71,9 @@ _SINKS = (
 """Parameters beside modules with parameters: their order at the first start and after a resume can differ."""
 _FLAT = "model.config.attention_dropout=0.0"
 """With dropout there is no attention of ours, and no batches without padding."""
+_CPU_ADAM = "strategy.deepspeed.zero_force_ds_cpu_optimizer=true"
+"""DeepSpeed's own Adam of the host, which offload uses where there is a GPU."""
+_OFFLOADED = (_CPU_ADAM, "strategy.deepspeed.zero_optimization={offload_optimizer: {device: cpu}}")
 _LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-linear")
 
 
@@ -89,6 +92,10 @@ _LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-lin
         pytest.param("zero3", 3, _SINKS, id="zero3-3-gpt-oss", marks=pytest.mark.slow),
         pytest.param("zero3", 3, (*_LORA, "model.gradient_checkpointing=true"), id="zero3-3-lora",
                      marks=pytest.mark.slow),
+        pytest.param("zero3_offload", 2, (_CPU_ADAM,), id="zero3_offload-2", marks=pytest.mark.slow),
+        pytest.param("zero3_offload", 3, (_CPU_ADAM, "model.dtype=bfloat16"), id="zero3_offload-3-bf16",
+                     marks=pytest.mark.slow),
+        pytest.param("zero2", 2, ("model.dtype=bfloat16", *_OFFLOADED), id="zero2-2-offloaded", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_weights_and_losses_equal_when_killed_with_other_models(
