@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,27 @@ def test_a_run_tells_how_far_its_plan_was_off_when_it_ends(lab: Lab, tmp_path: P
     assert planned == pytest.approx(measured, rel=0.01)
     assert all(10**8 < number < 10**10 for number in told["memory_bytes"])
     assert "plan: memory of a process" in (tmp_path / "test.log").read_text()
+
+
+_LLAMA_70B = {
+    "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_plan_takes_seconds_and_little_memory_when_the_model_has_70_billion_parameters(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_LLAMA_70B))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", "plan", f"model.model_name_or_path={tmp_path}", "model.dtype=bfloat16",
+         "data.max_length=4096", "launch.num_processes=64", "--device-memory", "80GB"],
+        cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert used.ru_maxrss * 1024 < 2 * 10**9
+    assert used.ru_utime + used.ru_stime < 8, "5 s of CPU time on a quiet machine"
 
 
 # --------------------------------------------------------------------------- memory
