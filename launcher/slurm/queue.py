@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from launcher.base import files
 from launcher.base.errors import SlurmUnavailableError
 from launcher.base.paths import RunPaths
 
+_JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
 _NO_ANSWER = ("Unable to contact slurm controller", "Socket timed out", "Could not establish a configuration source",
               "Protocol authentication error", "Zero Bytes were transmitted")  # fmt: skip
 
@@ -34,9 +37,10 @@ def ask_slurm(*command: str) -> subprocess.CompletedProcess[str]:
 def submitted_id(run_dir: Path) -> str | None:
     """The job, ARRAY_TASK in an array, that was last submitted for a folder."""
     try:
-        return (RunPaths(run_dir).slurm_dir / "job_id").read_text(encoding="utf-8").strip() or None
-    except OSError:
+        text = files.read_text(RunPaths(run_dir).slurm_dir / "job_id", within=run_dir).strip()
+    except (OSError, ValueError):
         return None
+    return text if _JOB_ID.fullmatch(text) else None  # squeue would refuse it, and with it all others
 
 
 def live_jobs(run_dirs: Iterable[Path]) -> dict[Path, str]:

@@ -87,7 +87,7 @@ def submit_run(config: RunConfig) -> Submission:
 
 def _note_queued(run_dir: Path, job_id: str) -> None:
     paths = RunPaths(run_dir)
-    paths.slurm_dir.joinpath("job_id").write_text(f"{job_id}\n", encoding="utf-8")
+    files.replace_file(paths.slurm_dir / "job_id", f"{job_id}\n".encode(), within=run_dir)
     Timeline(paths).append("queued", job_id=job_id)
 
 
@@ -222,6 +222,8 @@ def _write_files(plan: _Plan, snapshot: Snapshot) -> None:
         paths.refuse_links()
         paths.slurm_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         paths.logs_dir.mkdir(mode=0o700, exist_ok=True)
+        for path in filter(Path.is_symlink, paths.slurm_dir.iterdir()):  # the script writes there
+            path.unlink()
         text = yaml.safe_dump(to_dict(job.config), sort_keys=False, allow_unicode=True)
         files.replace_file(paths.slurm_dir / "config.yaml", text.encode(), mode=0o600)
     root = plan.script.parent.parent

@@ -11,7 +11,7 @@ from launcher.base.errors import EXIT_DONE, ConfigError, SlurmUnavailableError
 from launcher.base.paths import RunPaths
 from launcher.slurm import ArrayJob, cancel, live_jobs, render_arrays, submit_array
 from launcher.sweep.controller import StopRequests
-from launcher.sweep.jobs import Job, job_record, needs_run, read_job
+from launcher.sweep.jobs import Job, job_record, make_folders, needs_run, read_job, refuse_links
 from launcher.sweep.plan import SweepPlan
 from launcher.sweep.runs import FINISHED, PRUNED, RunStatus
 
@@ -69,9 +69,10 @@ def run_array(
     say(f"{len(planned)} jobs: {num_done} done, {len(queued)} queued or running, {len(pending)} to submit")
     if pending:
         for job in pending:
-            record = job_record(job.output_dir)
-            record.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(record, {"overrides": list(job.overrides)})
+            refuse_links(job.output_dir)
+        for job in pending:
+            make_folders(job.output_dir)
+            files.write_json(job_record(job.output_dir), {"overrides": list(job.overrides)}, within=job.output_dir)
         for submission in submit_array(array_jobs(plan, pending), plan.paths.root, _max_parallel(plan)):
             for text in (*submission.notices, f"submitted Slurm array {submission.job_id}, logs in {submission.log}"):
                 say(text)
@@ -124,4 +125,4 @@ def _pass_on_stop(live: Mapping[Path, str], *, is_kill: bool) -> None:
     cancel(live.values(), only_pending=not is_kill)
     for folder in live:
         if not is_kill and read_job(folder, None).state not in (FINISHED, PRUNED):
-            RunPaths(folder).stop_file.write_text("stop_file", encoding="utf-8")
+            files.replace_file(RunPaths(folder).stop_file, b"stop_file")

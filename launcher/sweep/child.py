@@ -25,7 +25,8 @@ def main(arguments: list[str]) -> None:
         "pid": os.getpid(), "ticks": start_ticks(os.getpid()), "host": host(), "boot_id": boot_id(),
         "pid_namespace": pid_namespace(),
     }  # fmt: skip
-    replace_file(Path(info.pop("path")), json.dumps({**info, **me}).encode())
+    path = Path(info.pop("path"))
+    replace_file(path, json.dumps({**info, **me}).encode(), within=path.parents[1])
     os.execvp(command[0], command)
 
 

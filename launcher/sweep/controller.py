@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Protocol
 
 from launcher.base import files, lock, words
-from launcher.base.errors import RunLockLostError
+from launcher.base.errors import RunLockLostError, UserError
 from launcher.base.first_moments import put_back
 from launcher.sweep import jobs
 from launcher.sweep.devices import Slot
@@ -140,9 +140,15 @@ class LocalController:
 
     def _fill(self, source: Source) -> None:
         while self._free and (job := source.next_job()) is not None:
-            slot = self._free.pop()
             now = time.monotonic()
-            self._running.append(_Running(job, slot, start(job, slot), now, now))
+            try:
+                process = start(job, self._free[-1])
+            except (OSError, UserError) as error:  # a link or a file in its place, a full disk
+                self._say(f"failed    {job.name}: {error}")
+                source.ended(job, RunStatus(str(job.output_dir), FAILED))
+                continue
+            slot = self._free.pop()
+            self._running.append(_Running(job, slot, process, now, now))
             self._say(f"started   {job.name} on {slot.devices}")
 
     def _collect(self, source: Source) -> None:
@@ -156,14 +162,21 @@ class LocalController:
                 continue
             self._running.remove(running)
             self._free.append(running.slot)
-            record = jobs.job_record(running.job.output_dir)
-            end = {"exit_code": code, "was_killed": self._num_signals_sent > 1}
-            files.write_json(record, {**files.read_json_or(record, {}), **end})
+            self._note_end(running.job, code)
             status = jobs.read_job(running.job.output_dir, self._metric)
             self._say(
                 f"{status.state:<9} {running.job.name} after {now - running.started:.0f} s{_why(running, status)}"
             )
             source.ended(running.job, status)
+
+    def _note_end(self, job: Job, code: int) -> None:
+        record = jobs.job_record(job.output_dir)
+        known = files.read_json_or(record, {}, within=job.output_dir)
+        end = {"exit_code": code, "was_killed": self._num_signals_sent > 1}
+        try:
+            files.write_json(record, {**known, **end}, within=job.output_dir)
+        except OSError as error:  # the other jobs go on; this one's run.json says how it stands
+            self._say(f"{job.name} ended with exit code {code}, and that cannot be noted: {error}")
 
     def _tell_progress(self) -> None:
         """From time to time how far the running jobs have come."""
@@ -194,12 +207,16 @@ class LocalController:
 
 
 def start(job: Job, slot: Slot) -> subprocess.Popen[bytes]:
-    """Starts a job in a session of its own; what it prints goes to the job's logs/."""
+    """Starts a job in a session of its own; what it prints goes to the job's logs/.
+
+    Raises:
+        UserError, OSError: its folder is a link or cannot be written.
+    """
     log, record = jobs.job_log(job.output_dir), jobs.job_record(job.output_dir)
-    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    jobs.make_folders(job.output_dir)
     info = {"path": str(record), "devices": slot.devices, "overrides": list(job.overrides), "started_at": time.time()}
     own = [sys.executable, "-m", "launcher.sweep.child", str(os.getpid()), json.dumps(info)]
-    with log.open("ab") as output:
+    with files.open_append(log, within=job.output_dir) as output:
         return subprocess.Popen(
             [*own, *jobs.job_command(job)], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env={**os.environ, **slot.env}, start_new_session=True,

@@ -140,6 +140,31 @@ class JobRecord:
         return self.pid if is_alive(self.pid, self.ticks) else None
 
 
+def make_folders(output_dir: Path) -> None:
+    """The folders that a job's files go to before it starts; what is there must be folders and no links.
+
+    Raises:
+        UserError: see `refuse_links`. OSError: they cannot be made.
+    """
+    refuse_links(output_dir)
+    files.make_dirs(output_dir, within=output_dir.parent)
+    files.make_dirs(job_log(output_dir).parent, within=output_dir, mode=0o700)
+
+
+def refuse_links(output_dir: Path) -> None:
+    """A job's folder has its name from the sweep: unlike an output_dir that somebody typed, it may not be a link.
+
+    Raises:
+        UserError: it, or a folder that its run makes for itself, is one.
+    """
+    if output_dir.is_symlink():
+        raise UserError(
+            f"{output_dir} is a link to {output_dir.readlink()}: what a sweep writes stays inside of its output_dir. "
+            "Put the job's folder itself there, or set another output_dir=…"
+        )
+    RunPaths(output_dir).refuse_links()
+
+
 def job_process(output_dir: Path) -> int | None:
     """The pid of the job's process where one lives on this machine, whoever started it."""
     return JobRecord.read(output_dir).living_pid

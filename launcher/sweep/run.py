@@ -9,7 +9,7 @@ from launcher.base.end_report import write_end_report
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, UserError
 from launcher.sweep.controller import Listed, LocalController, Source, StopRequests, sweep_lock, wait_for_old_jobs
 from launcher.sweep.devices import make_slots
-from launcher.sweep.jobs import Job, SweepTable, needs_run, read_job
+from launcher.sweep.jobs import Job, SweepTable, needs_run, read_job, refuse_links
 from launcher.sweep.plan import SweepPlan, make_plan
 from launcher.sweep.runs import FAILED, FINISHED, INTERRUPTED, PRUNED, RunStatus
 from launcher.sweep.table import count_states, show_table
@@ -118,6 +118,8 @@ def _pending(plan: SweepPlan, planned: Mapping[str, Job], num_slots: int) -> lis
     statuses = {name: read_job(job.output_dir, plan.metric) for name, job in planned.items()}
     retry = plan.config.sweep.retry_failed
     pending = [job for name, job in planned.items() if needs_run(job, statuses[name], retry_failed=retry)]
+    for job in pending:
+        refuse_links(job.output_dir)
     say(f"{len(planned)} jobs: {count_states(statuses)}; {len(pending)} to run on {num_slots} slots")
     num_failed = sum(s.state == FAILED and planned[n] not in pending for n, s in statuses.items())
     if num_failed:
