@@ -78,6 +78,10 @@ The assistant's words are found in the conversation as the template renders it a
 model will see; templates with `{% generation %}` mark them themselves. The header of a turn is context, the token that ends it
 is learned, and `generation_config.json` of every checkpoint lists it, so that the trained model stops there.
 
+Templates that print the date (`strftime_now`: Llama 3.2's, gpt-oss's) print one day for as long as a run lasts: that of its
+first start, or `data.chat_template_date=YYYY-MM-DD`. It is said before the first step, and kept in config.yaml and in every
+checkpoint.
+
 The examples use the built-in tokenizer of models that are trained from scratch.
 """
 

@@ -17,6 +17,8 @@ _NOT_DECIDING = (
     "train.on_out_of_memory",
 )  # fmt: skip
 """The number of steps among them: whether more are asked for is another question."""
+_KEPT_BY_THE_RUN = "data.chat_template_date"
+"""Where it is not set, a run goes on with what it began with."""
 _PATHS = ("data.train_files", "model.model_name_or_path", "model.tokenizer_name_or_path",
           "model.adapter_name_or_path")  # fmt: skip
 
@@ -28,7 +30,7 @@ def changed_settings(before: Mapping[str, Any], config: RunConfig) -> list[str]:
     return [
         f"{key}: {was.get(key)!r} in the run, {value!r} now"
         for key, value in now.items()
-        if _comparable(key, was.get(key)) != _comparable(key, value)
+        if not (key == _KEPT_BY_THE_RUN and value is None) and _comparable(key, was.get(key)) != _comparable(key, value)
     ]
 
 

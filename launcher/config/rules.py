@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from launcher.config.settings import (
     DataConfig,
     RunConfig,
     expand_files,
+    is_day,
 )
 from launcher.config.trackers import tracker_problems
 
@@ -113,9 +115,15 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     template = data.chat_template
     if template and re.search(r"\.(jinja2?|j2|txt)$", template) and not Path(template).expanduser().is_file():
         yield f"data.chat_template={template} does not exist (looked in {Path.cwd()})"
+    yield from _date_problems(data.chat_template_date)
     for key, value in (("data.generator", data.generator), ("eval.metric", config.eval.metric)):
         if value and not isinstance(value.get("_target_"), str):
             yield f"{key} needs a `_target_`: the import path of a class. Set {key}._target_=PACKAGE.MODULE.CLASS"
+
+
+def _date_problems(day: str | None) -> Iterator[str]:
+    if day is not None and not is_day(day):
+        yield f"data.chat_template_date must be a day as YYYY-MM-DD (got {day}): data.chat_template_date={date.today()}"
 
 
 def _column_problems(data: DataConfig) -> Iterator[str]:

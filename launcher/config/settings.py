@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,9 @@ class DataConfig:
     )
     columns: dict[str, str] = opt({}, "own names for ours: data.columns.messages=dialogue")
     chat_template: str | None = opt(None, "a Jinja file or text instead of the tokenizer's own")
+    chat_template_date: str | None = opt(
+        None, "YYYY-MM-DD, for templates that print the date; default: the day of a run's first start, kept"
+    )
     on_bad_row: str = opt("stop", "a row that cannot be used", choices=("stop", "skip"))
     cache_dir: str | None = opt(None, "tokenised data, by content; default ~/.cache/launcher")
     dataset_num_proc: int | None = opt(None, "processes that tokenise; default: all cores of the node", minimum=1)
@@ -308,6 +312,14 @@ def expanded(name: str) -> str:
 def is_local_path(name: str) -> bool:
     """Whether a model or data name means a folder here rather than a Hub id."""
     return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir() or name.count("/") > 1
+
+
+def is_day(text: str) -> bool:
+    """Whether this is a date as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 DATA_SUFFIX = re.compile(r"\.(jsonl|ndjson|json|csv|parquet)(\.gz|\.zst)?$", re.I)

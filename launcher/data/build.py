@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +23,7 @@ from launcher.data.formats import Formatter
 from launcher.data.plan import DataPlan, data_plan
 from launcher.data.rows import TokenRows, pack, row_lengths
 from launcher.data.sources import Source, rows_of
+from launcher.data.template_date import notice, template_date, with_template_date
 from launcher.data.tokenising_display import TokenisingDisplay
 from launcher.data.tokenizer import tokenizer_key
 
@@ -74,6 +75,7 @@ def build_data(
     """
     if not is_builder:
         wait()  # afterwards the hashes of large files are known, too
+    config = with_template_date(config, tokenizer)
     try:
         plan = data_plan(config.data)
         cache_dir = _cache_dir(config.data)
@@ -89,12 +91,16 @@ def build_data(
     if is_builder:
         wait()
     stores = [_open(folder, source) for folder, source in zip(folders, sources, strict=True)]
-    return _assemble(config, plan, stores)
+    data = _assemble(config, plan, stores)
+    return replace(data, notices=[*data.notices, *notice(config.data, tokenizer)])
 
 
 def build_formatter(data: DataConfig, tokenizer: Any) -> Formatter:
     """What makes tokens of rows, by the settings."""
-    return Formatter(tokenizer, data.max_length, data.completion_only_loss, data.loss_on, data.columns)
+    return Formatter(
+        tokenizer, data.max_length, data.completion_only_loss, data.loss_on, data.columns,
+        template_date(data, tokenizer),
+    )  # fmt: skip
 
 
 def sources_of(config: RunConfig, tokenizer: Any, split: str) -> list[tuple[Source, np.ndarray]]:
@@ -146,7 +152,7 @@ def _open(folder: Path, source: Source) -> TokenStore:
 def _folders(data: DataConfig, sources: list[Source], tokenizer: Any, cache_dir: Path) -> list[Path]:
     """Where each source's tokens lie: a hash of its content and of every setting that changes them."""
     hashes = FileHashes(cache_dir)
-    common = {
+    common: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer_key(tokenizer),
         "max_length": data.max_length,
@@ -155,6 +161,8 @@ def _folders(data: DataConfig, sources: list[Source], tokenizer: Any, cache_dir:
         "columns": data.columns,
         "on_bad_row": data.on_bad_row,
     }
+    if day := template_date(data, tokenizer):
+        common["chat_template_date"] = day
     return [cache_dir / "tokens" / _hash({**common, "content": source.content_key(hashes)})[:32] for source in sources]
 
 

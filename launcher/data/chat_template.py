@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.data.template_date import CLOCK, clock
+
 _START, _INNER, _END, _GENERATED, _GENERATED_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 """Code points that Unicode reserves for a program's own use: no text that is exchanged holds them."""
 RESERVED = re.compile(f"[{_START}-{_GENERATED_END}]")
@@ -60,10 +62,12 @@ class ChatTemplate:
 
     Args:
         tokenizer: a PreTrainedTokenizerBase with a chat template.
+        day: what a template that asks for the date is told (YYYY-MM-DD); None: today.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, day: str | None = None) -> None:
         self._tokenizer = tokenizer
+        self._globals: dict[str, Any] = {} if day is None else {CLOCK: clock(day)}
         self._compiled: dict[str, Any] = {}
         self._words: dict[str, frozenset[str]] = {}
         self.takes_text = self._shows(_PROBE)
@@ -89,7 +93,7 @@ class ChatTemplate:
         """Whatever the template raises is raised."""
         source = self._tokenizer.get_chat_template(tools=tools)
         template, has_tags = self._template(source)
-        values = {**self._tokenizer.special_tokens_map, **(kwargs or {})}
+        values = {**self._globals, **self._tokenizer.special_tokens_map, **(kwargs or {})}
         rendered: str = template.render(
             messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **values,
             **{_MARK_FUNCTION: _Marks(messages)},

@@ -73,6 +73,7 @@ class Formatter:
         completion_only_loss: None means true where a row has a completion or an assistant.
         loss_on: `all_assistant_turns`, or `last_assistant_turn` of each conversation.
         columns: our names for columns → the rows' own.
+        day: what a chat template that asks for the date is told (YYYY-MM-DD); None: today.
     """
 
     tokenizer: Any
@@ -80,13 +81,14 @@ class Formatter:
     completion_only_loss: bool | None
     loss_on: str = "all_assistant_turns"
     columns: dict[str, str] = field(default_factory=dict)
+    day: str | None = None
     _template: ChatTemplate | None = field(init=False, default=None)
     _headers: dict[tuple[str, ...], str] = field(init=False, default_factory=dict)
     _special_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.tokenizer.chat_template:
-            self._template = ChatTemplate(self.tokenizer)
+            self._template = ChatTemplate(self.tokenizer, self.day)
         added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = frozenset({*added, *self.tokenizer.all_special_ids})
 

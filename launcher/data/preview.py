@@ -16,6 +16,7 @@ from launcher.data.readers import RawRow
 from launcher.data.rows import NO_LOSS, TokenRows
 from launcher.data.sampler import StepSampler, split_step
 from launcher.data.sources import rows_of
+from launcher.data.template_date import with_template_date
 from launcher.data.tokenising_display import TokenisingDisplay
 
 _MAX_STEPS_MEASURED = 200
@@ -60,6 +61,7 @@ def preview(
     Raises:
         DataError, ConfigError: as `build_data`.
     """
+    config = with_template_date(config, tokenizer)
     data = build_data(config, tokenizer, is_builder=True, wait=lambda: None, display=TokenisingDisplay(is_shown=True))
     formatter = build_formatter(config.data, tokenizer)
     shown: list[PreviewRow] = []

@@ -25,8 +25,8 @@ from launcher.checkpoint import resume
 from launcher.checkpoint.engine import Checkpointer
 from launcher.checkpoint.resume import ResumePoint
 from launcher.checkpoint.retention import sweep_leftovers
-from launcher.config.settings import RunConfig, run_length, to_dict
-from launcher.data import SORTED, StepSampler, build_vocabulary
+from launcher.config.settings import RunConfig, run_length
+from launcher.data import SORTED, StepSampler, build_vocabulary, template_date
 from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
 from launcher.model.attention import settle_attention, unwrapped
 from launcher.model.build import build_model, static_files
@@ -49,6 +49,7 @@ from launcher.train.evaluation import Evaluator, Metric
 from launcher.train.loop import Run
 from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
 from launcher.train.recorder import MainRecorder, NoRecorder, Recorder
+from launcher.train.run_settings import DAY, of_one_day, write_settings
 from launcher.train.step import TrainStep
 from launcher.train.trackers import Trackers
 from launcher.train.watchdog import Watchdog
@@ -159,6 +160,7 @@ def build_run(
     tell(processes, "reading the data")
     vocabulary = build_vocabulary(config)
     tokenizer = vocabulary.tokenizer
+    config = of_one_day(config, tokenizer, point, paths, processes)
     data = early.build_data(config, tokenizer)
     # A checkpoint that says nothing about it is of a version that knew one order only.
     order = point.state["settings"].get("data.order", SORTED) if point is not None else None
@@ -174,7 +176,7 @@ def build_run(
             f"{sampler.epoch_after(total_steps):.3g} epochs"
         )]  # fmt: skip
     settings = result_settings(config, data.fingerprint, processes)
-    settings["data.order"] = sampler.order
+    settings |= {"data.order": sampler.order, DAY: template_date(config.data, tokenizer)}
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
     tell(processes, "building the model")
@@ -276,11 +278,6 @@ def tell(processes: Processes, text: str) -> None:
         print(f"launcher: {text}", file=sys.stderr, flush=True)
 
 
-def write_settings(config: RunConfig, paths: RunPaths) -> None:
-    """config.yaml: what the run was started with, and what a later start of a finished run is compared with."""
-    files.replace_file(paths.config, _yaml(config), mode=0o600)
-
-
 def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], total_steps: int) -> list[str]:
     """What differs from the checkpoint's settings, as notices.
 
@@ -354,9 +351,3 @@ def build_metric(config: RunConfig) -> Metric | None:
         return metric
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError([f"eval.metric._target_={target}: {error}"]) from error
-
-
-def _yaml(config: RunConfig) -> bytes:
-    import yaml
-
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode()
