@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from launcher.base import files
 from launcher.base.errors import EXIT_DONE, UserError
 from launcher.base.paths import RunPaths
 from launcher.config.compose import compose_arguments
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="KEY=VALUE, as for launcher train")
     options, rest = parser.parse_known_args(argv)
-    config = compose_arguments([*options.overrides, *rest])
     distrust_xet()
+    config = compose_arguments(_with_own_base([*options.overrides, *rest]))
     found = False
     with_code = config.model.trust_remote_code
     for what, name, revision in _models(config):
@@ -50,6 +51,28 @@ def main(argv: list[str]) -> int:
     if not found:
         print("nothing to download: this config takes neither a model nor data from the Hub")
     return EXIT_DONE
+
+
+def _with_own_base(arguments: list[str]) -> list[str]:
+    """The same, with the model that an adapter on the Hub belongs to where only the adapter is named."""
+    keys = ("model.adapter_name_or_path", "model.model_name_or_path")
+    adapter, base = (_value(arguments, key) for key in keys)
+    if not adapter or base or is_local_path(adapter):  # a folder's base is named by the rules
+        return arguments
+    own = files.read_json_or(fetch_model(adapter, None, with_weights=True, with_code=False) / "adapter_config.json", {})
+    base = own.get("base_model_name_or_path") if isinstance(own, dict) else None
+    if not base:
+        return arguments
+    overrides = ["model=pretrained", f"model.model_name_or_path={base}"]
+    if own.get("revision"):
+        overrides.append(f"model.revision={own['revision']}")
+    _say(f"adapter {adapter} belongs to {base}; to train it on", " ".join(overrides))
+    return [*(a for a in arguments if not a.startswith(("model=", "model.model_name_or_path="))), *overrides]
+
+
+def _value(arguments: list[str], key: str) -> str | None:
+    values = [text.partition("=")[2].strip("'\"") for text in arguments if text.partition("=")[0].lstrip("+") == key]
+    return values[-1] if values and values[-1] != "null" else None
 
 
 def _say(what: str, where: str) -> None:

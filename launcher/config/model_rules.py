@@ -23,7 +23,7 @@ QUANTIZATION_FIELDS = (
 
 def model_problems(config: RunConfig) -> Iterator[str]:
     model = config.model
-    if not model.model_name_or_path and not model.config:
+    if not model.model_name_or_path and not model.config and not model.adapter_name_or_path:
         yield (
             "model.model_name_or_path is not set and model.config is empty: nothing to train. "
             "Set model.model_name_or_path=FOLDER_OR_HUB_ID, or model=tiny_llama to train from scratch"
@@ -79,11 +79,13 @@ def _adapter_problems(model: ModelConfig) -> Iterator[str]:
     if not name:
         return
     own = _adapter_config(name)
-    if model.config and not model.model_name_or_path:
+    if not model.model_name_or_path:
         base = own.get("base_model_name_or_path") or "FOLDER_OR_HUB_ID"
+        but = "model.config trains one from scratch" if model.config else "model.model_name_or_path is not set"
+        choice = "model=pretrained " if model.config else ""
         yield (
-            f"model.adapter_name_or_path={name} needs the pretrained model that it belongs to, but model.config trains "
-            f"one from scratch. Set model.model_name_or_path={base}"
+            f"model.adapter_name_or_path={name} needs the pretrained model that it belongs to, but {but}. "
+            f"Set {choice}model.model_name_or_path={base}"
         )
     yield from contradictions_of_adapter(name, own, model.peft)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.base.paths import RunPaths
+from launcher.data.tokenizer import byte_tokenizer
+from tests.architectures import model_config
 from tests.distributed.runs import Lab, lines, log_text, losses, state
 
 
@@ -43,4 +46,42 @@ def test_losses_are_those_of_padded_rows_when_rows_stand_one_after_another(
     for key in ("loss", "eval_loss"):
         a, b = lines(expected, key), lines(found, key)
         assert a.keys() == b.keys() != set()
+        assert max(abs(a[step][key] / b[step][key] - 1) for step in a) <= 1e-5
+
+
+_SLOW = pytest.mark.slow
+_ROWS, _PACKS = 37, 6
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "count"),
+    [
+        ("gpt_oss", "zero3", 2),
+        pytest.param("falcon", "ddp", 3, marks=_SLOW),
+        pytest.param("opt", "zero3", 3, marks=_SLOW),
+        pytest.param("gemma3_text", "ddp", 3, marks=_SLOW),
+        pytest.param("qwen3_moe", "zero3", 2, marks=_SLOW),
+        pytest.param("phi3", "zero3", 3, marks=_SLOW),
+        pytest.param("olmoe", "ddp", 2, marks=_SLOW),
+    ],
+)
+def test_training_on_packs_is_training_on_their_rows_when_recomputing(
+    lab: Lab, tmp_path: Path, name: str, strategy: str, count: int
+) -> None:
+    """Every step takes all rows, so packs or not it is the same step: losses and gradients, trained on."""
+    no_dropout = {"dropout": 0.0, "attention_dropout": 0.0} if name == "opt" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model_config(name), **no_dropout))
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    more = (
+        "model=pretrained", f"model.model_name_or_path={tmp_path / 'base'}", "model.gradient_checkpointing=true",
+        "data.max_length=256", "train.max_steps=4", "checkpoint=off", "optim.name=torch.optim.AdamW",
+    )  # fmt: skip
+    apart = lab.run(tmp_path / "rows", "single", 1, *more, f"train.train_batch_size={_ROWS}")
+    packs = ("data.packing=true", f"train.train_batch_size={_PACKS}")
+    packed = lab.run(tmp_path / "packs", strategy, count, *more, *packs)
+    assert f"packing: {_ROWS} rows in {_PACKS} samples" in log_text(packed.root)
+    for key in ("loss", "grad_norm"):
+        a, b = lines(apart, key), lines(packed, key)
+        assert len(a) == len(b) == 4
         assert max(abs(a[step][key] / b[step][key] - 1) for step in a) <= 1e-5

@@ -131,6 +131,8 @@ def add_adapter(hub: HubServer, env: dict[str, str], tmp_path: Path) -> list[str
     for code, *folders in ((_MAKE_MODEL, "made"), (_MAKE_ADAPTER, "made", "adapter")):
         made = run_python(code, env, *(str(tmp_path / folder) for folder in folders))
         assert made.returncode == 0, made.stderr
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "org/tiny"}))
     for name, folder in (("org/tiny", "made"), ("org/adapter", "adapter")):
         hub.add_repo(name, {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()})
     rows = tmp_path / "rows.jsonl"
@@ -144,8 +146,13 @@ def test_adapter_is_loaded_with_its_tokenizer_when_prefetched(
 ) -> None:
     """As the same adapter in a folder."""
     overrides = [*add_adapter(hub, env, tmp_path), f"output_dir={tmp_path / 'run'}"]
-    done = run_python(_PREFETCH, env, *overrides, "model.adapter_name_or_path=org/adapter")
+    alone = [o for o in overrides if not o.startswith("model")]  # the base is the one that the adapter names
+    done = run_python(_PREFETCH, env, *alone, "model.adapter_name_or_path=org/adapter")
     assert done.returncode == 0, done.stderr
+    named = (
+        "adapter org/adapter belongs to org/tiny; to train it on: model=pretrained model.model_name_or_path=org/tiny"
+    )
+    assert named in done.stdout
     assert "adapter org/adapter: " in done.stdout and "model org/tiny: " in done.stdout
     hub.requests.clear()
     told = []
