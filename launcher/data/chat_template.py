@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.data.template_date import CLOCK, clock
@@ -31,11 +31,13 @@ class Conversation:
 
     `turns[i]` are the characters [start, end) that the template printed at message i, in order; empty where it printed
     nothing there. `generated` are those inside of `{% generation %}`; None where the template has no such tags.
+    `inner` are the messages that were printed while a loop stood at another one.
     """
 
     text: str
     turns: list[list[tuple[int, int]]]
     generated: list[tuple[int, int]] | None
+    inner: frozenset[int] = frozenset()
 
 
 class _Marks:
@@ -45,16 +47,23 @@ class _Marks:
         self._numbers = {id(message): i for i, message in enumerate(messages)}
         self._open: list[tuple[int, bool]] = []
 
-    def __call__(self, loop: int, is_start: bool, *values: Any) -> str:
+    def __call__(self, loop: int, is_start: bool, indexed: Sequence[tuple[Any, Any]], *values: Any) -> str:
         if is_start:
+            values = (*values, *(items[i] for items, i in indexed if _has(items, i)))
             number = next((self._numbers[id(v)] for v in values if id(v) in self._numbers), None)
             self._open.append((loop, number is not None))
             return "" if number is None else f"{_START}{number}{_INNER}"
+        ends = ""
         while self._open:
             at, is_message = self._open.pop()
+            ends += _END if is_message else ""
             if at == loop:
-                return _END if is_message else ""
-        return ""
+                break
+        return ends
+
+
+def _has(items: Any, i: Any) -> bool:
+    return isinstance(items, list) and isinstance(i, int) and -len(items) <= i < len(items)
 
 
 class ChatTemplate:
@@ -98,8 +107,8 @@ class ChatTemplate:
             messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **values,
             **{_MARK_FUNCTION: _Marks(messages)},
         )  # fmt: skip
-        text, turns, generated = _read_marks(rendered, len(messages))
-        return Conversation(text, turns, generated if has_tags else None)
+        chat = _read_marks(rendered, len(messages))
+        return chat if has_tags else replace(chat, generated=None)
 
     def _template(self, source: str) -> tuple[Any, bool]:
         if source not in self._compiled:
@@ -116,10 +125,22 @@ def _compile(source: str) -> Any:
 
     environment: Any = _compile_jinja_template(source).environment
 
-    def call(number: int, is_start: bool, names: list[str]) -> nodes.Output:
-        arguments: list[nodes.Expr] = [nodes.Const(number), nodes.Const(is_start)]
-        arguments += [nodes.Name(name, "load") for name in names]
+    def call(number: int, is_start: bool, names: Sequence[str] = (), indexed: Sequence[str] = ()) -> nodes.Output:
+        pairs: list[nodes.Expr] = [nodes.Tuple([load(items), load(names[0])], "load") for items in indexed]
+        arguments: list[nodes.Expr] = [nodes.Const(number), nodes.Const(is_start), nodes.Tuple(pairs, "load")]
+        arguments += [load(name) for name in names]
         return nodes.Output([nodes.Call(nodes.Name(_MARK_FUNCTION, "load"), arguments, [], None, None)])
+
+    def load(name: str) -> nodes.Name:
+        return nodes.Name(name, "load")
+
+    def lists_indexed_by(name: str, body: list[nodes.Node]) -> list[str]:
+        """What a loop over numbers takes the messages from: Gemma 4's looks for the answers to a call so."""
+        items = (item for node in body for item in [node, *node.find_all(nodes.Getitem)])
+        return sorted({
+            item.node.name for item in items if isinstance(item, nodes.Getitem)
+            and isinstance(item.node, nodes.Name) and isinstance(item.arg, nodes.Name) and item.arg.name == name
+        })  # fmt: skip
 
     class Marking(NodeTransformer):
         number = 0
@@ -132,13 +153,15 @@ def _compile(source: str) -> Any:
             self.generic_visit(node)
             self.loops.pop()
             names = [name.name for name in node.target.find_all(nodes.Name)]
+            indexed: list[str] = []
             if isinstance(node.target, nodes.Name):
                 names = [node.target.name]
-            node.body = [call(number, True, names), *node.body, call(number, False, [])]
+                indexed = lists_indexed_by(node.target.name, node.body)
+            node.body = [call(number, True, names, indexed), *node.body, call(number, False)]
             return node
 
         def visit_Continue(self, node: nodes.Continue) -> list[nodes.Node]:
-            return [call(self.loops[-1], False, []), node]
+            return [call(self.loops[-1], False), node]
 
         visit_Break = visit_Continue
 
@@ -162,30 +185,45 @@ def _compile(source: str) -> Any:
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 
-def _read_marks(rendered: str, num_messages: int) -> tuple[str, list[list[tuple[int, int]]], list[tuple[int, int]]]:
-    """The text without marks, where each message stands in it, and what was inside of generation tags."""
+def _read_marks(rendered: str, num_messages: int) -> Conversation:
+    """The text without marks, where each message stands in it, and what was inside of generation tags.
+
+    A message that is printed while the loop stands at another one is not part of that: Gemma 4's answers of tools.
+    """
     turns: list[list[tuple[int, int]]] = [[] for _ in range(num_messages)]
     generated: list[tuple[int, int]] = []
     parts: list[str] = []
     opened: list[tuple[int, int]] = []  # message, start
+    inner: set[int] = set()
     length = at = generated_start = 0
+
+    def close(number: int, start: int, end: int) -> None:
+        if start < end and turns[number] and turns[number][-1][1] == start:
+            turns[number][-1] = turns[number][-1][0], end
+        elif start < end:
+            turns[number].append((start, end))
+
     for mark in _ANY_MARK.finditer(rendered):
         part = rendered[at : mark.start()]
         parts.append(part)
         length, at = length + len(part), mark.end()
         if mark[1] is not None:
+            if opened and opened[-1][0] != int(mark[1]):
+                inner.add(int(mark[1]))
+            if opened:
+                close(*opened[-1], length)
             opened.append((int(mark[1]), length))
         elif mark[0] == _END:
             if opened:
-                number, start = opened.pop()
-                if start < length:
-                    turns[number].append((start, length))
+                close(*opened.pop(), length)
+            if opened:
+                opened[-1] = opened[-1][0], length
         elif mark[0] == _GENERATED:
             generated_start = length
         elif generated_start < length:
             generated.append((generated_start, length))
     parts.append(rendered[at:])
-    return "".join(parts), turns, generated
+    return Conversation("".join(parts), turns, generated, frozenset(inner))
 
 
 def kwargs_key(kwargs: dict[str, Any]) -> str:

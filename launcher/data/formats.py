@@ -238,7 +238,7 @@ class Formatter:
         refuse_swallowed_turns(turns, chat, i)
         if i == len(turns) - 1:  # what comes after the loop: Phi-3's EOS
             pieces = [*pieces[:-1], (pieces[-1][0], len(chat.text))]
-        return [(self._start_of(row, turns, chat, i), pieces[0][1]), *pieces[1:]]
+        return [(self._start_of(row, turns, chat, i), self._end_of(row, turns, chat, i)), *pieces[1:]]
 
     def _start_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> int:
         """Where the model begins to write turn i: behind what a generation prompt holds of it.
@@ -250,6 +250,16 @@ class Formatter:
             return self._span_by_prefix(row, turns, chat, i)[0]
         start, end = chat.turns[i][0]
         return start + common_length(self._header(row, turns, chat, i), chat.text[start:end])
+
+    def _end_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> int:
+        """Where the model ends what it writes first of turn i: Gemma 4's answers of tools follow inside of the turn, and
+        the mark that they begin with is what the model stops at."""
+        end = chat.turns[i][0][1] if i < len(turns) - 1 or len(chat.turns[i]) > 1 else len(chat.text)
+        if i + 1 in chat.inner:
+            until = self._chat(row, turns[: i + 1]).text
+            if chat.text.startswith(until):
+                return max(end, len(until))
+        return end
 
     def _span_by_prefix(
         self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int
@@ -283,7 +293,11 @@ class Formatter:
                 return next((header for known, header in self._headers.items() if known[1:] == key[1:]), "")
             start = chat.turns[i][0][0]
             is_beginning = i > 0 and prompt[:start] == chat.text[:start]
-            self._headers[key] = prompt[start:] if is_beginning else prompt[common_length(plain, prompt) :]
+            header = prompt[start:] if is_beginning else prompt[common_length(plain, prompt) :]
+            if not header:  # DiffusionGemma's prompt leaves out after a tool what it prints in the conversation
+                others = (known for names, known in self._headers.items() if names[1:] == key[1:])
+                header = next((known for known in others if known and chat.text.startswith(known, start)), "")
+            self._headers[key] = header
         return self._headers[key]
 
     def _with_eos(self, text: str) -> str:
