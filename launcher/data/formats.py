@@ -252,8 +252,10 @@ class Formatter:
         return start + common_length(self._header(row, turns, chat, i), chat.text[start:end])
 
     def _end_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> int:
-        """Where the model ends what it writes first of turn i: Gemma 4's answers of tools follow inside of the turn, and
-        the mark that they begin with is what the model stops at."""
+        """Where the model ends what it writes first of turn i.
+
+        Gemma 4's answers of tools follow inside of the turn, and the mark that they begin with is what it stops at.
+        """
         end = chat.turns[i][0][1] if i < len(turns) - 1 or len(chat.turns[i]) > 1 else len(chat.text)
         if i + 1 in chat.inner:
             until = self._chat(row, turns[: i + 1]).text
