@@ -159,7 +159,7 @@ def _attention(config: RunConfig, model_config: Any) -> str | None:
     """What to ask transformers for; None: sdpa where the architecture takes it, else eager.
 
     Raises:
-        ConfigError: the architecture does not take it.
+        ConfigError: the architecture or the machine does not take it.
     """
     wanted = config.model.attn_implementation
     if wanted == "auto":
@@ -172,6 +172,10 @@ def _attention(config: RunConfig, model_config: Any) -> str | None:
                 f"model.attn_implementation={wanted} is not taken by {model_config.model_type}. It takes "
                 f"{', '.join(takes)}. Set model.attn_implementation=auto, which means {auto} there"
             ]
+        )
+    if wanted == "flex_attention" and not torch.cuda.is_available():  # torch 2.13: no gradients; what it compiles fails
+        raise ConfigError(
+            ["model.attn_implementation=flex_attention trains on CUDA only. Set model.attn_implementation=auto"]
         )
     return wanted
 

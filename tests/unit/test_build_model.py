@@ -116,3 +116,9 @@ def test_a_model_that_is_not_causal_is_refused_by_its_type() -> None:
     config = compose(["model.config={model_type: t5, d_model: 16}", "data=arithmetic"])
     with pytest.raises(UserError, match=r"t5 is no causal language model"):
         build_model(config, byte_tokenizer())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_flex_attention_is_refused_when_there_is_no_cuda(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trains on CUDA only\. Set model\.attn_implementation=auto"):
+        build(make_base(tmp_path, "llama"), "model.attn_implementation=flex_attention")
