@@ -20,7 +20,7 @@ from launcher.data.cache import FORMAT_VERSION, TokenStore, build_store, open_st
 from launcher.data.encoding import BuildReport
 from launcher.data.file_hashes import FileHashes
 from launcher.data.formats import Formatter
-from launcher.data.plan import DataPlan, data_plan
+from launcher.data.plan import DataPlan, data_plan, file_notices
 from launcher.data.rows import TokenRows, pack, row_lengths
 from launcher.data.sources import Source, rows_of
 from launcher.data.template_date import notice, template_date, with_template_date
@@ -92,7 +92,7 @@ def build_data(
         wait()
     stores = [_open(folder, source) for folder, source in zip(folders, sources, strict=True)]
     data = _assemble(config, plan, stores)
-    return replace(data, notices=[*data.notices, *notice(config.data, tokenizer)])
+    return replace(data, notices=[*data.notices, *file_notices(config.data), *notice(config.data, tokenizer)])
 
 
 def build_formatter(data: DataConfig, tokenizer: Any) -> Formatter:

@@ -30,9 +30,10 @@ from launcher.data.turns import (
     is_empty,
     is_rewritten,
     names_of,
+    other_forms,
     refuse_swallowed_turns,
+    unshown_roles,
     unused_keys,
-    with_text_arguments,
 )
 
 _MANY_SPANS = 32
@@ -189,7 +190,7 @@ class Formatter:
         spans: list[tuple[int, int]] | None, trained: Sequence[bool | None], learnt: list[dict[str, Any]],
     ) -> Rendered:  # fmt: skip
         tools = tools_of(row)
-        unused = unused_keys(turns, self._chat_template.words(tools))
+        unused = unused_keys(turns, self._chat_template.words(tools)) | unshown_roles(turns, chat)
         if any(trained[i] and turn["role"] != "assistant" for i, turn in enumerate(turns)):
             unused |= {"a weight on turns that are not the assistant's"}
         if tools and not all(name in chat.text for name in names_of(tools)):
@@ -210,12 +211,12 @@ class Formatter:
     def _chat(
         self, row: dict[str, Any], turns: list[dict[str, Any]], *, add_generation_prompt: bool = False
     ) -> Conversation:
-        """The rendered conversation; a template that takes calls' arguments as text only gets them so."""
+        """The rendered conversation, of the turns in the first form that the template takes."""
         tools, kwargs = tools_of(row), template_kwargs(row)
         if RESERVED.search(json.dumps(turns, ensure_ascii=False)):
             raise BadRowError("holds code points that Unicode keeps from being exchanged (U+FDD0 to U+FDD4)")
         problem: Exception | None = None
-        for attempt in (turns, with_text_arguments(turns)):
+        for attempt in other_forms(turns):
             try:
                 return self._chat_template.render(attempt, tools, kwargs, add_generation_prompt=add_generation_prompt)
             except Exception as error:  # templates are programs: whatever one raises, it refused this row
@@ -290,7 +291,7 @@ class Formatter:
             asked = turns[:i] or [{"role": "user", "content": turns[i].get("content") or "?"}]
             try:
                 prompt = self._chat(row, asked, add_generation_prompt=True).text
-                plain = self._chat(row, asked).text
+                plain = self._chat(row, asked).text.removesuffix(self.tokenizer.eos_token or "")  # Phi-3's
             except BadRowError:  # some templates refuse a conversation that ends there
                 return next((header for known, header in self._headers.items() if known[1:] == key[1:]), "")
             start = chat.turns[i][0][0]

@@ -60,7 +60,8 @@ def normalise(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[
             f"(it has {found}; own names: data.columns)"
         )
     used = {*form, *_BESIDE[form[0]]}
-    unused = frozenset(str(key) for key in row.keys() - used if row[key] not in ("", [], {}))
+    names = (key for key in row.keys() - used if key != "")  # a table's numbers of its rows have no name
+    unused = frozenset(str(key) for key in names if row[key] not in ("", [], {}))
     if form == ("text",):
         return {"text": row["text"]}, unused
     if media := sorted(unused.intersection(_MEDIA)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,29 @@ def _file_source(names: Any, key: str, problems: list[str]) -> FileSource:
     missing = [name for name in names if not expand_files([name])]
     problems += [f"{key}: {name} does not exist (looked in {Path.cwd()})" for name in missing]
     return FileSource(tuple(expand_files(names)))
+
+
+_EVALUATION = re.compile(r"(?:^|[^a-z])(?:test|testing|eval|evaluation|val|valid|validation|dev)(?:$|[^a-z])")
+
+
+def file_notices(data: DataConfig) -> Iterator[str]:
+    """What may not be meant about the files that are trained on: held-out ones among them, or one twice."""
+    entries = [(f"data.sources[{i}].train_files", entry.get("train_files")) for i, entry in enumerate(data.sources)]
+    for key, names in [("data.train_files", data.train_files), *entries]:
+        names = [names] if isinstance(names, str) else list(names or ())
+        found = [path for name in names if not Path(name).expanduser().is_file() for path in expand_files([name])]
+        held_out = [path for path in found if _EVALUATION.search("/".join(path.parts[-2:]).lower())]
+        if held_out and len(held_out) < len(found):
+            yield (
+                f"{key}: {len(held_out)} of {len(found)} files found are trained on although they are named like data "
+                f"for evaluation, the first: {held_out[0]}. To leave them out, name the others"
+            )
+        paths = [path.resolve() for path in expand_files(names)]
+        if twice := [path for path, count in Counter(paths).items() if count > 1]:
+            yield f"{key} names {twice[0]} {paths.count(twice[0])} times: its rows are trained on as often"
+        evaluated = {path.resolve() for path in expand_files(data.eval_files)}
+        if both := sorted(evaluated.intersection(paths)):
+            yield f"{both[0]} is in {key} and in data.eval_files: what is evaluated on is trained on"
 
 
 def _weights(entries: list[dict[str, Any]]) -> list[float] | None:

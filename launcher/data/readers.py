@@ -9,6 +9,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import sys
 import zlib
@@ -277,15 +278,16 @@ def _csv_batches(path: Path) -> Iterator[tuple[Batch, int]]:
 
     def lines(text: io.TextIOWrapper) -> Iterator[tuple[RawRow, int]]:
         nonlocal number
-        reader = csv.DictReader(text, strict=True)
-        names = reader.fieldnames or []
+        head = text.readline()
+        reader = csv.DictReader(itertools.chain([head], text), strict=True, delimiter=_delimiter(head))
+        names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"{path}: the header has the column {twice[0]!r} more than once")
         for value in reader:
             number = reader.line_num
             where = f"{path}:{number}"
             if None in value or None in value.values():
-                wanted = len(reader.fieldnames or [])
+                wanted = len(names)
                 yield RawRow(where, None, f"has not as many cells as the header ({wanted})"), 0
             else:
                 cells = {key: cell for key, cell in value.items() if cell != ""}
@@ -299,6 +301,11 @@ def _csv_batches(path: Path) -> Iterator[tuple[Batch, int]]:
                     yield ReadRows(rows), tell()
     except (csv.Error, UnicodeError, EOFError, zlib.error, OSError) as error:
         raise DataError(f"{path} cannot be read as CSV after line {number}: {error}") from error
+
+
+def _delimiter(head: str) -> str:
+    """What stands between the names in the first line: spreadsheets of other languages write semicolons."""
+    return "," if "," in head else next((mark for mark in ";\t" if mark in head), ",")
 
 
 def _parquet_batches(path: Path) -> Iterator[tuple[Batch, int]]:

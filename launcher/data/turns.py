@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from launcher.data.chat_template import Conversation
@@ -26,6 +26,20 @@ def with_text_arguments(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ]}  # fmt: skip
         changed.append(turn)
     return changed
+
+
+def other_forms(turns: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The turns, and then in the other forms that some templates take alone.
+
+    With calls' arguments as text (DeepSeek), and with an empty content where a call has none, as the chat completions
+    API has it: transformers leaves the key out, and templates that look for it raise an error (DeepSeek, Phi-3).
+    """
+    yield turns
+    yield with_text_arguments(turns)
+    if any("content" not in turn for turn in turns):
+        filled = [{"content": "", **turn} for turn in turns]
+        yield filled
+        yield with_text_arguments(filled)
 
 
 def as_json(value: Any) -> str:
@@ -52,6 +66,16 @@ def unused_keys(turns: Iterable[dict[str, Any]], words: frozenset[str]) -> froze
         str(key) for turn in turns for key, value in turn.items() if key not in _NO_WORDS and value not in ("", [], {})
     }
     return frozenset(f"messages[].{key}" for key in keys - words)
+
+
+def unshown_roles(turns: list[dict[str, Any]], chat: Conversation) -> frozenset[str]:
+    """What others than the assistant say and the template does not print: Qwen's know no developer."""
+    roles = {
+        turn["role"] for turn, pieces in zip(turns, chat.turns, strict=True)
+        if turn["role"] != "assistant" and not pieces
+        and (words := text_of_content(turn.get("content") or "", "content").strip()) and words not in chat.text
+    }  # fmt: skip
+    return frozenset(f"messages of the role {role} (the chat template does not show them)" for role in roles)
 
 
 def names_of(tools: list[Any]) -> list[str]:

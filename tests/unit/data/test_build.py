@@ -361,3 +361,21 @@ def test_micro_batch_is_one_long_sequence_with_borders_when_flat(
     assert (flat["labels"] != -100).sum() == (padded["labels"] != -100).sum()
     nothing = collate(data.train, np.arange(0), 0)
     assert nothing["cu_seq_lens_q"].tolist() == [0, nothing["input_ids"].shape[1]]
+
+
+def test_files_that_may_not_be_meant_are_named(make_data: Callable[..., Data], tmp_path: Path) -> None:
+    for name in ("train/a.jsonl", "test/a.jsonl", "contest/a.jsonl"):
+        (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rows" / name).write_text('{"text": "red"}\n')
+    folder, own = tmp_path / "rows", tmp_path / "rows/test/a.jsonl"
+    (notice,) = make_data(train_files=[str(folder)]).notices
+    assert (
+        f"1 of 3 files found are trained on although they are named like data for evaluation, the first: {own}"
+        in notice
+    )
+    assert make_data(train_files=[str(own)]).notices == []  # it is what was asked for
+    assert make_data(train_files=[str(folder / "train"), str(folder / "contest")]).notices == []
+    (notice,) = make_data(train_files=[str(own), str(own.parent / ".." / "test" / "*.jsonl")]).notices
+    assert "2 times: its rows are trained on as often" in notice
+    assert any("what is evaluated on is trained on" in text for text in
+               make_data(train_files=[str(folder)], eval_files=[str(own)]).notices)  # fmt: skip

@@ -233,3 +233,36 @@ def test_the_text_is_the_one_that_transformers_renders(name: str) -> None:
     if not template.takes_text:
         turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     assert template.render(turns).text == tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "qwen2_5", "qwen3", "llama3_1", "gptoss", "gemma4_v5"])
+def test_a_call_without_content_is_what_it_is_with_an_empty_one(name: str) -> None:
+    """The chat completions API writes null there."""
+    plain = ROWS["tool"]
+    call = {**plain["messages"][1], "content": None}
+    row = {**plain, "messages": [plain["messages"][0], call, *plain["messages"][2:]]}
+    assert encode(name, row).tokens.tolist() == encode(name, plain).tokens.tolist()
+    assert labelled(name, encode(name, row)) == labelled(name, encode(name, plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "role"), [("qwen3", "developer"), ("qwen2_5", "developer"), ("glm4moe", "developer"), ("gptoss", "system")]
+)
+def test_what_others_say_is_named_when_the_template_does_not_show_it(name: str, role: str) -> None:
+    turns = [
+        {"role": "system", "content": "RULES"},
+        {"role": role, "content": "UNSHOWN"},
+        user("Q1"),
+        assistant("ANS1"),
+    ]
+    found = encode(name, {"messages": turns})
+    assert "UNSHOWN" not in formatter(name).tokenizer.decode(found.tokens)
+    assert found.unused == {f"messages of the role {role} (the chat template does not show them)"}
+    assert encode("llama3_1", {"messages": turns}).unused == frozenset()
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen2_5", "llama3_1", "deepseekv3", "glm4moe"])
+def test_a_header_is_no_part_of_an_answer_when_the_conversation_begins_with_one(name: str) -> None:
+    turns = [assistant("ANS1"), user("Q1"), assistant("ANS2")]
+    first, second = labelled(name, encode(name, {"messages": turns}))
+    assert first.partition("ANS1")[0] == second.partition("ANS2")[0]

@@ -387,3 +387,23 @@ def test_a_csv_is_refused_when_two_columns_have_one_name(tmp_path: Path) -> None
     path.write_text("text,text\na,b\n")
     with pytest.raises(DataError, match="the header has the column 'text' more than once"):
         list(rows_of(FileSource((path,))))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt;completion\na;b\n",
+        "prompt\tcompletion\na\tb\n",
+        "prompt, completion\na,b\n",
+        ",prompt,completion\n0,a,b\n",
+    ],
+)
+def test_a_csv_of_another_dialect_gives_the_same_row(tmp_path: Path, tokenizer: Any, text: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    (row,) = rows_of(FileSource((path,)))
+    assert row.value is not None
+    (found,) = Formatter(tokenizer, 100, None).encode([("x", row.value)])
+    (expected,) = Formatter(tokenizer, 100, None).encode([("x", {"prompt": "a", "completion": "b"})])
+    assert isinstance(found, Encoded) and isinstance(expected, Encoded)
+    assert found.tokens.tolist() == expected.tokens.tolist() and found.unused == frozenset()
