@@ -76,6 +76,10 @@ class NonFiniteError(LauncherError):
     """Loss or gradient norm is NaN or infinite and `train.on_nonfinite=stop`."""
 
 
+class SpikeError(LauncherError):
+    """The loss spiked more often than `train.max_spikes` allows."""
+
+
 class RankFailedError(LauncherError):
     """A process of the run died; names the rank, its host and its own error."""
 

@@ -7,6 +7,7 @@ Append only; each line is a JSON object with `event` and `t`, its time in second
 | queued | submit | it waits for Slurm from here on: job_id |
 | start | main process | output_dir is held: began (of the command that started it), attempt, job_id, host |
 | undone | main process | lines of metrics.jsonl that a resume removed: losses [[step, loss]], the last of them |
+| rollback | main process | it went back to a checkpoint, without a new start: step of it |
 | begin | main process | the loop begins: step that it goes on from, total_steps |
 | progress | main process | step that is done; evaluation_s, save_s: what went into those since the line before |
 | evaluation, save | main process | one that lasted: s, its seconds, up to t |

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ def find(
     if choice == "auto" or (choice == "never" and os.environ.get(RESTARTED) and has_ours):
         return _newest(paths, processes)
     if choice == "never":
-        return None, processes.on_main(lambda: _supersede(paths, above_step=-1))
+        return None, processes.on_main(lambda: supersede(paths, above_step=-1))
     folder = Path(choice).expanduser().resolve()
     # The first version wrote the path itself.
     if processes.on_main(lambda: origin_of_newest(paths) in (origin_id(folder), str(folder))):
@@ -72,7 +72,7 @@ def find(
     point = _explicit(folder, processes, importer)
     point.state["origin"] = origin_id(folder)
     keep = point.step if point.folder.parent == paths.root else -1
-    point.notices += processes.on_main(lambda: _supersede(paths, above_step=keep))
+    point.notices += processes.on_main(lambda: supersede(paths, above_step=keep))
     return point, point.notices
 
 
@@ -93,28 +93,37 @@ def origin_of_newest(paths: RunPaths) -> str | None:
     return None
 
 
-def _supersede(paths: RunPaths, above_step: int) -> list[str]:
+def supersede(paths: RunPaths, above_step: int) -> list[str]:
     """Renames our checkpoints beyond a step: kept, but no longer taken for this run's."""
     moved = [_move_aside(f, "superseded").name for s, f in paths.checkpoint_dirs()
              if s > above_step and (f / manifest.NAME).is_file()]  # fmt: skip
     return [f"kept under another name, since the run starts before them: {', '.join(moved)}"] if moved else []
 
 
+def newest_before(step: int, paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:
+    """The newest whole checkpoint of ours that is older than `step`, as `find` verifies them; damaged ones on the way
+    are renamed. Collective.
+
+    Returns:
+        The point, or None, and notices.
+    """
+    found = processes.on_main(lambda: [str(f) for s, f in paths.checkpoint_dirs() if s < step and _is_ours(f)])
+    point, _, notices = _first_whole(found[::-1], processes)
+    return point, notices
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / manifest.NAME).is_file() and not manifest.is_newer_format(folder)
+
+
 def _newest(paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:
     notices: list[str] = []
-    damaged: list[str] = []
-    candidates = processes.on_main(lambda: (_candidates(paths, notices), notices))
-    found, notices = candidates
-    for folder in map(Path, found):
-        # Read a second time before it is called damaged: a disk or a network file system may fail once.
-        problems = _problems(folder, processes) and _problems(folder, processes)
-        if not problems:
-            point = _open(folder, processes)
-            point.notices = notices + point.notices
-            return point, point.notices
-        aside = processes.on_main(partial(_move_aside, folder, "damaged"))
-        damaged.append(aside.name)
-        notices.append(f"{folder.name} is damaged ({problems[0]}); moved to {aside.name}")
+    found, notices = processes.on_main(lambda: (_candidates(paths, notices), notices))
+    point, damaged, more = _first_whole(found, processes)
+    notices += more
+    if point is not None:
+        point.notices = notices + point.notices
+        return point, point.notices
     left_over = processes.broadcast(sorted(p.name for p in paths.root.glob("checkpoint-*.damaged*")))
     if damaged or left_over:
         raise DamagedCheckpointError(
@@ -124,6 +133,21 @@ def _newest(paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, 
             + " To start again from step 0: checkpoint.resume_from_checkpoint=never"
         )
     return None, notices
+
+
+def _first_whole(found: Sequence[str], processes: Processes) -> tuple[ResumePoint | None, list[str], list[str]]:
+    """The first whole one of these folders, the names of damaged ones before it, which are renamed, and notices."""
+    damaged: list[str] = []
+    notices: list[str] = []
+    for folder in map(Path, found):
+        # Read a second time before it is called damaged: a disk or a network file system may fail once.
+        problems = _problems(folder, processes) and _problems(folder, processes)
+        if not problems:
+            return _open(folder, processes), damaged, notices
+        aside = processes.on_main(partial(_move_aside, folder, "damaged"))
+        damaged.append(aside.name)
+        notices.append(f"{folder.name} is damaged ({problems[0]}); moved to {aside.name}")
+    return None, damaged, notices
 
 
 def _candidates(paths: RunPaths, notices: list[str]) -> list[str]:

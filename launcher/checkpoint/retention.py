@@ -22,15 +22,17 @@ def our_steps(paths: RunPaths) -> list[int]:
     return [s for s, folder in paths.checkpoint_dirs() if (folder / NAME).is_file() and not folder.is_symlink()]
 
 
-def expired_steps(steps: Iterable[int], limit: int | None, best_step: int | None) -> list[int]:
-    """The steps to delete so that `limit` folders remain, the best and the newest among them.
+def expired_steps(
+    steps: Iterable[int], limit: int | None, best_step: int | None, needed_step: int | None = None
+) -> list[int]:
+    """The steps to delete so that `limit` folders remain, the best, the newest and the needed one among them.
 
     A limit of 1 keeps two where best and newest differ.
     """
     ordered = sorted(steps)
     if limit is None or not ordered:
         return []
-    kept = {ordered[-1]} | ({best_step} & set(ordered))
+    kept = {ordered[-1]} | ({best_step, needed_step} & set(ordered))
     for step in reversed(ordered):
         if len(kept) >= limit:
             break

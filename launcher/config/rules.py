@@ -270,6 +270,19 @@ def _early_stopping_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _spike_problems(config: RunConfig) -> Iterator[str]:
+    if config.train.on_spike != "rollback":
+        return
+    ck = config.checkpoint
+    if ck.save_strategy == "no" or ck.save_only_model:
+        what = "save_strategy=no" if ck.save_strategy == "no" else "save_only_model=true"
+        mend = "checkpoint=recommended" if ck.save_strategy == "no" else "checkpoint.save_only_model=false"
+        yield (
+            f"train.on_spike=rollback goes back to a checkpoint but checkpoint.{what}. "
+            f"Set {mend}, or train.on_spike=skip"
+        )
+
+
 def _best_model_problems(config: RunConfig) -> Iterator[str]:
     if config.checkpoint.load_best_model_at_end and (why := _why_no_best(config)):
         mend = "checkpoint=recommended" if config.checkpoint.save_strategy == "no" else "eval.eval_strategy=steps"
@@ -300,6 +313,6 @@ def _hub_problems(config: RunConfig) -> Iterator[str]:
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     model_problems, _data_problems, _eval_problems, _early_stopping_problems, _precision_problems,
-    _length_problems, _checkpoint_problems,
+    _length_problems, _checkpoint_problems, _spike_problems,
     _hub_problems, secret_problems, tracker_problems, launch_problems, folder_problems, optimizer_problems,
 )  # fmt: skip

@@ -114,6 +114,14 @@ class TrainConfig:
     mixed_precision: str | None = opt(None, "default: what model.dtype implies", choices=("no", "bf16", "fp16"))
     logging_steps: int = opt(10, "optimizer steps between lines of metrics.jsonl", minimum=1)
     on_nonfinite: str = opt("stop", "loss or gradient norm NaN or infinite", choices=("stop", "skip"))
+    on_spike: str = opt(
+        "off", "a loss far above the last ones: leave the step out, or go back to before it",
+        choices=("off", "skip", "rollback"),
+    )  # fmt: skip
+    spike_threshold: float = opt(6.0, "a spike is so many robust deviations (MAD) above the median", minimum=1)
+    spike_window: int = opt(50, "of the losses of so many steps; no spike before there are as many", minimum=3)
+    spike_rollback_steps: int = opt(5, "steps that a rollback leaves out, the spike the last of them", minimum=1)
+    max_spikes: int = opt(5, "within spike_window steps; one more ends the run", minimum=1)
     on_out_of_memory: str = opt(
         "halve", "halve: restart with half the micro-batch, the same samples per step, down to 1, then recompute",
         choices=("halve", "stop"),

@@ -125,7 +125,9 @@ def disk_bytes(config: RunConfig, total: int, model: int, num_steps: int | None)
     if checkpoint.save_strategy == "no":
         return model
     limit, saves = checkpoint.save_total_limit, num_saves(config, num_steps)
-    kept = None if limit is None else max(limit, 2 if checkpoint.load_best_model_at_end and limit == 1 else limit) + 1
+    # The newest, the best, and one to go back to may be three.
+    apart = 1 + checkpoint.load_best_model_at_end + (config.train.on_spike == "rollback")
+    kept = None if limit is None else max(limit, apart) + 1
     if saves is not None:
         kept = saves if kept is None else min(kept, saves)
     return None if kept is None else kept * total + model

@@ -71,6 +71,15 @@ class SaveSchedule:
             return crosses_epoch(step, self._batch, self._num_rows)
         return not isinstance(ck.save_steps, int) or step % ck.save_steps == 0
 
+    def has_regular(self, step: int) -> bool:
+        """Whether an undisturbed run has saved by this step; by the clock and on improvement it may have."""
+        ck = self._checkpoint
+        if ck.save_every_s is None and ck.save_strategy == "steps" and isinstance(ck.save_steps, int):
+            return step >= ck.save_steps
+        if ck.save_every_s is None and ck.save_strategy == "epoch":
+            return step * self._batch >= self._num_rows
+        return ck.save_strategy != "no" and step >= 1
+
     def started(self) -> None:
         """A save is under way, a repeated one included: the next steps do not ask for another."""
         self._last_save, self._retry_at = time.monotonic(), math.inf

@@ -210,6 +210,15 @@ class Saver:
                 "checkpoints are whole: make room and run the same command again to finish"
             )
 
+    def has_regular(self, step: int) -> bool:
+        """Whether an undisturbed run has a checkpoint of this step or an earlier one."""
+        return self._schedule.has_regular(step)
+
+    def went_back(self) -> None:
+        """The state is that of an earlier checkpoint again; nothing is in flight."""
+        self.saved_step = self._state.step
+        self._evaluated, self._previous_best = (-1, None), (None, None)
+
     def check_lock(self) -> None:
         """Main process. Raises: RunLockLostError, where output_dir is another run's now."""
         self._lock.check()
@@ -331,7 +340,15 @@ class Saver:
         if not self._processes.is_main or not self.is_on:
             return
         best = self._state.progress.best_step
-        old = expired_steps(our_steps(self._paths), self._config.checkpoint.save_total_limit, best)
+        steps = our_steps(self._paths)
+        old = expired_steps(steps, self._config.checkpoint.save_total_limit, best, self._rollback_target(steps))
         folders = [self._paths.checkpoint_dir(step) for step in old]
         held = self._hub.held_names
         self.checkpointer.expire([f for f in folders if f.name not in held], self._hub.pending_dirs)
+
+    def _rollback_target(self, steps: list[int]) -> int | None:
+        """Where a spike in the next step would take the run back to."""
+        train = self._config.train
+        if train.on_spike != "rollback":
+            return None
+        return max((s for s in steps if s <= self._state.step + 1 - train.spike_rollback_steps), default=None)

@@ -45,6 +45,12 @@ class ProgressState:
     """Of training, over all starts: a run that is stopped again and again is evaluated by the clock all the same."""
     router_loss_sum: float = 0.0
     counted_steps: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps that were applied, for `train.on_spike`."""
+    spikes: list[int] = field(default_factory=list)
+    """The last steps that were left out because their loss spiked."""
+    left_out: list[list[int]] = field(default_factory=list)
+    """First and last of the steps that rollbacks left out."""
     best_metric: float | None = None
     best_step: int | None = None
     log_history: list[dict[str, Any]] = field(default_factory=list)

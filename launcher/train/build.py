@@ -48,14 +48,12 @@ from launcher.train.early_stop import EarlyStop
 from launcher.train.evaluation import Evaluator, Metric
 from launcher.train.loop import Run
 from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
-from launcher.train.recorder import MainRecorder, NoRecorder, Recorder
+from launcher.train.recorder import MainRecorder, NoRecorder, Recorder, note_undone
 from launcher.train.run_settings import DAY, of_one_day, write_settings
+from launcher.train.spikes import ROLLBACKS, Spikes, known_rollbacks
 from launcher.train.step import TrainStep
 from launcher.train.trackers import Trackers
 from launcher.train.watchdog import Watchdog
-
-_MAX_UNDONE = 500
-"""Losses that are kept of steps which are trained again, to be compared."""
 
 
 def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, RunLock]:
@@ -117,6 +115,10 @@ def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -
         "train.max_grad_norm": config.train.max_grad_norm,
         "train.mixed_precision": config.mixed_precision,
         "train.on_nonfinite": config.train.on_nonfinite,
+        "train.on_spike": config.train.on_spike,
+        "train.spike_threshold": config.train.spike_threshold,
+        "train.spike_window": config.train.spike_window,
+        "train.spike_rollback_steps": config.train.spike_rollback_steps,
         "train.fused_loss": config.train.fused_loss,
         "train.torch_compile": config.train.torch_compile,
         "model.model_name_or_path": Path(name).name if name else None,
@@ -234,7 +236,8 @@ def build_run(
         built.module, num_rows=len(data.train), num_eval_rows=len(data.eval) if data.eval is not None else None,
         device=accelerator.device,
     ) | {"num_processes": processes.world_size}  # fmt: skip
-    recorder = build_recorder(config, accelerator, processes, paths, state, total_steps, about)
+    rollbacks = processes.on_main(lambda: known_rollbacks(paths, point))
+    recorder = build_recorder(config, accelerator, processes, paths, state, total_steps, about, rollbacks)
     can_recompute = bool(getattr(built.module, "supports_gradient_checkpointing", False))
     sizes = sizing.sizes_in_use(config, processes.world_size, can_recompute=can_recompute)
     recorder.update_run(**{out_of_memory.IN_USE: out_of_memory.in_use(sizes, asked)})
@@ -262,13 +265,14 @@ def build_run(
         watchdog,
         total_steps=total_steps,
     )
+    spikes = Spikes(config.train, paths, processes, state, saver, recorder, accelerator.load_state, rollbacks)
     for text in summary(config, about, epochs=sampler.epoch_after(total_steps), total_steps=total_steps):
         recorder.say(text)
     for notice in [*notices, *data.notices, *loss_notices]:
         recorder.say(notice)
     return Run(
         config=config, processes=processes, state=state, train_step=train_step, evaluator=evaluator, saver=saver,
-        recorder=recorder, hub=hub, stop=stop, watchdog=watchdog, total_steps=total_steps,
+        recorder=recorder, hub=hub, stop=stop, watchdog=watchdog, spikes=spikes, total_steps=total_steps,
     )  # fmt: skip
 
 
@@ -313,18 +317,18 @@ def compared_late(
 
 def build_recorder(
     config: RunConfig, accelerator: LauncherAccelerator, processes: Processes, paths: RunPaths, state: TrainingState,
-    total_steps: int, about: dict[str, Any],
+    total_steps: int, about: dict[str, Any], rollbacks: list[dict[str, Any]],
 ) -> Recorder:  # fmt: skip
     """What writes down and shows the run: on the main process, nothing on the others."""
     if not processes.is_main:
         return NoRecorder()
     metrics, run_file = MetricsFile(paths.metrics), RunFile(paths, processes.world_size)
     timeline = Timeline(paths)
-    if undone := [[line["step"], line["loss"]] for line in metrics.trim(state.step) if "loss" in line]:
-        timeline.append("undone", losses=undone[-_MAX_UNDONE:])
+    note_undone(timeline, metrics.trim(state.step))
     run_file.update(
         step=state.step, epoch=state.progress.epoch, total_steps=total_steps, length=run_length(config),
         resumed_from=config.checkpoint.resume_from_checkpoint, about=about,
+        **({ROLLBACKS: rollbacks} if rollbacks else {}),
     )  # fmt: skip
     trackers = Trackers(accelerator, config, paths, state.step)
     timeline.append("begin", step=state.step, total_steps=total_steps)

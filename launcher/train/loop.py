@@ -17,6 +17,7 @@ from launcher.saving.training_state import TrainingState
 from launcher.train.about import memory_bytes
 from launcher.train.evaluation import Evaluator
 from launcher.train.recorder import Recorder
+from launcher.train.spikes import Spikes
 from launcher.train.step import StepSums, TrainStep
 from launcher.train.watchdog import Watchdog
 
@@ -35,6 +36,7 @@ class Run:
     hub: Hub
     stop: StopRequests
     watchdog: Watchdog
+    spikes: Spikes
     total_steps: int
     window: Window = field(default_factory=lambda: Window())
     last_step_s: float = 0.0
@@ -58,7 +60,8 @@ class Window:
     started: float = field(default_factory=time.monotonic)
     num_tokens: float = 0.0
     num_skipped: int = 0
-    grad_norm: float = 0.0
+    grad_norm: float = math.nan
+    """Of the last step that trained; NaN where none did, or it was not finite."""
 
 
 @dataclass
@@ -74,6 +77,8 @@ class Agreement:
     """By the clock."""
     num_undone: float
     num_failed: float
+    went_back: bool = False
+    """To a checkpoint of before, because the loss spiked."""
 
 
 def fit(run: Run) -> str | None:
@@ -87,6 +92,11 @@ def fit(run: Run) -> str | None:
     while run.step < run.total_steps and not is_stopped_early(run):
         run.watchdog.alive()
         agreed = train(run)
+        if agreed.went_back:
+            if agreed.stop_code:
+                return stop(run, REASONS[agreed.stop_code - 1])
+            catch_up(run)
+            continue
         run.recorder.advance(run.step, run.state.progress.epoch, run.hub.status)
         run.saver.follow(agreed.num_undone, agreed.num_failed)
         log(run, agreed)
@@ -116,14 +126,20 @@ def catch_up(run: Run) -> None:
 def train(run: Run) -> Agreement:
     """One optimizer step, and what the processes agree on after it. Collective."""
     started, progress = time.monotonic(), run.state.progress
-    sums = run.train_step.run(run.step)
+    if run.spikes.is_left_out(run.step + 1):
+        sums = run.train_step.leave_out()
+    else:
+        sums = run.train_step.run(run.step, run.spikes.limit)
     progress.step += 1
     progress.epoch = run.train_step.epoch_after(run.step)
-    run.window.grad_norm = sums.grad_norm
+    run.window.grad_norm = run.window.grad_norm if sums.is_left_out else sums.grad_norm
     run.last_step_s = time.monotonic() - started
     progress.seconds_since_eval += run.last_step_s
     agreed = agree(run, sums)
-    is_counted = check_finite(run, agreed, sums)
+    if sums.is_spike and run.spikes.found(sums.mean_loss):
+        run.window, agreed.went_back = Window(), True
+        return agreed
+    is_counted = counts(run, agreed, sums)
     progress.loss_sum += agreed.loss_sum if is_counted else 0.0
     progress.labelled_tokens += sums.num_labelled if is_counted else 0
     progress.router_loss_sum += agreed.router_loss if is_counted else 0.0
@@ -152,6 +168,19 @@ def is_eval_due_by_clock(run: Run) -> bool:
     return every_s is not None and run.evaluator.is_on and run.state.progress.seconds_since_eval >= every_s
 
 
+def counts(run: Run, agreed: Agreement, sums: StepSums) -> bool:
+    """Whether the step counts in the logged loss.
+
+    Raises:
+        NonFiniteError: see `check_finite`.
+    """
+    is_counted = not (sums.is_spike or sums.is_left_out) and check_finite(run, agreed, sums)
+    if is_counted and sums.is_applied:
+        run.spikes.applied(sums.mean_loss)
+    run.window.num_skipped += not is_counted
+    return is_counted
+
+
 def check_finite(run: Run, agreed: Agreement, sums: StepSums) -> bool:
     """Stops or skips on NaN and infinities, as `train.on_nonfinite` says. fp16's overflows are part of its method.
 
@@ -170,7 +199,6 @@ def check_finite(run: Run, agreed: Agreement, sums: StepSums) -> bool:
             "step before are unharmed and the last checkpoint is whole. A lower optim.learning_rate or "
             "train.max_grad_norm may help; to leave such steps out: train.on_nonfinite=skip"
         )
-    run.window.num_skipped += 1
     return False
 
 
@@ -182,7 +210,8 @@ def log(run: Run, agreed: Agreement) -> None:
     line: dict[str, Any] = {
         "step": run.step, "epoch": round(p.epoch, 6),
         "loss": p.loss_sum / p.labelled_tokens if p.labelled_tokens else None,  # every step may have been skipped
-        "learning_rate": run.train_step.schedule.learning_rate, "grad_norm": window.grad_norm,
+        "learning_rate": run.train_step.schedule.learning_rate,
+        "grad_norm": window.grad_norm if math.isfinite(window.grad_norm) else None,  # NaN is no JSON
         "tokens_per_second": round(window.num_tokens / max(1e-9, time.monotonic() - window.started), 1),
         "num_tokens": p.num_tokens, "memory_bytes": memory_bytes(run.train_step.accelerator.device),
     }  # fmt: skip

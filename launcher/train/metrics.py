@@ -27,6 +27,10 @@ class MetricsFile:
         with contextlib.suppress(OSError), files.open_append(self._path) as file:  # a full disk must not end a run
             file.write((json.dumps(line) + "\n").encode())
 
+    def append_once(self, line: dict[str, Any]) -> None:
+        if line not in files.read_json_lines(self._path):
+            self.append(line)
+
     def last(self, key: str) -> Any:
         """The newest number of a key, also of an earlier start; None where there is none."""
         values = [v for line in files.read_json_lines(self._path) if isinstance(v := line.get(key), (int, float))]

@@ -6,15 +6,18 @@ The other processes hold `NoRecorder`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
+from launcher.base.errors import UserError
 from launcher.base.timeline import Timeline
 from launcher.train.about import mfu
 from launcher.train.display import Display
 from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
 from launcher.train.time_spent import Kind, TimeSpent
 from launcher.train.trackers import Trackers
+
+_MAX_UNDONE = 500
 
 
 class Recorder(Protocol):
@@ -25,6 +28,12 @@ class Recorder(Protocol):
 
     def saved(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl for a committed save."""
+
+    def noted(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl alone, unless it is there."""
+
+    def went_back(self, step: int) -> None:
+        """The run goes on from a checkpoint of before: what was measured after it is taken back."""
 
     def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         """What the model wrote in an evaluation."""
@@ -73,6 +82,14 @@ class MainRecorder:
         self._time_spent.saved(line["save_stall_s"])
         self._display.saved(line)
 
+    def noted(self, line: dict[str, Any]) -> None:
+        self._metrics.append_once(line)
+
+    def went_back(self, step: int) -> None:
+        self._time_spent.went_back(step)
+        with suppress(UserError):  # it cannot be rewritten: then the lines stay
+            note_undone(self._timeline, self._metrics.trim(step))
+
     def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         self._samples.append(step, samples)
 
@@ -102,11 +119,19 @@ class MainRecorder:
         self._display.close()
 
 
+def note_undone(timeline: Timeline, removed: Sequence[dict[str, Any]]) -> None:
+    """Losses of steps that are trained again, to be compared."""
+    if undone := [[line["step"], line["loss"]] for line in removed if "loss" in line]:
+        timeline.append("undone", losses=undone[-_MAX_UNDONE:])
+
+
 class NoRecorder:
     """The null object of the other processes."""
 
     def measured(self, line: dict[str, Any]) -> None: ...
     def saved(self, line: dict[str, Any]) -> None: ...
+    def noted(self, line: dict[str, Any]) -> None: ...
+    def went_back(self, step: int) -> None: ...
     def sampled(self, step: int, samples: Sequence[dict[str, Any]]) -> None: ...
     def last(self, key: str) -> Any: ...
     def say(self, text: str) -> None: ...

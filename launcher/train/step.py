@@ -30,6 +30,10 @@ class StepSums:
     grad_norm: float
     is_applied: bool
     """Whether the weights changed: not where the gradient norm is not finite (fp16's loss scaling skips some)."""
+    mean_loss: float = 0.0
+    """Over all processes; only where a limit was given."""
+    is_spike: bool = False
+    is_left_out: bool = False
 
 
 class TrainStep:
@@ -52,8 +56,18 @@ class TrainStep:
     def epoch_after(self, step: int) -> float:
         return self._sampler.epoch_after(step)
 
-    def run(self, step: int) -> StepSums:
-        """The step that follows `step`. Collective."""
+    def leave_out(self) -> StepSums:
+        """A step that trains on nothing; the schedule counts it."""
+        self._before_update()
+        self.schedule.step()
+        return StepSums(0.0, 0.0, 0, 0, 0.0, is_applied=False, is_left_out=True)
+
+    def run(self, step: int, spike_limit: float | None = None) -> StepSums:
+        """The step that follows `step`. Collective.
+
+        Args:
+            spike_limit: where the mean loss is above, the update is not applied.
+        """
         config, world_size, device = self._config, self._processes.world_size, self.accelerator.device
         rng.seed_step(config.seed, self._processes.rank, step)
         rows = self._sampler.rows_of_step(step)
@@ -61,7 +75,7 @@ class TrainStep:
         micro_batches = split_step(rows, self._processes.rank, world_size, config.train.micro_batch_size)
         self.model.train()
         loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-        router_loss = torch.zeros((), dtype=torch.float64, device=device)
+        router_loss, mean_loss = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
         for i, ids in enumerate(micro_batches):
             batch = collate(self._rows, ids, self._pad_token_id)
             mask = batch.get("attention_mask")
@@ -77,11 +91,23 @@ class TrainStep:
                     share = int(lengths[ids].sum()) / max(1, int(lengths[rows].sum()))
                     total = total + router * (world_size * share * self._router_coefficient)
                     router_loss += router.detach() * share
+                loss_sum += loss.detach()
+                if is_last and spike_limit is not None:
+                    mean_loss = self._mean(loss_sum, num_labelled)
+                    # Gradients of NaN are never applied, under any strategy, and the host need not wait to know.
+                    total = total * torch.where(mean_loss > spike_limit, math.nan, 1.0).to(total.dtype)
                 self._backward(total, is_last=is_last)
-            loss_sum += loss.detach()
         self._before_update()
-        sums, is_applied = self._update([loss_sum, router_loss])
-        return StepSums(sums[0], sums[1], num_labelled, num_tokens, sums[2], is_applied)
+        sums, is_applied = self._update([loss_sum, router_loss, mean_loss])
+        is_spike = spike_limit is not None and sums[2] > spike_limit
+        return StepSums(sums[0], sums[1], num_labelled, num_tokens, sums[3], is_applied, sums[2], is_spike)
+
+    def _mean(self, loss_sum: torch.Tensor, num_labelled: int) -> torch.Tensor:
+        """The loss of the step over all processes, the same bits on each."""
+        total = loss_sum.clone()
+        if self._processes.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total / num_labelled
 
     def _no_sync(self) -> Any:
         """DeepSpeed learns the boundary in `_backward`; DDP must not reduce before the last micro-batch."""

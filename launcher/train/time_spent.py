@@ -64,6 +64,12 @@ class TimeSpent:
         if is_first or time.monotonic() - self._written >= self.interval_s():
             self._flush()
 
+    def went_back(self, step: int) -> None:
+        """What was done after a step is undone, and done again."""
+        self._flush()
+        self._timeline.append("rollback", step=step)
+        self._step, self._is_new = step, False
+
     def end(self, state: str, reason: str | None, step: int) -> None:
         """The run ends, or somebody ended it."""
         if self._step is not None:

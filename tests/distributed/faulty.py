@@ -4,7 +4,8 @@ FAULTS is a JSON list of {"rank", "step" (counted from 1, in this process), "kin
 "once"?: a file that marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang, quota (no file may grow beyond
 "bytes"; -1: any), nan (in the gradients of that step, while its loss is a number), out_of_memory (in a forward pass of
 that step and of later ones with more than "above" rows; in an evaluation instead with "in_evaluation"; "signal" kills),
-no_links (from the start: no hard links can be made, and each file's copy to the spool takes so many seconds).
+jump (of the losses of that step and later ones, to three times as much), no_links (from the start: no hard links can be
+made, and each file's copy to the spool takes so many seconds).
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class FaultyAdamW(torch.optim.AdamW):
                 _refuse_links(fault["seconds"])
         self._nans = [fault["step"] for fault in _faults() if fault["kind"] == "nan"]
         self._shortages = [fault for fault in _faults() if fault["kind"] == "out_of_memory"]
-        if self._nans or self._shortages:
+        self._jumps = [fault["step"] for fault in _faults() if fault["kind"] == "jump"]
+        if self._nans or self._shortages or self._jumps:
             self._summed_loss = loss.summed_loss
             loss.summed_loss = self._spoiled  # `build_loss` takes it from there, and is called later
 
@@ -71,6 +73,8 @@ class FaultyAdamW(torch.optim.AdamW):
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         found = self._summed_loss(model, batch, **settings)
+        if self._jumps and self._num_steps + 1 >= min(self._jumps):
+            return found._replace(loss_sum=found.loss_sum * 3)
         if self._num_steps + 1 in self._nans:
             self._nans.remove(self._num_steps + 1)
             spoiled = found.loss_sum + torch.sqrt(found.loss_sum * 0)  # 0, with the derivative inf · 0

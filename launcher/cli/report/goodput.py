@@ -30,7 +30,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Mark:
-    """`kind`: kill, stop, restart, finish, failed."""
+    """`kind`: kill, stop, restart, rollback, finish, failed."""
 
     t: float
     kind: str
@@ -82,6 +82,8 @@ class _Attempt:
     logged: float = 0.0
     """The last step that metrics.jsonl had of it: a kill may come before the timeline tells of that."""
     lost_from: float = math.inf
+    is_rolled_back: bool = False
+    """It went on from a checkpoint of before, in the next attempt, without a new start."""
 
     @property
     def is_clean(self) -> bool:
@@ -157,6 +159,11 @@ def _attempts(lines: Iterable[dict[str, Any]]) -> tuple[list[_Attempt], list[flo
                 found.append(open_one)
             _note_end(open_one, line, t)
             open_one.end = open_one.ended_at = t
+        elif event == "rollback" and open_one is not None and open_one.begin is not None:
+            open_one.end, open_one.state, open_one.is_rolled_back = t, "rolled_back", True
+            open_one = _Attempt(t, open_one.id, True, open_one.job_id, open_one.requeues, end=t)
+            open_one.begin = (t, _number(line, "step", 0))
+            found.append(open_one)
         elif event == "undone" and len(found) > 1:
             found[-2].logged = max(found[-2].logged, _last_step(line))
         elif open_one is not None and open_one.ended_at is None:
@@ -332,11 +339,14 @@ def _merged(segments: Iterable[Segment]) -> list[Segment]:
 
 def _mark(result: Goodput, attempts: Sequence[_Attempt], i: int, *, is_alive: bool) -> None:
     attempt = attempts[i]
-    if i:
+    if i and attempts[i - 1].is_rolled_back:
+        back = f"back to step {attempt.begin[1]:.0f}" if attempt.begin is not None else "back"
+        result.marks.append(Mark(attempt.start, "rollback", f"{back}: the loss spiked"))
+    elif i:
         step = f" from step {attempt.begin[1]:.0f}" if attempt.begin is not None else ""
         result.marks.append(Mark(attempt.start, "restart", f"started again{step}"))
     step = f" at step {attempt.points[-1][1]:.0f}" if attempt.points else ""
-    if is_alive:
+    if is_alive or attempt.is_rolled_back:
         return
     if attempt.state == "finished":
         result.marks.append(Mark(attempt.end, "finish", f"finished{step}"))

@@ -174,7 +174,7 @@ function drawTimeAxis(root, goodput, pieces, x, bottom, room) {
 function drawMarks(root, marks, x, top, bottom) {
   const shown = [];
   for (const [t, kind, text] of marks) {
-    const at = x(t), color = css({ kill: "lost", failed: "lost", stop: "save", restart: "soft", finish: "productive" }[kind] || "soft");
+    const at = x(t), color = css({ kill: "lost", failed: "lost", rollback: "lost", stop: "save", restart: "soft", finish: "productive" }[kind] || "soft");
     if (kind === "restart") {  // a small wedge on the strip's upper edge
       svg("path", { d: `M${at - 4} ${bottom + 1}h8l-4 -6z`, fill: css("card"), stroke: css("soft"), "stroke-width": 1 }, root);
       shown.push([at, text]);
