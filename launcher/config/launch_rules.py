@@ -101,8 +101,15 @@ def folder_problems(config: RunConfig) -> Iterator[str]:
             f"Set output_dir=outputs/{config.run_name or 'run'}"
         )
         return
-    own = Path(config.output_dir).expanduser().resolve()
     cure = f"Set another output_dir=outputs/{config.run_name or 'run'}"
+    try:
+        own = Path(config.output_dir).expanduser().resolve()
+        existing = next(folder for folder in (own, *own.parents) if folder.exists())
+        for name in own.relative_to(existing).parts:
+            (existing / name).exists()  # which it does not: only whether it may be called so
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, an unknown ~user
+        yield f"output_dir={config.output_dir} cannot be used: {error}. {cure}"
+        return
     for key in ("model_name_or_path", "adapter_name_or_path"):
         name = getattr(config.model, key, None)
         if not name or not is_local_path(name):
@@ -116,6 +123,11 @@ def folder_problems(config: RunConfig) -> Iterator[str]:
                 f"or delete it. To go on from it: checkpoint.resume_from_checkpoint={name}. To start from its weights: "
                 f"another output_dir=outputs/{config.run_name or 'run'}"
             )
+    if not existing.is_dir():
+        where = "is a file" if existing == own else f"lies below {existing}, which is a file"
+        yield f"output_dir={config.output_dir} {where}: a run needs a folder. {cure}"
+    if checkpoint_step(own) is not None and not (own / "config.json").is_file():
+        yield f"output_dir={config.output_dir} has the name of a checkpoint, which another run may take it for. {cure}"
     for folder in (own, *own.parents):
         if checkpoint_step(folder) is not None and (folder / "config.json").is_file():
             yield f"output_dir={config.output_dir} lies in the checkpoint {folder}, which may be deleted. {cure}"

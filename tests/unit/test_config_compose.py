@@ -490,6 +490,23 @@ def test_output_dir_is_refused_when_it_is_the_models_own_folder(tmp_path: Path, 
     assert "which the run would overwrite" in found and "output_dir=outputs/" in found
 
 
+@pytest.mark.parametrize(
+    ("output_dir", "why"),
+    [
+        ("file", "is a file"), ("file/run", "file, which is a file"), ("full/x" + "y" * 300, "too long"),
+        ("loop/run", "loop"), ("'~nobody-of-that-name/run'", "home"), ("checkpoint-5", "the name of a checkpoint"),
+    ],
+)  # fmt: skip
+def test_output_dir_is_refused_when_it_cannot_be_a_folder_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: str, output_dir: str, why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "file", "mine")
+    (tmp_path / "loop").symlink_to("loop")
+    found = problem(f"data.train_files=[{rows}]", f"output_dir={output_dir}")
+    assert why in found and "output_dir=outputs/" in found
+
+
 def test_output_dir_is_refused_when_it_and_a_checkpoint_hold_each_other(tmp_path: Path, rows: str) -> None:
     write(tmp_path / "run/checkpoint-10/config.json", "{}")
     common = (f"data.train_files=[{rows}]", "model=pretrained")
