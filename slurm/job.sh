@@ -6,8 +6,9 @@ max_requeues={{ launch.max_requeues }}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # requeueing SLURM_JOB_ID could requeue a whole array
 job=${job:-$SLURM_JOB_ID}
 starts=${SLURM_RESTART_COUNT:-0}
+start=$SLURM_JOB_ID-$starts # of this job
 requeues=$((starts + ${1:-0})) # $1: those of the jobs that this one follows up
-readonly run_dir code_dir script max_restarts max_requeues job starts requeues # launch.setup must not change them
+readonly run_dir code_dir script max_restarts max_requeues job starts start requeues # launch.setup must not change them
 
 say() { echo "launcher: $*"; }
 
@@ -95,7 +96,7 @@ run_agents() { # sets `verdict`, see launcher/slurm/node.py, and `code`: 0 where
   ((requeues + $1)) && export LAUNCHER_RESTARTED=1 # resume_from_checkpoint=never or a path was obeyed at the first start
   export LAUNCHER_BEGAN=$(date +%s) # for the timeline
   printf '%-64s' >"$verdict_file" # room for the word, should the disk be full by then
-  on_nodes python3 -m launcher.slurm.node "$run_dir" --job "$job" --verdict "$verdict_file" \
+  on_nodes python3 -m launcher.slurm.node "$run_dir" --job "$job" --start "$start" --verdict "$verdict_file" \
     --main_process_ip "${main_process_ip:-}" --main_process_port "${port:-$(free_port "$1")}" &
   agents=$!
   while ((again)); do # a trap interrupts wait
@@ -106,6 +107,12 @@ run_agents() { # sets `verdict`, see launcher/slurm/node.py, and `code`: 0 where
   read -r verdict <"$verdict_file"
   rm -f "$verdict_file"
 }
+
+num_restarts() { # inside of this start of the job; the agents count those of their ranks in the same file
+  local whose count
+  read -r whose count <"$run_dir/slurm/restarts"
+  [[ $whose == "$start" && $count =~ ^[0-9]{1,9}$ ]] && echo "$count" || echo 0
+} 2>/dev/null
 
 job_info() { # scontrol's, and where the controller is away for a while, as soon as it is back
   until scontrol -o show job "$job"; do sleep 10; done
@@ -154,7 +161,7 @@ on_limit_signal() { # Slurm's own warning comes up to two minutes before the lim
 trap on_limit_signal USR1
 trap 'again=1; request_stop "$(stop_reason)"' TERM
 rm -f "$run_dir/STOP"
-check_nodes "$SLURM_JOB_ID-$starts-0"
+check_nodes "$start-0"
 for ((n = 0; ; n++)); do
   # A lock of this job's own is left by ranks that Slurm has ended, maybe on another host.
   grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$run_dir/.lock" && rm -f "$run_dir/.lock"
@@ -170,10 +177,14 @@ for ((n = 0; ; n++)); do
     "") ((code == 143 || code == 138 || code == 130)) && { say "stopped before the start"; requeue; } ;; # not yet a handler
   esac
   [[ $(job_info) == *" JobState=RUNNING "* ]] || requeue
-  check_nodes "$SLURM_JOB_ID-$starts-$((n + 1))"
-  if ((n >= max_restarts)); then
+  check_nodes "$start-$((n + 1))"
+  restarts=$(num_restarts)
+  ((restarts > n)) || restarts=$n
+  if ((restarts >= max_restarts)); then
     say "an agent was lost again after launch.max_restarts=$max_restarts restarts"
     exit 1
   fi
-  say "an agent was lost (srun ended with $code): starting all again ($((n + 1)) of launch.max_restarts=$max_restarts)"
+  ((++restarts))
+  printf '%s %s\n' "$start" "$restarts" >"$run_dir/slurm/restarts"
+  say "an agent was lost (srun ended with $code): starting all again ($restarts of launch.max_restarts=$max_restarts)"
 done

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launcher.agent.command import accelerate_command, num_processes
 from launcher.agent.machine import Ended, OneMachine, Start
+from launcher.agent.stopped import StoppedProcesses
 from launcher.base import files
 from launcher.base.device_memory import oom_kills
 from launcher.base.environment import without_inherited
@@ -21,7 +22,7 @@ from launcher.base.errors import UnsafeFileError, UserError
 from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED, die_with_parent, host
 from launcher.base.rank_reports import ATTEMPT, is_library, make_report, read_reports
-from launcher.base.stop_requests import SUPERVISED
+from launcher.base.stop_requests import SUPERVISED, read_stop
 from launcher.base.timeline import BEGAN
 from launcher.config.settings import RunConfig
 
@@ -68,8 +69,9 @@ class Attempt:
         with log, tempfile.TemporaryDirectory(prefix="launcher-") as error_dir:
             begin = log.tell()
             process = self._popen(start, error_dir, log.fileno(), began)
+            stopped = StoppedProcesses(process.pid, self._config.launch.hang_timeout_s)
             try:
-                code = self._watch(process, machines, start)
+                code = self._watch(process, machines, start, stopped)
             finally:
                 with contextlib.suppress(OSError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -78,7 +80,7 @@ class Attempt:
             return Ended(
                 self._machine, host(), code, read_reports(Path(error_dir)), self._killed(output),
                 {rank: stood for rank, size in stacks.items() if (stood := self._where_it_hung(rank, size))},
-                output[-4000:], oom_kills() - kills_before,
+                output[-4000:], oom_kills() - kills_before, stopped=stopped.at_the_end(),
             )  # fmt: skip
 
     def _popen(self, start: Start, error_dir: str, log: int, began: float) -> subprocess.Popen[bytes]:
@@ -101,7 +103,9 @@ class Attempt:
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=prepare,
         )  # fmt: skip
 
-    def _watch(self, process: subprocess.Popen[bytes], machines: OneMachine, start: Start) -> int:
+    def _watch(
+        self, process: subprocess.Popen[bytes], machines: OneMachine, start: Start, stopped: StoppedProcesses
+    ) -> int:
         end_at: float | None = None
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -109,6 +113,8 @@ class Attempt:
             grace_s = machines.grace_s()
             if machines.is_stop_asked and not self._has_begun(start):
                 grace_s = _EARLY_S  # no step yet: nothing is lost, and nobody looks for STOP before the loop
+            if stopped.look(lambda: machines.is_stop_asked or read_stop(self._paths.stop_file) is not None):
+                grace_s = 0.0
             if grace_s is not None:
                 end_at = min(time.monotonic() + grace_s, end_at if end_at is not None else float("inf"))
             if end_at is not None and time.monotonic() >= end_at:

@@ -212,6 +212,6 @@ def _ended_from(message: dict[str, Any]) -> Ended:
     now = time.time()
     fields = {key: value for key, value in message.items() if key != "kind"}
     fields["reports"] = [{**report, "time": now - report["time"]} for report in fields["reports"]]
-    for by_rank in ("killed", "hung"):  # JSON has text keys
+    for by_rank in ("killed", "hung", "stopped"):  # JSON has text keys
         fields[by_rank] = {int(rank): value for rank, value in fields[by_rank].items()}
     return Ended(**fields)

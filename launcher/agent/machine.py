@@ -51,6 +51,8 @@ class Ended:
     """Processes that the kernel killed there meanwhile, because memory was full."""
     is_lost: bool = False
     """The agent itself has gone, or does not answer."""
+    stopped: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Pid by rank, of those that a signal had stopped until the end."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,8 @@ def _failed(paths: RunPaths, machines: Sequence[Ended], asked: str | None, *, is
     reports = [report for ended in machines for report in ended.reports]
     hung = {rank: (ended.host, *stood) for ended in machines for rank, stood in ended.hung.items()}
     killed = {rank: (ended.host, number) for ended in machines for rank, number in ended.killed.items()}
-    first = first_failure(reports, has_silent_death=bool(hung or killed or lost))
+    stopped = {rank: (ended.host, pid) for ended in machines for rank, pid in ended.stopped.items()}
+    first = first_failure(reports, has_silent_death=bool(hung or killed or lost or stopped))
     if asked is not None and (first is None or first["exit_code"] != EXIT_USER):
         state, reason = ("pruned", None) if asked == "pruned" else ("interrupted", asked)
         return Outcome(state, reason, EXIT_STOPPED, "ended before it could save: the last checkpoint is whole", first)
@@ -71,6 +72,8 @@ def _failed(paths: RunPaths, machines: Sequence[Ended], asked: str | None, *, is
     if lost is not None:
         text = f"the agent of machine {lost.machine} on {lost.host} has gone: it was killed, or the network is down"
         return Outcome("failed", "crash", EXIT_FAILED, text, is_lost=True)
+    if stopped:
+        return Outcome("failed", "hang", EXIT_FAILED, _stop_in_words(stopped))
     if hung:
         return Outcome("failed", "hang", EXIT_FAILED, _hang_in_words(hung, paths))
     if killed:
@@ -92,6 +95,13 @@ def _hang_in_words(hung: dict[int, tuple[str, bool, str]], paths: RunPaths) -> s
     if waiting := sorted(set(hung) - set(to_blame)) if to_blame else []:
         lines.append(f"rank{'s' * (len(waiting) > 1)} {', '.join(map(str, waiting))} waited for it")
     return "\n  ".join(lines)
+
+
+def _stop_in_words(stopped: dict[int, tuple[str, int]]) -> str:
+    return "\n  ".join(
+        f"rank {rank} on {where} (pid {pid}) was stopped by a signal (SIGSTOP, Ctrl-Z), and nothing let it go on"
+        for rank, (where, pid) in sorted(stopped.items())
+    )
 
 
 def _kill_in_words(killed: dict[int, tuple[str, int]], paths: RunPaths) -> str:

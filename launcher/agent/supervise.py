@@ -45,6 +45,9 @@ class Caller:
     """A STOP file at the start is an earlier run's; else the caller has removed that, and it may be a new request."""
     is_heard: bool = True
     """What is told of the whole run is told here; else by the first machine alone, in the same log."""
+    num_restarts: int = 0
+    """Of launch.max_restarts that earlier agents have used up; `note_restart` is told of each further one."""
+    note_restart: Callable[[int], None] = lambda number: None
 
 
 def run(config: RunConfig, arguments: Sequence[str]) -> int:
@@ -213,13 +216,14 @@ class _Supervisor:
             if (text := self._with_less_memory(start, found, place, source)) is not None:
                 return Verdict(found.exit_code, text, is_restart=True)
             found = dataclasses.replace(found, text=f"{found.text}\n  {out_of_memory.HINT}")
-        number = start.number - self._num_halved
+        number = self._caller.num_restarts + start.number - self._num_halved
         has_new = newest is not None and newest != self._newest_before
         why = outcome.why_no_restart(found, self._earlier, has_new=has_new, has_any=newest is not None)
         self._earlier = found
         if why is not None or number >= limit or self._requests.is_stop_asked:
             why = f"\n  not restarted: {why}" if why and number < limit else ""
             return dataclasses.replace(verdict, text=f"{found.text}{why}")
+        self._caller.note_restart(number + 1)
         again = f"restarting from {source} ({number + 1} of {limit})"
         return dataclasses.replace(verdict, text=f"{found.text}\nlauncher: {again}", is_restart=True)
 

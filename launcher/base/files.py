@@ -313,8 +313,10 @@ def replace_file(path: Path, data: bytes, *, within: Path | None = None, mode: i
         write_file(temporary, data, within=within, mode=mode)
 
 
-def copy_file(source: Path, target: Path, *, within: Path | None = None) -> None:
-    """Atomically replaces `target` with a copy of a regular file; `within` is of the target."""
+def copy_file(
+    source: Path, target: Path, *, within: Path | None = None, alive: Callable[[], None] = lambda: None
+) -> None:
+    """Atomically replaces `target` (`within`: as always) with a copy of a regular file; calls `alive` meanwhile."""
     with _replacing(target) as temporary, open_read(source) as file:
         fd = create_exclusive(temporary, within=within)
         try:
@@ -322,6 +324,7 @@ def copy_file(source: Path, target: Path, *, within: Path | None = None) -> None
             while data := file.read(_COPY_BYTES):
                 write_at(fd, data, offset, temporary)
                 offset += len(data)
+                alive()
             fsync_file(fd, temporary)
         finally:
             os.close(fd)

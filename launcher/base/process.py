@@ -48,6 +48,17 @@ def yield_cores() -> None:
             return
 
 
+def take_cores_back() -> None:
+    """Undoes `yield_cores` for this process with all its threads, as far as the user may: root, or by RLIMIT_NICE."""
+    if os.getpgid(0) != os.getpid():
+        return
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PGRP, 0, 0)  # nice is kept per thread
+    with contextlib.suppress(OSError):
+        if os.getsid(0) == os.getpid():
+            Path("/proc/self/autogroup").write_text("0")
+
+
 def use_resting_cores() -> None:
     """Lets this thread run only where nobody else wants to.
 

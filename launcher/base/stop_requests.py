@@ -59,17 +59,20 @@ class StopRequests:
             self.clear()
 
     def install(self, at_signal: Callable[[], None] | None = None) -> None:
-        """Obeys SIGTERM, SIGUSR1 and SIGINT; a second SIGINT ends the process at once.
+        """Obeys SIGTERM, SIGUSR1, SIGINT and SIGHUP; a second SIGINT ends the process at once.
 
         Args:
             at_signal: called in the handler, at the first signal.
 
         A SIGTERM that was ignored at start is not obeyed: our agent answers it for us, by a STOP file with the reason.
-        A handler that does nothing, unlike SIG_IGN, is not inherited by programs that the user's code starts and ends.
+        So is a SIGHUP under nohup, and under our agent, to which a closed terminal is no reason to stop. A handler that
+        does nothing, unlike SIG_IGN, is not inherited by programs that the user's code starts and ends.
         """
         self._at_signal, self._pid = at_signal, os.getpid()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            is_shielded = number == signal.SIGTERM and signal.getsignal(number) in (signal.SIG_IGN, _ignore)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+            may_be_shielded = number in (signal.SIGTERM, signal.SIGHUP)
+            is_shielded = may_be_shielded and signal.getsignal(number) in (signal.SIG_IGN, _ignore)
+            is_shielded |= number == signal.SIGHUP and bool(os.environ.get(SUPERVISED))
             signal.signal(number, _ignore if is_shielded else self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -33,13 +33,14 @@ def main(argv: Sequence[str]) -> int:
         LauncherError: the input is wrong, or the run failed.
     """
     options, arguments = _parse(argv)
+    if not options.cfg:
+        survive_closed_output()
     if options.multirun:
         return _sweep(arguments)
     config = compose_arguments(as_argv(arguments))
     if options.cfg:
         print_config(config)
         return EXIT_DONE
-    survive_closed_output()
     _check_machines(config)
     from launcher.agent.command import num_processes
 

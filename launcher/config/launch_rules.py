@@ -105,8 +105,8 @@ def folder_problems(config: RunConfig) -> Iterator[str]:
     try:
         own = Path(config.output_dir).expanduser().resolve()
         existing = next(folder for folder in (own, *own.parents) if folder.exists())
-        for name in own.relative_to(existing).parts:
-            (existing / name).exists()  # which it does not: only whether it may be called so
+        for part in own.relative_to(existing).parts:
+            (existing / part).exists()  # which it does not: only whether it may be called so
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, an unknown ~user
         yield f"output_dir={config.output_dir} cannot be used: {error}. {cure}"
         return

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.base.process import yield_cores
+from launcher.base.process import take_cores_back, yield_cores
 from launcher.hub.faults import Backoff, Fault, classify, next_commit_delay_s
 from launcher.hub.items import Item, UploadSettings
 from launcher.hub.layout import DamagedFileError
@@ -278,7 +278,8 @@ def watch(uploader: Uploader, spool: Spool, parent: int) -> None:
 def listen(uploader: Uploader) -> None:
     """Reads the trainer's wishes; the end of the input is the trainer's end."""
     for line in sys.stdin.buffer:
-        if line.strip() == b"hurry":
+        if line.strip() == b"hurry":  # the training is over: nobody is slowed down any more
+            take_cores_back()
             uploader.hurry.set()
     os._exit(0)
 

@@ -42,7 +42,10 @@ def main() -> int:
     given = _parse()
     paths, is_first = RunPaths(given.run_dir), given.node == 0
     arguments = ["--config-file", str(paths.slurm_dir / "config.yaml")]
-    caller = Caller(lambda: stop_reason(given.job), removes_stop=False, is_heard=is_first)
+    caller = Caller(
+        lambda: stop_reason(given.job), removes_stop=False, is_heard=is_first,
+        num_restarts=_num_restarts(paths, given.start), note_restart=lambda n: _note_restart(paths, given.start, n),
+    )  # fmt: skip
     try:
         verdict = supervise(_of_this_node(compose_arguments(arguments), given), arguments, caller)
     except MachinesError as error:
@@ -62,6 +65,20 @@ def main() -> int:
     return 0
 
 
+def _num_restarts(paths: RunPaths, start: str) -> int:
+    """Of launch.max_restarts used up inside this start of the job: by the script, or by agents that were lost since."""
+    try:
+        whose, count = files.read_text(paths.slurm_dir / "restarts", 1000, within=paths.root).split()
+        return int(count) if whose == start else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def _note_restart(paths: RunPaths, start: str, count: int) -> None:
+    with contextlib.suppress(OSError):  # a full disk: this agent itself knows
+        files.replace_file(paths.slurm_dir / "restarts", f"{start} {count}\n".encode(), within=paths.root)
+
+
 def _write_in_place(path: Path, text: str) -> None:
     """The script has made the file and filled it with spaces: a full disk takes what needs no new block."""
     with path.open("r+b") as file:
@@ -72,6 +89,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launcher.slurm.node")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--job", required=True)
+    parser.add_argument("--start", default="", help="which start of the job this is")
     parser.add_argument("--verdict", type=Path, required=True)
     parser.add_argument("--main_process_ip", required=True)
     parser.add_argument("--main_process_port", type=int, required=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from launcher.base import files, lock, words
 from launcher.base.errors import RunLockLostError, UserError
@@ -60,7 +60,7 @@ class Listed:
 
 
 class StopRequests:
-    """Counts SIGINT, SIGTERM, SIGHUP and SIGUSR1: the first stops with a save, the second kills."""
+    """Counts SIGINT, SIGTERM and SIGUSR1: the first stops with a save, the second kills. SIGHUP is ignored."""
 
     def __init__(self) -> None:
         self.count, self._last = 0, -_SAME_PRESS_S
@@ -73,8 +73,9 @@ class StopRequests:
 
     @contextmanager
     def installed(self) -> Iterator[StopRequests]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before: dict[int, Any] = {number: signal.signal(number, self._on_signal) for number in numbers}
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield self
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from launcher.base import files, manifest, words
@@ -27,7 +28,8 @@ def finish(run: Run, paths: RunPaths) -> None:
     run.processes.on_main(run.saver.check_lock)
     if run.config.model.merge_at_end:
         source, is_temporary = run.processes.on_main(lambda: merged(run, source, is_temporary, paths)), True
-    run.processes.on_main(lambda: publish(source, paths.root, is_temporary=is_temporary))
+    run.processes.on_main(lambda: publish(source, paths.root, is_temporary=is_temporary, alive=run.watchdog.alive))
+    run.watchdog.pause()
     p = run.state.progress
     run.recorder.update_run(
         state="finished", exit_code=EXIT_DONE, step=run.step, epoch=p.epoch, best_metric=p.best_metric,
@@ -140,10 +142,13 @@ def chosen_best(run: Run, paths: RunPaths) -> Path | None:
     return None
 
 
-def publish(source: Path, root: Path, *, is_temporary: bool) -> None:
+def publish(source: Path, root: Path, *, is_temporary: bool, alive: Callable[[], None] = lambda: None) -> None:
     """Puts the model files of a checkpoint to the top of output_dir, each replaced atomically; main process.
 
     A temporary source is used up and removed.
+
+    Args:
+        alive: called while it goes on: a file system may stand still.
 
     Raises:
         CheckpointWriteError: a file could not be written; what was there before is whole.
@@ -154,13 +159,14 @@ def publish(source: Path, root: Path, *, is_temporary: bool) -> None:
             if stale.name not in names:
                 files.remove_file(stale)
         for name in names:
+            alive()
             files.make_dirs((root / name).parent, within=root)
             for half in (root / name).parent.glob(f".{Path(name).name}.tmp-*"):  # of a publication that was killed
                 files.remove_file(half)
             if is_temporary:
                 files.rename(source / name, root / name)
             else:
-                files.copy_file(source / name, root / name, within=root)
+                files.copy_file(source / name, root / name, within=root, alive=alive)
         if is_temporary:
             files.remove_tree(source)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.base import files
+from launcher.base import files, lock_file
 from launcher.base.paths import RunPaths
-from tests.distributed.runs import Lab, kill, log_text, wait_until
+from tests.distributed.runs import Lab, kill, log_text, settings, wait_until, write_rows
 from tests.distributed.zygote import Zygote, environment
+from tests.faults.launches import launched
 from tests.hub.helpers import REPO
 from tests.hub.server import HubServer
 from tests.hub.test_starts import uploaders
@@ -35,7 +37,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     zygote.close()
 
 
-@pytest.mark.parametrize("by", ["SIGTERM", *(pytest.param(by, marks=pytest.mark.slow) for by in ("SIGINT", "STOP"))])
+@pytest.mark.parametrize(
+    "by", ["SIGTERM", *(pytest.param(by, marks=pytest.mark.slow) for by in ("SIGINT", "SIGHUP", "STOP"))]
+)
 def test_finished_run_ends_at_once_when_it_waits_for_the_hub(
     lab: Lab, hub: HubServer, env: dict[str, str], by: str
 ) -> None:
@@ -55,6 +59,34 @@ def test_finished_run_ends_at_once_when_it_waits_for_the_hub(
     assert (state["state"], state["exit_code"]) == ("finished", 0)
     assert state["hub"]["pending"] and f"launcher push {paths.root}" in log_text(paths.root)
     assert not paths.stop_file.exists() and uploaders(paths.root) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_finished_run_sends_everything_when_it_is_disturbed_while_it_waits_for_the_hub(
+    hub: HubServer, env: dict[str, str], tmp_path: Path, num_processes: int
+) -> None:
+    """A closed terminal, `| head`, Ctrl-Z and back: all to the agent, the main process and the uploader."""
+    write_rows(tmp_path / "rows.jsonl")
+    blocked = hub.fail("POST .*/commit/", hang=8.0, times=2)
+    overrides = [
+        *settings(tmp_path / "rows.jsonl", tmp_path / "cache"), *_PUSH, f"launch.num_processes={num_processes}",
+        f"strategy={'ddp' if num_processes > 1 else 'single'}",
+    ]  # fmt: skip
+    with launched(overrides, tmp_path / "run", env) as run:
+        wait_until(lambda: run.run_state().get("state") == "finished" and bool(blocked.hits), "the wait", 120.0)
+        mains = lock_file.read(run.paths.lock)
+        assert mains is not None and uploaders(run.paths.root)
+        for pid in (run.process.pid, mains.pids[0][0], *uploaders(run.paths.root)):
+            for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGSTOP, signal.SIGCONT):
+                with contextlib.suppress(ProcessLookupError):  # the uploader of the first SIGHUP; another one comes
+                    os.kill(pid, number)
+                time.sleep(0.1)
+        assert run.wait(120) == 0, run.text()
+    state = run.run_state()
+    assert (state["state"], state["hub"]["pending"], state["hub"]["failed"]) == ("finished", [], []), run.text()
+    assert set(hub.repos[REPO].tags) == {"step-2", "step-4"}
+    assert hub.read(REPO, "model.safetensors") == (run.paths.root / "model.safetensors").read_bytes()
 
 
 def _train_again(lab: Lab, paths: RunPaths, env: dict[str, str]) -> subprocess.Popen[str]:

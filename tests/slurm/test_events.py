@@ -257,6 +257,20 @@ def test_all_start_again_inside_the_job_when_an_agent_is_killed(submit_stand_in:
     assert "an agent was lost (srun ended with" in run.log() and "starting all again (1 of" in run.log()
 
 
+@pytest.mark.parametrize("order", [("rank", "agent"), pytest.param(("agent", "rank"), marks=pytest.mark.slow)])
+def test_lost_agents_and_killed_ranks_use_up_one_budget(submit_stand_in: SubmitStandIn, order: tuple[str, str]) -> None:
+    """Not max_restarts starts of the agents with max_restarts starts of the ranks in each."""
+    run = submit_stand_in(num_steps=600, max_restarts=1)
+    for kind in order:
+        run.wait_step(run.step + 3)
+        killed = run.run_json()["attempt"]
+        os.kill(run.pid(1) if kind == "rank" else run.agent_pid(1), signal.SIGKILL)
+        wait_for(lambda killed=killed: run.run_json()["attempt"] != killed or run.cluster.state(run.job_id) == "FAILED",  # type: ignore[misc]
+                 60, lambda: run.log())  # fmt: skip
+    run.cluster.wait_state(run.job_id, "FAILED", timeout_s=60)
+    assert run.log().count("(1 of ") == 1 and "(2 of " not in run.log()
+
+
 # --------------------------------------------------------------------------- what the job runs
 
 

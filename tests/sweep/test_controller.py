@@ -6,10 +6,13 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-from tests.sweep.runner import SweepRunner, wait_until
+from tests.sweep.controller_main import STUB
+from tests.sweep.runner import COMMON, ROOT, SweepRunner, wait_until
 
 EIGHT = ["optim.learning_rate=1e-3,2e-3,3e-3,4e-3", "seed=1,2", "sweep.num_slots=2"]
 
@@ -91,6 +94,32 @@ def test_every_job_saves_when_the_sweep_is_stopped(sweep: SweepRunner) -> None:
     code, output = sweep.run(*EIGHT, STUB_STEPS="60", STUB_STEP_S="0.001")
     assert code == 0, output
     assert [len(times) for times in sweep.ended().values()] == [1] * 8
+
+
+def test_sweep_goes_on_when_its_terminal_is_closed_and_nobody_reads_its_output(tmp_path: Path) -> None:
+    """As `launcher train -m … | head -1`, which used to kill every job."""
+    script = (
+        "import sys; from launcher.sweep import jobs; from launcher import cli\n"
+        f"jobs.job_command = lambda job: [sys.executable, {str(STUB)!r}, *job.arguments]\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "train", "-m", *COMMON, "seed=1,2,3", "sweep.num_slots=1",
+         f"output_dir={tmp_path / 'sweep'}"],
+        stdout=writer, stderr=writer, cwd=tmp_path, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LAUNCHER_REPORT": "0", "STUB_STEP_S": "0.2"},
+    )  # fmt: skip
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    try:
+        wait_until(lambda: list(tmp_path.glob("sweep/*/run.json")))
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    assert len(list(tmp_path.glob("sweep/*/ended.log"))) == 3
 
 
 def test_jobs_are_killed_when_asked_twice(sweep: SweepRunner) -> None:

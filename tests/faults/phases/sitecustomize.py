@@ -1,7 +1,8 @@
 """Holds a process of a run at a moment that a test names; every interpreter that has this folder in its path reads it.
 
 PHASE is JSON: {"event": a name of Python's audit events, "match": a regular expression for its arguments, "seconds",
-"reached": a file}. The first process in which such an event comes writes its pid into that file and stands still.
+"reached": a file, "signal"?: for that process}. The first process in which such an event comes writes its pid into that
+file and stands still.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def _watch(phase: dict[str, Any]) -> None:
             return
         os.write(fd, str(os.getpid()).encode())
         os.close(fd)
+        if "signal" in phase:
+            os.kill(os.getpid(), phase["signal"])
         end = time.monotonic() + phase["seconds"]
         while time.monotonic() < end:
             time.sleep(0.05)
