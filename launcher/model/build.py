@@ -22,6 +22,7 @@ from launcher.model.blueprint import Blueprint
 from launcher.model.giants import refuse_giant
 from launcher.model.identity import local_folder
 from launcher.model.lora import adapter_folder, adapter_key, adapter_notice, with_lora
+from launcher.model.positions import forget_lengths
 from launcher.model.quantization import quantization_arguments
 from launcher.model.vocabulary import NewRows, grow
 
@@ -98,6 +99,7 @@ def build_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if is_base:
             model.enable_input_require_grads()
+    forget_lengths(model)
     if config.strategy.zero_stage == 3:
         _deepspeed.partition_in_model_order(model)
     return BuiltModel(model, stored, blueprint.config, first_weights, new_rows, attn_implementation, notices)

@@ -27,7 +27,7 @@ def give_positions_to_masks(model: Any, base: torch.nn.Module, device: torch.dev
     not hand them on (seen in 5.23: gpt_oss, falcon, opt), which is found by a pack of two tokens. Only the names in
     their own modules are changed, and only a mask that is made without an attention mask becomes another.
 
-    Not where ALiBi takes the place of positions (bloom): its biases grow through the pack, and far from its beginning
+    Not where ALiBi takes the place of positions (bloom, mpt): its biases grow through the pack, and far from the start
     rounding makes of a row what it is not alone.
 
     Args:
@@ -42,7 +42,7 @@ def give_positions_to_masks(model: Any, base: torch.nn.Module, device: torch.dev
         if not isinstance(part, PreTrainedModel):
             continue
         code = sys.modules[type(part).__module__]
-        if hasattr(code, "build_alibi_tensor") and getattr(part.config, "alibi", True):
+        if any("alibi" in name for name in vars(code)) and getattr(part.config, "alibi", True):
             continue
         for name in _MAKERS:
             maker = getattr(code, name, None)

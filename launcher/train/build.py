@@ -187,7 +187,10 @@ def build_run(
         resumed_from=point.folder if point is not None else None,
     )  # fmt: skip
     end_generation_with(built.module, data.end_token_ids)
-    notices = [*notices, *check_positions(built.module, built.config, data.longest, data.longest_place)]
+    notices += check_positions(
+        built.module, built.config, data.longest, data.longest_place, is_packed=config.data.packing,
+        micro_batch_size=config.train.micro_batch_size,
+    )  # fmt: skip
     notices = [*notices, *vocabulary.notices(), *built.notices]
     late: dict[str, Any] = {"model.attn_implementation": built.attn_implementation}
     if settings["model.base"] is None and config.model.model_name_or_path:  # downloaded only now, or not needed

@@ -26,6 +26,7 @@ _EXPERTS = {
 }
 LEAKING: dict[str, dict[str, Any]] = {
     "mamba": {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "mpt": {"vocab_size": 264, "d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2},
     "qwen3_next": {**_LINEAR, **_EXPERTS},
     "qwen3_5_text": _LINEAR,
 }  # fmt: skip

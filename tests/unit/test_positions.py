@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.base.errors import ConfigError
-from launcher.model.positions import check_positions
+from launcher.model.positions import check_positions, forget_lengths
 
 
 def found(model_type: str, longest: int, **more: Any) -> list[str]:
@@ -39,3 +40,52 @@ def test_a_row_is_said_when_positions_are_rotary() -> None:
 
 def test_any_row_fits_when_there_are_no_positions() -> None:
     assert found("bloom", 10**6) == []
+
+
+_SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+_LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, "factor": 4.0,
+    "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+}  # fmt: skip
+_SWITCHING = {
+    "dynamic": AutoConfig.for_model("llama", **_SMALL, max_position_embeddings=24, rope_parameters=_DYNAMIC),
+    "longrope": AutoConfig.for_model("llama", **_SMALL, max_position_embeddings=96, rope_parameters=_LONG),
+}
+
+
+@pytest.mark.parametrize("kind", _SWITCHING)
+def test_a_pack_is_refused_when_one_row_changes_the_positions_of_the_others(kind: str) -> None:
+    model, config = AutoModelForCausalLM.from_config(_SWITCHING[kind]), _SWITCHING[kind]
+
+    def check(longest: int, **more: Any) -> list[str]:
+        return check_positions(model, config, longest, lambda: "rows.jsonl:7", **more)
+
+    assert check(24, is_packed=True, micro_batch_size=8) == []
+    with pytest.raises(ConfigError, match=rf"data.packing=true: rows.jsonl:7 has 25 .*rope_type={kind}.*max_length=24"):
+        check(25, is_packed=True)
+    assert "train.per_device_train_batch_size=1" in check(25, micro_batch_size=8)[0]
+    assert not any("rope_type" in notice for notice in check(25))
+
+
+def test_a_row_is_what_it_is_whatever_came_before_when_its_positions_depend_on_lengths() -> None:
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(_SWITCHING["dynamic"]).eval()
+    row, longer = (torch.arange(length)[None] % 32 for length in (40, 60))
+
+    def differs() -> bool:
+        with torch.no_grad():
+            alone = model(row, use_cache=False).logits
+            model(longer, use_cache=False)
+            return not torch.equal(alone, model(row, use_cache=False).logits)
+
+    assert differs()  # else transformers keeps nothing any more, and nothing needs to be forgotten
+    model = AutoModelForCausalLM.from_config(_SWITCHING["dynamic"]).eval()
+    forget_lengths(model)
+    assert not differs()
