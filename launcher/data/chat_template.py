@@ -79,7 +79,7 @@ class ChatTemplate:
         self._globals: dict[str, Any] = {} if day is None else {CLOCK: clock(day)}
         self._compiled: dict[str, Any] = {}
         self._words: dict[str, frozenset[str]] = {}
-        self.takes_text = self._shows(_PROBE)
+        self.takes_text = self._shows(_PROBE) or not self._shows([{"type": "text", "text": _PROBE}])
         """Whether a message's content may be a text; else it must be a list of parts."""
 
     def words(self, tools: list[Any] | None) -> frozenset[str]:

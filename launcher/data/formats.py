@@ -237,9 +237,11 @@ class Formatter:
         if not pieces:
             return [] if is_empty(turns[i]) else [self._span_by_prefix(row, turns, chat, i)]
         refuse_swallowed_turns(turns, chat, i)
-        if i == len(turns) - 1:  # what comes after the loop: Phi-3's EOS
+        if i == len(turns) - 1 and pieces[-1][1] == max(end for own in chat.turns for _, end in own):
+            # What comes after the loop: Phi-3's EOS.
             pieces = [*pieces[:-1], (pieces[-1][0], len(chat.text))]
-        return [(self._start_of(row, turns, chat, i), self._end_of(row, turns, chat, i)), *pieces[1:]]
+        end = self._end_of(row, turns, chat, i, pieces[0][1])
+        return [(self._start_of(row, turns, chat, i), end), *pieces[1:]]
 
     def _start_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> int:
         """Where the model begins to write turn i: behind what a generation prompt holds of it.
@@ -252,12 +254,11 @@ class Formatter:
         start, end = chat.turns[i][0]
         return start + common_length(self._header(row, turns, chat, i), chat.text[start:end])
 
-    def _end_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> int:
+    def _end_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int, end: int) -> int:
         """Where the model ends what it writes first of turn i.
 
         Gemma 4's answers of tools follow inside of the turn, and the mark that they begin with is what it stops at.
         """
-        end = chat.turns[i][0][1] if i < len(turns) - 1 or len(chat.turns[i]) > 1 else len(chat.text)
         if i + 1 in chat.inner:
             until = self._chat(row, turns[: i + 1]).text
             if chat.text.startswith(until):

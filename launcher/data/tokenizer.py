@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +179,14 @@ def _load(config: RunConfig, name: str) -> Any:
         return AutoTokenizer.from_pretrained(
             expanded(name), revision=revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever files that are cut off or of another kind make of it
         keys = ("tokenizer_name_or_path", "model_name_or_path")
         key = next((k for k in keys if getattr(model, k) == name), "adapter_name_or_path")
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        if re.search("sentencepiece|tiktoken", str(error), re.I) and find_spec("sentencepiece") is None:
+            reason += "; a tokenizer.model of SentencePiece needs: pip install sentencepiece protobuf"
         raise ConfigError(
             [
                 f"model.{key}={name}: no tokenizer can be loaded ({reason}). It must be a folder with tokenizer files "

@@ -301,3 +301,21 @@ def test_time_grows_with_the_row_when_there_are_many_turns(tokenizer: Any) -> No
     seconds(10)
     short, long = (min(seconds(num) for _ in range(2)) for num in (500, 2000))
     assert long < 8 * short
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}{{ m.content | upper }}<|end|>{% endfor %}", ["YO<|end|>"]),
+        ("{% for m in messages | reverse %}{{ m.content }}<|end|>{% endfor %}", ["o<|end|>"]),
+        ("{% for m in messages %}{{ m.content }}<|end|>{% endfor %} bye", ["yo<|end|> bye"]),
+    ],
+)
+def test_only_the_answer_is_learnt_when_a_template_changes_words_or_their_order(
+    tokenizer: Any, template: str, expected: list[str]
+) -> None:
+    """The first token of a row bears no loss: nothing predicts it."""
+    tokenizer.chat_template = template
+    (found,) = Formatter(tokenizer, 100, None).encode([("x", chat("hi", "yo"))])
+    assert isinstance(found, Encoded)
+    assert [tokenizer.decode(found.tokens[found.mask])] == expected

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.base.errors import ConfigError
-from launcher.config.settings import RunConfig
+from launcher.config.settings import ModelConfig, RunConfig
 from launcher.data import build_tokenizer
 
 
@@ -78,3 +78,10 @@ def test_build_when_there_is_no_tokenizer(tmp_path: Path) -> None:
     config.model.model_name_or_path = str(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.model_name_or_path=.*model\.tokenizer_name_or_path="):
         build_tokenizer(config)
+
+
+def test_what_is_no_tokenizer_is_named_when_its_files_are_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"model\.tokenizer_name_or_path=.* no tokenizer can be loaded"):
+        build_tokenizer(RunConfig(model=ModelConfig(tokenizer_name_or_path=str(tmp_path))))
