@@ -7,6 +7,7 @@ else: until `main` begins, a signal kills.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import time
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 2 the user's input is wrong, 1 it failed, 75 it was stopped on request and saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that knows ASCII alone gets ? for the rest
+            stream.reconfigure(errors="replace" if stream.errors == "strict" else stream.errors)
     if argv is None and arguments[:1] == ["train"]:
         obey_signals()
     try:
@@ -63,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     verb = arguments[0] if arguments else "--help"
+    if verb == "help" and arguments[1:2] and arguments[1] in VERBS:
+        verb, arguments = arguments[1], [arguments[1], "--help"]
     if verb in ("-h", "--help", "help"):
         print(_help())
         return EXIT_DONE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,9 @@ def main(argv: list[str]) -> int:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from launcher.base.tables import print_whole
 
     table = Table(box=None, header_style="bold")
     for name in ("checkpoint", "epoch", "metrics", "size", "processes", "ZeRO", "", "Hub"):
@@ -108,4 +108,4 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             words.size(row["bytes"]), str(row["world_size"]), str(row["zero_stage"] or "-"), marks,
             "yes" if row["on_hub"] else "",
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)
+    print_whole(table)

@@ -47,8 +47,9 @@ def _row(entry: dict[str, Any], plan: dict[str, Any]) -> list[str]:
 
 
 def _print_table(header: list[str], rows: list[list[str]], chosen: str) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from launcher.base.tables import print_whole
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for i, title in enumerate(header):
@@ -57,7 +58,7 @@ def _print_table(header: list[str], rows: list[list[str]], chosen: str) -> None:
         style = "bold" if row[0].split()[0] == chosen else ""
         fits = f"[green]{row[-2]}[/]" if row[-2] == "yes" else f"[red]{row[-2]}[/]"
         table.add_row(*row[:-2], fits, row[-1], style=style)
-    Console().print(table)
+    print_whole(table, markup=True)
 
 
 def _lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import files, words
-from launcher.base.errors import EXIT_DONE, EXIT_USER
+from launcher.base.errors import EXIT_DONE, UserError
 from launcher.base.paths import RunPaths, checkpoint_step
 from launcher.base.text import printable
 from launcher.config.settings import CheckpointConfig
@@ -49,11 +49,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     root: Path = options.dir.expanduser()
     if not root.is_dir():
-        print(
-            f"DIR={options.dir} is no folder. It must be the output_dir of a run or sweep, or a folder above",
-            file=sys.stderr,
+        raise UserError(
+            f"DIR={options.dir} is no folder. It must be the output_dir of a run or sweep, or a folder above"
         )
-        return EXIT_USER
     if options.watch:
         _watch(root, as_json=options.json)
     else:

@@ -110,6 +110,8 @@ _HINTS = {
     "ntasks_per_node": "!set launch.num_processes, over all nodes",
     "nproc_per_node": "!set launch.num_processes, over all nodes", "partition": "launch.sbatch.partition",
     "wandb_project": "tracker=wandb tracker.init_kwargs.project={value}", "logger": "tracker", "name": "run_name",
+    **{name: f"tracker={name}" for name in ("wandb", "mlflow", "trackio", "tensorboard", "swanlab", "comet_ml")},
+    "resume": "checkpoint.resume_from_checkpoint=auto",
     "lora": "model/peft=lora", "flash_attention": "model.attn_implementation=flash_attention_2",
     "quantization": "model/peft=lora model.quantization.load_in_4bit=true",
     "qlora": "model/peft=lora model.quantization.load_in_4bit=true", "adapter": "model.adapter_name_or_path",
@@ -232,6 +234,8 @@ def choice_hint(group: str, value: str) -> str | None:
         return f'model.model_name_or_path="{value}"' if is_path else f"model.model_name_or_path={value}"
     if group == "optim" and "." in value:
         return f"optim.name={value}"
+    if group == "hub" and value.lower() in ("on", "true", "yes"):
+        return "hub=push"
     if group == "strategy":
         return {"deepspeed": "strategy=zero2", "fsdp": "strategy=zero3"}.get(value.lower())
     return None

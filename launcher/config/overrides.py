@@ -92,6 +92,8 @@ def parse_override(text: str) -> Override:
         raise ValueError(f"{text!r} is no override: KEY=VALUE is expected")
     if (token := _SPECIAL_TOKEN.fullmatch(text)) is not None:  # nothing else begins like that in Hydra's grammar
         text = f'{token[1]}="{token[2]}"'
+    if not text.partition("=")[0].strip("+~ "):
+        raise ValueError(f"{text!r} names no setting: KEY=VALUE is expected")
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -168,6 +170,12 @@ def _problem(override: Override, groups: Groups, is_sweep: bool) -> tuple[str, s
         shown = [*groups.names, "hydra/launcher", "hydra/sweeper"]
         return f"{key} is not a group.{did_you_mean(key, shown)} Valid: {', '.join(sorted(shown))}", None
     keys = valid_keys(RunConfig)
+    if override.is_delete() and key in keys:
+        setting = f"{key}.KEY" if dataclasses.is_dataclass(keys[key]) else key
+        return (
+            f"{text} would only bring the built-in defaults back. Set {setting}=VALUE; KEY=[] empties a list, "
+            "KEY={} a mapping"
+        ), key
     if dataclasses.is_dataclass(keys.get(key)) and not (isinstance(override.value(), dict) or override.is_delete()):
         return f"{key} is a group of settings, not one. Set {key}.KEY=VALUE", key
     if key in keys or any(is_open(hint) and key.startswith(f"{name}.") for name, hint in keys.items()):

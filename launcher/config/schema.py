@@ -114,6 +114,8 @@ def _normalised(value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
     bases = [_base(kind) for kind in _kinds(hint)]
     if value is False and "no" in meta["choices"]:  # YAML 1.1 reads `no` and `off` as False
         return "no"
+    if value is False and "off" in meta["choices"]:
+        return "off"
     if value is None and dict in bases:
         return {}
     if value is None and list in bases:

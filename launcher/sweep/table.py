@@ -58,9 +58,13 @@ def jobs_table(statuses: Mapping[str, RunStatus], metric: Metric) -> Table:
     return table
 
 
+_NARROWEST = 80
+"""Columns: in fewer, cells would be cut; a row goes on in the terminal's next line instead."""
+
+
 def show_table(root: Path, statuses: Mapping[str, RunStatus], metric: Metric) -> None:
     """Prints the table; into a file or pipe without folding, so that names can be searched."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    width = max(_NARROWEST, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 1000
     console = Console(width=width, highlight=False, markup=True, emoji=False)
     console.print(f"{root}: {count_states(statuses) or 'no jobs'}", markup=False, soft_wrap=True)
     console.print(jobs_table(statuses, metric))

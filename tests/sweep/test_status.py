@@ -140,7 +140,8 @@ def test_status_needs_no_torch_and_says_what_is_wrong(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "no runs and no sweeps" in done.stdout
-    assert status.main([str(tmp_path / "missing")]) == 2
+    with pytest.raises(UserError, match="is no folder"):
+        status.main([str(tmp_path / "missing")])
 
 
 def test_tail_reads_each_line_once_and_all_again_when_the_file_is_replaced(tmp_path: Path) -> None:

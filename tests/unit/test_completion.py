@@ -36,9 +36,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("launcher train strategy=zero3", ["strategy=zero3", "strategy=zero3_offload"]),
         ("launcher train model/", ["model/peft="]),
         ("launcher train model/peft=", ["model/peft=lora", "model/peft=none"]),
-        ("launcher train train.max_s", ["train.max_steps="]),
+        ("launcher train train.max_st", ["train.max_steps="]),
         ("launcher train launch.sb", ["launch.sbatch."]),
-        ("launcher train ++train.max_s", ["++train.max_steps="]),
+        ("launcher train ++train.max_st", ["++train.max_steps="]),
         ("launcher train eval.eval_strategy=", [f"eval.eval_strategy={v}" for v in ("no", "steps", "epoch")]),
         ("launcher plan data.packing=t", ["data.packing=true"]),
         ("launcher train experiment=m", ["experiment=mine"]),
@@ -110,7 +110,7 @@ def _typed(keys: str, until: str, folder: Path) -> str:
     [
         ("launcher verif\t", "verify "),
         ("launcher train strategy=zero3_\t", "strategy=zero3_offload "),
-        ("launcher train train.max_s\t7", "train.max_steps=7"),  # no space behind the =
+        ("launcher train train.max_st\t7", "train.max_steps=7"),  # no space behind the =
         ("launcher train checkpoint.save_strat\tepo\t", "checkpoint.save_strategy=epoch "),
         ("launcher train output_dir=outp\t", "output_dir=outputs/"),
         ("launcher checkpoints outp\t", "checkpoints outputs/"),

@@ -309,6 +309,21 @@ def test_grammar_error_shows_the_quoting_that_works(override: str, quoted: str) 
 
 
 @pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("=3", "'=3' names no setting"), ("~=3", "names no setting"), ("~train", "Set train.KEY=VALUE"),
+        ("~train.max_steps", "Set train.max_steps=VALUE"), ("~data.train_files", "KEY=[] empties a list"),
+    ],
+)  # fmt: skip
+def test_override_that_names_nothing_or_takes_away_is_refused(override: str, said: str) -> None:
+    assert said in problem(override)
+
+
+def test_off_is_a_choice_when_yaml_reads_it_as_false() -> None:
+    assert compose(["data=arithmetic", "train.on_spike=false"]).train.on_spike == "off"
+
+
+@pytest.mark.parametrize(
     ("overrides", "text"),
     [
         (["checkpoint=best", "data=arithmetic"], "checkpoint.save_strategy=best needs an evaluation"),

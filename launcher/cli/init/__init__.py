@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     written = create(folder)
     print(f"{folder}: {', '.join(written)}")
     where = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else folder
-    print(f"next: cd {where} && make train")
+    print(f"next: cd {shlex.quote(str(where))} && make train")
     return EXIT_DONE
 
 
@@ -42,7 +43,8 @@ def create(folder: Path) -> list[str]:
     """
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"DIR={folder} is not empty. Give a folder that does not exist yet: launcher init DIR")
+            what = "is not empty" if folder.is_dir() else "is a file"
+            raise UserError(f"DIR={folder} {what}. Give a folder that does not exist yet: launcher init DIR")
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         for source in sorted(
