@@ -86,3 +86,20 @@ def test_architecture_is_refused_by_name_when_rows_leak(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.packing=true: {name} .*Set data\.packing=false"):
         check_packing(model, 200, torch.device("cpu"), name)
     assert model.training
+
+
+@pytest.mark.filterwarnings("ignore")  # kernels that are not installed
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *LEAKING])
+def test_the_answer_is_the_same_when_forward_rounds_to_bf16(name: str, is_autocast: bool) -> None:
+    config = {"model_type": name, **LEAKING[name]} if name in LEAKING else model_config(name)
+    model = build(config, "eager")
+    model.to(torch.float32 if is_autocast else torch.bfloat16)
+    cpu = torch.device("cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        give_positions_to_masks(model, model, cpu)
+        if name in (*LEAKING, *_MORE_LEAKING):
+            with pytest.raises(ConfigError, match="does not keep the rows of a pack apart"):
+                check_packing(model, 200, cpu, name, is_exact=False)
+        else:
+            check_packing(model, 200, cpu, name, is_exact=False)
