@@ -1,11 +1,13 @@
-"""The Tab key: in a real bash, fast, and without torch."""
+"""The Tab key: in a real bash, zsh and fish, fast, and without torch."""
 
 from __future__ import annotations
 
 import json
 import os
 import pty
+import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -79,33 +81,48 @@ def test_completing_takes_a_third_of_a_second_and_no_torch(line: str) -> None:
     assert fastest < 0.3
 
 
-def _typed(keys: str, until: str, folder: Path) -> str:
-    """What a bash in a terminal shows after these keys."""
+_SHELLS = {
+    "bash": (
+        ["bash", "--norc", "--noprofile", "-i"],
+        "source <(launcher completion bash); bind 'set page-completions off'",
+    ),
+    "zsh": (["zsh", "-f", "-i"], "autoload -U compinit; compinit -u; source <(launcher completion zsh)"),
+    "fish": (["fish", "--no-config", "-i"], "launcher completion fish | source"),
+}
+"""What starts them without anybody's settings, and what switches the completion on."""
+_NO_TEXT = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def _typed(keys: str, until: str, folder: Path, shell: str = "bash") -> str:
+    """What a shell in a terminal shows after these keys, without colours."""
+    argv, completion = _SHELLS[shell]
     command = folder / "bin/launcher"
     command.parent.mkdir()
     command.write_text(f"#!{sys.executable}\nimport sys\nfrom launcher.cli import main\nsys.exit(main())\n")
     command.chmod(0o755)
     env = {"PATH": f"{command.parent}:/usr/bin:/bin", "PYTHONPATH": str(_ROOT), "TERM": "dumb", "PS1": "> "}
+    env["TERM"] = "dumb" if shell == "bash" else "xterm"
     env |= {"HOME": str(folder), "INPUTRC": "/dev/null"}
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "-i"], env)
+        os.execve(shutil.which(argv[0]) or "", argv, env)
     shown = ""
     try:
-        os.write(terminal, b"source <(launcher completion bash); bind 'set page-completions off'\n")
-        os.write(terminal, keys.encode())
-        deadline = time.monotonic() + 30
-        while until not in shown and time.monotonic() < deadline:
-            if select.select([terminal], [], [], 0.2)[0]:
-                shown += os.read(terminal, 4096).decode(errors="replace")
+        os.write(terminal, f"{completion}; echo is''ready\n".encode())
+        for awaited, then in (("isready", keys), (until, "")):
+            deadline = time.monotonic() + 30
+            while awaited not in _NO_TEXT.sub("", shown) and time.monotonic() < deadline:
+                if select.select([terminal], [], [], 0.2)[0]:
+                    shown += os.read(terminal, 4096).decode(errors="replace")
+            os.write(terminal, then.encode())
     finally:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
         os.close(terminal)
-    return shown
+    return _NO_TEXT.sub("", shown)
 
 
-@pytest.mark.parametrize(
+_KEYS = pytest.mark.parametrize(
     ("keys", "until"),
     [
         ("launcher verif\t", "verify "),
@@ -116,8 +133,19 @@ def _typed(keys: str, until: str, folder: Path) -> str:
         ("launcher checkpoints outp\t", "checkpoints outputs/"),
     ],
 )
+
+
+@_KEYS
 def test_bash_completes_when_tab_is_pressed(keys: str, until: str, tmp_path: Path) -> None:
     assert until in _typed(keys, until, tmp_path)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+@_KEYS
+def test_another_shell_completes_when_tab_is_pressed(shell: str, keys: str, until: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} here; CI installs it")
+    assert until in _typed(keys, until, tmp_path, shell)
 
 
 def test_bash_lists_the_choices_when_tab_is_pressed_twice(tmp_path: Path) -> None:
