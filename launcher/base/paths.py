@@ -119,16 +119,26 @@ class RunPaths:
         """The folders that a run makes for itself; as links they would lead its writes out of output_dir."""
         return (self.logs_dir, self.hub_dir, self.code_dir, self.slurm_dir, self.imported_dir)
 
+    @property
+    def _own_files(self) -> tuple[Path, ...]:
+        return (self.config, self.metrics, self.run_state, self.timeline, self.samples)
+
     def refuse_links(self) -> None:
         """To be asked before anything is written here.
 
         Raises:
-            UserError: one of `own_dirs` is a link.
+            UserError: one of `own_dirs` is a link, or something else stands where a run has a folder or a file.
         """
         for folder in filter(Path.is_symlink, self.own_dirs):
             raise UserError(
                 f"{folder} is a link to {folder.readlink()}: what a run writes stays inside of its output_dir. "
                 "Remove the link, or set another output_dir=… (which may itself be a link)"
+            )
+        odd = [(path, "a folder") for path in (self.logs_dir,) if path.exists() and not path.is_dir()]
+        odd += [(path, "a file") for path in self._own_files if path.is_dir() and not path.is_symlink()]
+        for path, wanted in odd:
+            raise UserError(
+                f"{path} is there, and a run has {wanted} of that name. Move it away, or set another output_dir=…"
             )
 
     @property

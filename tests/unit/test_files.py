@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from launcher.base import files
 from launcher.base.block_io import RangeWriter
+from launcher.base.errors import UserError
+from launcher.base.paths import RunPaths
 
 
 @pytest.fixture
@@ -218,3 +221,15 @@ def test_json_is_read_up_to_its_bounds(run: Path) -> None:
         assert value in (files.read_json(run / "x.json"), ...)
     with pytest.raises(OSError, match="longer than 2 bytes"):
         files.read_json(run / "x.json", max_bytes=2)
+
+
+@pytest.mark.parametrize("name", ["logs", "run.json", "metrics.jsonl", "config.yaml", "logs/samples.jsonl"])
+def test_a_start_is_refused_when_something_else_stands_in_the_place_of_a_runs_own(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine") if name == "logs" else path.mkdir()
+    wanted = "a folder" if name == "logs" else "a file"
+    with pytest.raises(UserError, match=re.escape(f"{path} is there, and a run has {wanted} of that name")):
+        RunPaths(tmp_path).refuse_links()
+    path.unlink() if name == "logs" else path.rmdir()
+    RunPaths(tmp_path).refuse_links()
