@@ -14,6 +14,7 @@ from launcher.agent.machine import (
     ABORT_S,
     ANSWER_S,
     CLOSE_S,
+    END_SAY_S,
     POLL_S,
     Ended,
     OneMachine,
@@ -158,13 +159,20 @@ class FirstMachine(OneMachine):
 
     def end(self, mine: Ended, judge: Callable[[Sequence[Ended]], Verdict]) -> Verdict:
         self._ended[0] = mine
-        deadline: float | None = None
+        limit_s = self._config.launch.hang_timeout_s
+        deadline, wait = time.monotonic() + limit_s, Wait(float("inf"), END_SAY_S)
         while len(self._ended) < self._config.launch.num_machines:
-            if self.grace_s() is not None:
-                deadline = deadline or time.monotonic() + _ENDED_S
-            if deadline is not None and time.monotonic() > deadline:
-                for number in set(self._others) - set(self._ended):
+            if self.grace_s() is not None or self._requests.is_stop_asked:
+                deadline = min(deadline, time.monotonic() + _ENDED_S)
+            missing = sorted(set(self._others) - set(self._ended))
+            if time.monotonic() > deadline:
+                for number in missing:
                     self._ended[number] = Ended(number, self._hosts[number], EXIT_FAILED, is_lost=True)
+            names = " and ".join(f"machine {number} on {self._hosts[number]}" for number in missing)
+            wait.tick(
+                f"the processes here have ended; waiting for {names}: its processes still run, or its agent does not "
+                f"answer. Given up after launch.hang_timeout_s={limit_s:g}, or {_ENDED_S:g} s after a request to stop"
+            )
             time.sleep(POLL_S)
         verdict = judge([self._ended[number] for number in sorted(self._ended)])
         self._tell("verdict", **dataclasses.asdict(verdict))

@@ -20,6 +20,8 @@ _SAY_AGAIN_S = 60.0
 ANSWER_S = 10.0
 POLL_S = 0.1
 CLOSE_S = 3.0
+END_SAY_S = 20.0
+"""So long after this machine's own ranks have ended the others may take in silence."""
 ABORT_S = 10.0
 """So long the ranks of a machine may go on once another one's have failed: to notice and write down what they saw."""
 
@@ -107,9 +109,9 @@ class OneMachine:
 class Wait:
     """Says after some seconds whom one waits for, and gives up in the end."""
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, say_s: float = _SAY_S) -> None:
         now = time.monotonic()
-        self._limit_s, self._deadline, self._say_at = limit_s, now + limit_s, now + _SAY_S
+        self._limit_s, self._deadline, self._say_at = limit_s, now + limit_s, now + say_s
 
     def tick(self, text: str) -> None:
         """Raises: MachinesError: the time is over."""

@@ -13,6 +13,7 @@ from launcher.agent.machine import (
     ABORT_S,
     ANSWER_S,
     CLOSE_S,
+    END_SAY_S,
     POLL_S,
     Ended,
     OneMachine,
@@ -26,6 +27,9 @@ from launcher.agent.requests import Requests
 from launcher.base.errors import MachinesError, UserError
 from launcher.base.process import host
 from launcher.config.settings import RunConfig
+
+_STOP_S = 45.0
+"""So long the first machine may take to answer, once its ranks and ours were asked to stop and ours have ended."""
 
 
 class OtherMachine(OneMachine):
@@ -136,14 +140,21 @@ class OtherMachine(OneMachine):
     def end(self, mine: Ended, judge: Callable[[Sequence[Ended]], Verdict]) -> Verdict:
         assert self._channel is not None
         self._channel.send("ended", **_ended_as_message(mine))
+        deadline, wait = float("inf"), Wait(float("inf"), END_SAY_S)
         while True:
             for message in self._receive("verdict"):
                 del message["kind"]
                 self._unread.clear()  # an abort that came too late
                 return Verdict(**message)
-            if self._channel.is_lost:
+            if self._requests.is_stop_asked:
+                deadline = min(deadline, time.monotonic() + _STOP_S)
+            if self._channel.is_lost or time.monotonic() > deadline:
                 raise self._gone()
             self.grace_s()
+            wait.tick(
+                f"the processes here have ended; waiting for {self._where}: its processes still run (uploads, for "
+                "example), or its agent does not answer"
+            )
             time.sleep(POLL_S)
 
     def _gone(self) -> MachinesError:

@@ -40,18 +40,27 @@ def judge(paths: RunPaths, attempt: str, machines: Sequence[Ended], *, is_killed
         is_killed: somebody asked to end it at once.
     """
     run = files.read_json_or(paths.run_state, {})
-    run = run if isinstance(run, dict) else {}
     is_mine = run.get("attempt") == attempt
     asked = _asked(paths)
-    if is_mine and run.get("state") == "finished":
-        return Outcome("finished", None, EXIT_DONE)
-    if is_mine and run.get("state") in ("interrupted", "pruned"):
-        if run.get("exit_code") == EXIT_FAILED:  # stopped on request, and its save failed
-            return Outcome(run["state"], run.get("reason"), EXIT_FAILED, str(run.get("error")))
-        return Outcome(run["state"], run.get("reason"), EXIT_STOPPED)
+    if (known := told_by_ranks(paths, attempt)) is not None:
+        return known
     outcome = _failed(paths, machines, asked, is_killed=is_killed)
     _complete(paths, run if is_mine else {}, run, attempt, outcome, machines)
     return outcome
+
+
+def told_by_ranks(paths: RunPaths, attempt: str) -> Outcome | None:
+    """How the ranks themselves have ended this start, as run.json says; None where they have not."""
+    run = files.read_json_or(paths.run_state, {})
+    if run.get("attempt") != attempt:
+        return None
+    if run.get("state") == "finished":
+        return Outcome("finished", None, EXIT_DONE)
+    if run.get("state") in ("interrupted", "pruned"):
+        if run.get("exit_code") == EXIT_FAILED:  # stopped on request, and its save failed
+            return Outcome(run["state"], run.get("reason"), EXIT_FAILED, str(run.get("error")))
+        return Outcome(run["state"], run.get("reason"), EXIT_STOPPED)
+    return None
 
 
 def _failed(paths: RunPaths, machines: Sequence[Ended], asked: str | None, *, is_killed: bool) -> Outcome:

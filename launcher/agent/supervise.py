@@ -146,6 +146,8 @@ class _Supervisor:
         try:
             return me.end(ended, lambda all_ended: self._judge(start, all_ended))
         except MachinesError as error:
+            if (known := outcome.told_by_ranks(self._paths, start.id)) is not None:  # every machine ends with its code
+                return Verdict(known.exit_code, known.text, False, known.state, known.reason)
             outcome.give_up(self._paths, start.id, str(error))
             raise
 

@@ -39,6 +39,24 @@ class SurvivingStream:
         return getattr(self._stream, name)
 
 
+def open_standard_files() -> None:
+    """Opens what was closed of the descriptors 0 to 2 (`>&-`): else the next file that is opened would be the output.
+
+    To be called before anything else is opened.
+    """
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+        os.set_inheritable(fd, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fd, mode, encoding="utf-8", errors="backslashreplace", closefd=False))
+
+
 def survive_closed_output() -> None:
     """Makes this process's own prints survive; a second call changes nothing."""
     for name in ("stdout", "stderr"):

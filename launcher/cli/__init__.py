@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from launcher import __version__
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, UserError
 from launcher.base.first_moments import obey_signals
+from launcher.base.output import open_standard_files
 
 VERBS = {
     "train": "train, or go on where the run was stopped; -m: a sweep",
@@ -44,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 2 the user's input is wrong, 1 it failed, 75 it was stopped on request and saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        open_standard_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that knows ASCII alone gets ? for the rest
             stream.reconfigure(errors="replace" if stream.errors == "strict" else stream.errors)
     if argv is None and arguments[:1] == ["train"]:
         obey_signals()
     try:
+        _check_working_directory()
         return _dispatch(arguments)
     except LauncherError as error:
         _show(error)
@@ -63,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         print(f"launcher: {_unexpected(error)}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _check_working_directory() -> None:
+    """Raises: UserError: it has been deleted."""
+    try:
+        os.getcwd()  # noqa: PTH109 - no need for pathlib yet
+    except OSError as error:
+        raise UserError(f"the working directory is gone ({error.strerror}): cd to one that is there") from None
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ from launcher.base.devices import device_problems
 from launcher.base.end_report import write_end_report
 from launcher.base.environment import clean_rank, drop_engine_settings, interface_problems, other_engines
 from launcher.base.errors import ConfigError, UserError
-from launcher.base.output import survive_closed_output
+from launcher.base.output import open_standard_files, survive_closed_output
 from launcher.base.process import RESTARTED, die_with_parent, host
 from launcher.base.rank_reports import ATTEMPT, Report, make_report, write_report
 from launcher.base.stop_requests import SUPERVISED
@@ -50,6 +50,7 @@ def before_imports() -> None:
     if os.environ.get(SUPERVISED) and os.getppid() == 1:
         os._exit(1)  # the agent was killed while this interpreter started: nobody will ever end this process
     die_with_parent(os.getppid())
+    open_standard_files()
     survive_closed_output()
     _notices.extend(clean_rank(os.environ))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

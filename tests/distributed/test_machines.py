@@ -183,6 +183,27 @@ def test_all_end_at_once_when_any_agent_gets_ctrl_c_twice(tmp_path: Path) -> Non
         assert "killed at once" in run.text(0) and "killed at once" in run.text(1)
 
 
+@_SLOW
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_the_others_say_whom_they_wait_for_and_end_with_the_runs_code_when_an_agent_stands_still(
+    tmp_path: Path, frozen: int
+) -> None:
+    with machines(tmp_path / "run", [["stay"]] * 3, "launch.hang_timeout_s=25") as run:
+        run.start()
+        run.wait_for_start()
+        os.kill(run.agents[frozen].pid, signal.SIGSTOP)
+        run.root.joinpath("STOP").touch()  # the ranks end; the agent of one machine does not say so
+        others = [rank for rank in range(3) if rank != frozen]
+        told = f"the processes here have ended; waiting for machine {frozen}"
+        wait_until(lambda: all(told in run.text(rank) for rank in (others if frozen == 0 else [0])), "a word", 60)
+        if frozen == 0:  # which alone may still upload: the others end on request
+            for rank in others:
+                os.kill(run.agents[rank].pid, signal.SIGTERM)
+        assert [run.agents[rank].wait(60) for rank in others] == [75, 75], run.texts()
+        os.kill(run.agents[frozen].pid, signal.SIGCONT)
+        assert run.agents[frozen].wait(30) == 75, run.texts()
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_others_end_with_1_when_an_agent_is_killed(tmp_path: Path, killed: int) -> None:
     with machines(tmp_path / "run", [["stay"]] * 3) as run:

@@ -47,3 +47,29 @@ def test_nothing_is_overwritten_when_output_goes_to_a_file(
     assert steps[0] == list(range(1, 12)), text
     assert steps[1] == list(range(steps[1][0], 21)) and steps[1][0] in (1, 5, 9), text
     assert "finished 20 steps" in second, text
+
+
+def test_no_file_becomes_the_output_when_the_outputs_are_closed(tmp_path: Path) -> None:
+    """`launcher train … >&- 2>&-`: the next file to be opened would have got the number of the output."""
+    code = (
+        "import os; from launcher.base.output import open_standard_files\n"
+        "open_standard_files(); open_standard_files()\n"
+        f"with open({str(tmp_path / 'file')!r}, 'w') as file:\n"
+        "    print('lost'); os.write(1, b'lost'); os.write(2, b'lost')\n"
+        "    file.write(str(file.fileno()))\n"
+    )
+    for closed in ("<&- >&- 2>&-", ">&-", "2>&-", "<&-"):
+        line = f"exec {shlex.join([sys.executable, '-c', code])} {closed}"
+        done = subprocess.run(["bash", "-c", line], env=environment(), timeout=60, check=False)
+        assert done.returncode == 0
+        assert int((tmp_path / "file").read_text()) > 2
+
+
+@_SLOW
+def test_a_run_ends_well_when_the_outputs_are_closed(lab: Lab, tmp_path: Path) -> None:
+    overrides = lab.overrides(tmp_path / "run", "ddp", "launch.num_processes=2", "train.max_steps=4")
+    command = shlex.join([sys.executable, "-m", "launcher.cli", "train", *overrides])
+    line = f"exec {command} <&- >&- 2>&-"
+    done = subprocess.run(["bash", "-c", line], env=environment(), cwd=tmp_path, timeout=240, check=False)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "finished"

@@ -6,7 +6,10 @@ Seeded: a case is named by its number. Nothing outside of the run is read, writt
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -125,3 +128,13 @@ def test_pushing_ends_well_or_by_name_when_a_file_is_nonsense(tmp_path: Path) ->
 @pytest.mark.parametrize("part", range(5))
 def test_pushing_ends_well_or_by_name_when_a_file_is_nonsense_many_times(tmp_path: Path, part: int) -> None:
     run_cases(tmp_path, f"long {part}", 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(2))
+def test_the_hub_may_answer_nonsense(tmp_path: Path, part: int) -> None:
+    """One odd answer among those of a download or of an upload: both end well or by name, and touch nothing else."""
+    command = [sys.executable, "-m", "tests.hub.nonsense_answers", f"long {part}", "0", "50", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == []

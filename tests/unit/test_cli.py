@@ -203,3 +203,13 @@ def test_secret_is_refused_written_nowhere_and_not_repeated(
     shown = capsys.readouterr()
     assert "looks like a secret" in shown.err and "hunter2" not in shown.out + shown.err
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_working_directory_that_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["status"]) == 2
+    assert "the working directory is gone" in capsys.readouterr().err
