@@ -10,18 +10,23 @@ import threading
 import time
 from typing import Any
 
+from launcher.base import files
+
 _BEAT_S = 5.0
 _LOST_S = 60.0
 """A killed agent's connection ends at once; a machine without power or network is given up after this silence."""
 _SEND_S = 20.0
 _MAX_LINE_BYTES = 16 * 1024**2
+_MAX_HELLO_BYTES = 2**16
 
 
 class Channel:
     """One connection. `is_lost` stays true once the peer has gone; nothing here raises for that."""
 
     def __init__(self, connection: socket.socket) -> None:
+        """Of somebody who may be anybody, until `trust` is called."""
         connection.settimeout(_SEND_S)
+        self._max_line_bytes = _MAX_HELLO_BYTES
         self._socket = connection
         self._sending = threading.Lock()
         self._unread = b""
@@ -29,6 +34,10 @@ class Channel:
         self.is_lost = False
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="agent heartbeat", daemon=True).start()
+
+    def trust(self) -> None:
+        """It is an agent of this run: its reports may be long."""
+        self._max_line_bytes = _MAX_LINE_BYTES
 
     def send(self, kind: str, **fields: Any) -> None:
         data = json.dumps({"kind": kind, **fields}).encode() + b"\n"
@@ -45,7 +54,7 @@ class Channel:
         messages = []
         for line in whole:
             try:
-                message = json.loads(line)
+                message = files.parse_json(line)
             except ValueError:
                 message = None
             if not isinstance(message, dict) or not isinstance(message.get("kind"), str):  # no agent of ours
@@ -56,12 +65,14 @@ class Channel:
         return messages
 
     def _read(self) -> None:
-        while not self.is_lost and select.select([self._socket], [], [], 0)[0]:
+        poll = select.poll()  # select() knows no descriptor above 1023
+        poll.register(self._socket, select.POLLIN)
+        while not self.is_lost and poll.poll(0):
             try:
                 data = self._socket.recv(1 << 16)
             except OSError:
                 data = b""
-            if not data or len(self._unread) > _MAX_LINE_BYTES:
+            if not data or len(self._unread) > self._max_line_bytes:
                 self.is_lost = True
                 break
             self._unread += data

@@ -30,6 +30,8 @@ from launcher.base.process import host
 from launcher.config.settings import RunConfig
 
 _BIND_S = 10.0
+_MAX_STRANGERS = 256
+"""Connections that have not said who they are; anybody may connect."""
 _ENDED_S = 60.0
 """So long an agent may take, after `abort`, to say that its ranks have ended."""
 
@@ -98,7 +100,10 @@ class FirstMachine(OneMachine):
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self._listener.accept()
-                self._strangers.append((Channel(connection), time.monotonic() + ANSWER_S))
+                if len(self._strangers) >= _MAX_STRANGERS:
+                    connection.close()
+                else:
+                    self._strangers.append((Channel(connection), time.monotonic() + ANSWER_S))
         for channel, deadline in list(self._strangers):
             hello = next((message for message in channel.receive() if message["kind"] == "hello"), None)
             if hello is None and not channel.is_lost and time.monotonic() < deadline:
@@ -107,6 +112,7 @@ class FirstMachine(OneMachine):
             answer, text = self._answer(hello) if hello else ("refused", "")
             channel.send(answer, text=text, host=host())
             if hello and answer == "welcome":
+                channel.trust()
                 self._others[hello["machine"]], self._hosts[hello["machine"]] = channel, hello["host"]
             else:
                 channel.close()
@@ -117,7 +123,7 @@ class FirstMachine(OneMachine):
         last = self._config.launch.num_machines - 1
         if wrong:
             return "refused", f"machine 0 on {host()} was started otherwise: here {'; '.join(wrong)}"
-        if not isinstance(number, int) or not 1 <= number <= last:
+        if not isinstance(hello.get("host"), str) or not isinstance(number, int) or not 1 <= number <= last:
             return "refused", f"launch.machine_rank={number}, but the other machines are numbered from 1 to {last}"
         if self._has_met:
             return "busy", f"machine 0 on {host()} is in the middle of a run"

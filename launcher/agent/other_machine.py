@@ -91,7 +91,8 @@ class OtherMachine(OneMachine):
                 channel = Channel(connection)
                 channel.send("hello", machine=launch.machine_rank, host=host(), **same_everywhere(self._config))
                 answer = self._await_answer(channel)
-                if answer["kind"] == "welcome":
+                if answer["kind"] == "welcome" and isinstance(answer.get("host"), str):
+                    channel.trust()
                     self._channel, self._first_host = channel, answer["host"]
                     return None
                 channel.close()

@@ -222,8 +222,9 @@ def _write_files(plan: _Plan, snapshot: Snapshot) -> None:
         paths.refuse_links()
         paths.slurm_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         paths.logs_dir.mkdir(mode=0o700, exist_ok=True)
-        for path in filter(Path.is_symlink, paths.slurm_dir.iterdir()):  # the script writes there
-            path.unlink()
+        for path in paths.slurm_dir.iterdir():  # the script reads and writes there: no links, and no pipes to wait at
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                path.unlink()
         text = yaml.safe_dump(to_dict(job.config), sort_keys=False, allow_unicode=True)
         files.replace_file(paths.slurm_dir / "config.yaml", text.encode(), mode=0o600)
     root = plan.script.parent.parent

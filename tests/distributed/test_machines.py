@@ -184,6 +184,21 @@ def test_all_end_at_once_when_any_agent_gets_ctrl_c_twice(tmp_path: Path) -> Non
 
 
 @_SLOW
+def test_run_goes_on_when_strangers_talk_to_the_first_machines_port(tmp_path: Path) -> None:
+    with machines(tmp_path / "run", [["stay", "finish"], ["stay", "finish"]]) as run, contextlib.ExitStack() as stack:
+        run.start()
+        run.wait_for_start()
+        odd = [b"GET / HTTP/1.0\r\n\r\n", b"[" * 60_000 + b"\n", b'{"kind":"hello"}\n', b'{"kind":"kill"}\n']
+        for data in [*odd, b"\xff" * 99_999, *[b""] * 1_100]:
+            with contextlib.suppress(OSError):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", run.port), timeout=2))
+                connection.sendall(data)
+        time.sleep(2.0)
+        run.root.joinpath("STOP").touch()
+        assert run.codes() == [75, 75], run.texts()
+
+
+@_SLOW
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_the_others_say_whom_they_wait_for_and_end_with_the_runs_code_when_an_agent_stands_still(
     tmp_path: Path, frozen: int
