@@ -21,6 +21,10 @@ QUANTIZATION_FIELDS = (
 """Of transformers' BitsAndBytesConfig."""
 
 
+_STARTS_FROM_DATA = ("eva", "corda", "lora_ga")
+"""Ways to initialise LoRA for which peft's get_peft_model alone leaves the weights as they come."""
+
+
 def model_problems(config: RunConfig) -> Iterator[str]:
     model = config.model
     if not model.model_name_or_path and not model.config and not model.adapter_name_or_path:
@@ -74,6 +78,13 @@ def _adapter_problems(model: ModelConfig) -> Iterator[str]:
         yield (
             "model.merge_at_end=true but no LoRA adapter is trained: there is nothing to merge. "
             "Set model/peft=lora, or model.merge_at_end=false"
+        )
+    start = model.peft.get("init_lora_weights")
+    if start in _STARTS_FROM_DATA:
+        yield (
+            f"model.peft.init_lora_weights={start} is computed in a pass over the data, which is not made here. "
+            "Set model.peft.init_lora_weights=true, or make the adapter with peft and name it: "
+            "model.adapter_name_or_path=FOLDER"
         )
     name = model.adapter_name_or_path
     if not name:

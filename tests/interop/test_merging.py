@@ -83,6 +83,8 @@ def export(*arguments: Any) -> int:
         ("llama_tied", ()),
         ("gpt2", (TOKENS,)),
         ("gpt2", ("model.peft.target_modules=[wte,c_attn]",)),
+        ("gpt2", ("model.peft.target_modules=[c_attn]", "model.peft.bias=all")),
+        ("gpt2", ("model.peft.target_modules=[c_attn]", "model.peft.bias=lora_only")),
         ("qwen3_moe", ()),
         ("gpt_oss", ()),
         ("gemma3_text", (TOKENS,)),

@@ -170,6 +170,10 @@ def test_what_an_adapter_contradicts_is_named(
         (["model.adapter_name_or_path={adapter}"], r"Set model\.model_name_or_path=.*/llama"),
         (["model.adapter_name_or_path=./nowhere"], r"model\.adapter_name_or_path=\./nowhere does not exist"),
         (["model.merge_at_end=true"], r"model\.merge_at_end=true but no LoRA adapter .*Set model/peft=lora"),
+        (
+            ["model/peft=lora", "model.peft.init_lora_weights=eva"],
+            r"init_lora_weights=eva is computed in a pass over the data",
+        ),
     ],
 )
 def test_contradictions_are_named_before_torch_is_imported(

@@ -133,7 +133,7 @@ class _Merge:
             module = self._module_of(name)
             for part in parts:
                 spec = TensorSpec(part.name, own, part.shape)
-                found.append(Source(spec, self._unchanged(name, part) if module is None
+                found.append(Source(spec, self._outside(name, part) if module is None
                                     else self._changed(module, name, part)))  # fmt: skip
         return found
 
@@ -142,8 +142,14 @@ class _Merge:
         empty = _transformers.build_without_memory(type(self.plain), self.plain.config, dtype)
         return _transformers.stored_dtypes(empty, dtype)
 
-    def _unchanged(self, name: str, part: StoredTensor) -> Callable[[], Iterator[tuple[int, Tensor]]]:
+    def _outside(self, name: str, part: StoredTensor) -> Callable[[], Iterator[tuple[int, Tensor]]]:
+        """Of modules without adapter: the base's, or what was trained of them itself (`bias=all`)."""
+        own = self.adapter.get(adapter_key(_PREFIX + name))
+
         def pieces() -> Iterator[tuple[int, Tensor]]:
+            if own is not None:
+                yield 0, _whole(own)[part.start : part.start + part.numel]
+                return
             for start in range(0, part.numel, CHUNK_ITEMS):
                 yield (
                     start,
