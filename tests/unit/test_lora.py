@@ -167,7 +167,7 @@ def test_what_an_adapter_contradicts_is_named(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.adapter_name_or_path={adapter}"], r"Set model\.model_name_or_path=.*/llama"),
+        (["model.adapter_name_or_path={adapter}"], r"Set model=pretrained model\.model_name_or_path=.*/llama"),
         (["model.adapter_name_or_path=./nowhere"], r"model\.adapter_name_or_path=\./nowhere does not exist"),
         (["model.merge_at_end=true"], r"model\.merge_at_end=true but no LoRA adapter .*Set model/peft=lora"),
         (
