@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     """Exit code 0; 2 where the folder is no run."""
     parser = argparse.ArgumentParser(
         prog="launcher checkpoints", description="List the checkpoints of a run.",
-        epilog="example: launcher checkpoints outputs/arithmetic --json",
+        epilog="example: launcher checkpoints outputs/arithmetic --json", allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("run", type=Path, help="the run's output_dir")
     parser.add_argument("--json", action="store_true", help="for machines")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import EXIT_DONE, UserError
+from launcher.config.rules import REPO_ID
 from launcher.hub.push import as_data, describe, plan_push, push
 
 _EXAMPLE = """examples:
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "--json lists what would be sent: add --dry-run. What was sent is in run.json and the Hub's commits"
         )
+    if options.repo_id is not None and not REPO_ID.fullmatch(options.repo_id):
+        raise UserError(f"--repo-id must be ORG/NAME (got {options.repo_id!r})")
     given = {key: getattr(options, key) for key in ("repo_id", "private", "revision", "create_pr")}
     overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     try:

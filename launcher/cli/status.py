@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     """Prints how a run, a sweep, or everything below a folder stands; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="launcher status", description="What runs, where it is, how fast.", epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument(
         "dir", nargs="?", default=".", type=Path, metavar="DIR", help="a run, a sweep or a folder of them"

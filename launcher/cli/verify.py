@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="launcher verify",
         description="Re-read every byte of a checkpoint, or of all of a run, against its manifest.",
-        epilog="example: launcher verify outputs/arithmetic/checkpoint-500",
+        epilog="example: launcher verify outputs/arithmetic/checkpoint-500", allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("path", type=Path, help="a run's output_dir or one checkpoint")
     parser.add_argument("--json", action="store_true", help="for a script: {ok, checkpoints: […], leftovers: […]}")

@@ -20,6 +20,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.paths import conf_dir
@@ -241,13 +242,24 @@ def _check_and_compose(
             return checked, composed
         except (HydraException, OmegaConfBaseException) as error:
             checked.problems.append(_first_line(error))
-            return checked, None
+        except (YAMLError, UnicodeDecodeError, OSError) as error:
+            checked.problems.append(_unreadable(error))
+        return checked, None
 
 
 def _call_hydra(texts: list[str]) -> DictConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about Hydra's own renamings; nothing a user could act on
         return hydra_compose(_PRIMARY, overrides=texts, return_hydra_config=True)
+
+
+def _unreadable(error: YAMLError | UnicodeDecodeError | OSError) -> str:
+    """Of a file of conf/ or of the user's own."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}:{error.problem_mark.line + 1} is no YAML: {error.problem}"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a settings file'} cannot be read: {error.strerror}"
+    return f"a settings file in conf/ or --config-dir is no UTF-8 text: {error}"
 
 
 def _first_line(error: Exception) -> str:

@@ -30,6 +30,9 @@ from launcher.config.settings import (
 )
 from launcher.config.trackers import tracker_problems
 
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""ORG/NAME, or NAME of the token's own user."""
+
 
 def contradictions(config: RunConfig, explicit: Collection[str] = ()) -> list[str]:
     """Every rule that is broken.
@@ -300,7 +303,7 @@ def _hub_problems(config: RunConfig) -> Iterator[str]:
     hub = config.hub
     for key in ("hub_model_id", "bucket"):
         name = getattr(hub, key)
-        if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        if name is not None and not REPO_ID.fullmatch(name):
             yield f"hub.{key} must be ORG/NAME (got {name!r})"
     if hub.push_to_hub and config.checkpoint.save_strategy == "no" and hub.hub_strategy != "end":
         yield (

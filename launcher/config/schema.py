@@ -138,6 +138,9 @@ def _normalised(value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
 def _problem(key: str, value: Any, hint: Any, setting: dataclasses.Field[Any]) -> str:
     """Why a setting cannot hold this value, else ''."""
     kinds = _kinds(hint)
+    choices, minimum = setting.metadata["choices"], setting.metadata["minimum"]
+    if choices and value is not None and value not in choices:
+        return f"{key} must be one of {', '.join(choices)} (got {value!r}).{did_you_mean(str(value), choices)}"
     if not any(_fits(value, kind) for kind in kinds):
         names = " or ".join(_type_name(kind) for kind in kinds)
         mend = ""
@@ -150,9 +153,6 @@ def _problem(key: str, value: Any, hint: Any, setting: dataclasses.Field[Any]) -
         else:
             mend = _default(key, setting)
         return f"{key} must be {names} (got {value!r}){mend}"
-    choices, minimum = setting.metadata["choices"], setting.metadata["minimum"]
-    if choices and value is not None and value not in choices:
-        return f"{key} must be one of {', '.join(choices)} (got {value!r}).{did_you_mean(str(value), choices)}"
     if minimum is not None and isinstance(value, (int, float)) and not value >= minimum:
         return f"{key} must be at least {minimum:g} (got {value}){_default(key, setting)}"
     return ""

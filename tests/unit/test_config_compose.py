@@ -319,6 +319,26 @@ def test_override_that_names_nothing_or_takes_away_is_refused(override: str, sai
     assert said in problem(override)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"train:\n\tmax_steps: 3\n", "broken.yaml:2 is no YAML"), (b"seed: 1\nseed: 2\n", "broken.yaml:2 is no YAML"),
+        (b"seed: [1\n", "is no YAML"), (b"run_name: \xff\xfe\n", "is no UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_file_of_settings_is_named_when_it_cannot_be_read(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/broken.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as raised:
+        compose(["experiment=broken", "lr=3"], config_dir=str(tmp_path))
+    assert said in str(raised.value)
+    assert "optim.learning_rate=3" in str(raised.value), "all problems at once"
+
+
+def test_choices_are_named_when_yaml_reads_one_as_true() -> None:
+    assert "train.on_spike must be one of off, skip, rollback (got True)" in problem("train.on_spike=true")
+
+
 def test_off_is_a_choice_when_yaml_reads_it_as_false() -> None:
     assert compose(["data=arithmetic", "train.on_spike=false"]).train.on_spike == "off"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 from rich.table import Table
@@ -37,6 +38,11 @@ def test_cells_stay_whole_when_the_terminal_is_narrow(
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 2
     assert all(cell in shown[1] for cell in cells)
+
+
+def test_a_repository_is_refused_when_its_name_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(tmp_path), "--dry-run", "--repo-id", "a b"]) == 2
+    assert "--repo-id must be ORG/NAME (got 'a b')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["plan", "train", "report"])

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="launcher init",
         description="A small project of your own: an experiment, data, a metric and an optimizer, a Makefile.",
-        epilog="example: launcher init my && cd my && make train",
+        epilog="example: launcher init my && cd my && make train", allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("dir", type=Path, metavar="DIR", help="a folder that does not exist yet, or an empty one")
     folder: Path = parser.parse_args(argv).dir.expanduser()

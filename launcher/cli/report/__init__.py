@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="launcher report", description="A run or a sweep as one HTML page with plots.", epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("folder", type=Path, metavar="RUN_OR_SWEEP", help="the output_dir of a run or a sweep")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: RUN_OR_SWEEP/report.html")
@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
         print(json.dumps(summary(root), indent=1))
         return EXIT_DONE
     target = options.output.expanduser() if options.output else RunPaths(root).report
+    if target.is_dir():
+        raise UserError(f"-o {options.output} is a folder. Name a file in it: -o {target / RunPaths(root).report.name}")
     write_page(root, target, within=None if options.output else root)
     if not options.quiet:
         print(target)

@@ -11,7 +11,8 @@ from launcher.sweep.runs import read_lines
 MAX_CURVES = 40
 _MAX_PARSED = 20_000
 """Training lines that are parsed, of a longer file every so many; evaluations and saves always."""
-_NOT_CURVES = ("step", "epoch", "num_tokens", "checkpoint", "save_stall_s", "save_write_s", "bytes", "eval_runtime_s")
+_NOT_CURVES = ("step", "epoch", "num_tokens", "checkpoint", "save_stall_s", "save_write_s", "bytes", "eval_runtime_s",
+               "rolled_back_from", "spike_loss", "spike_limit")  # fmt: skip
 _TITLES = {
     "loss": "Loss", "learning_rate": "Learning rate", "grad_norm": "Gradient norm",
     "tokens_per_second": "Throughput", "memory_bytes": "Memory per device", "router_loss": "Router loss",

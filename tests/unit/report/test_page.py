@@ -146,6 +146,8 @@ def test_file_is_put_where_o_says_and_a_folder_without_run_is_refused(
         report.main([str(tmp_path)])
     with pytest.raises(UserError, match="cannot be written"):
         report.main([str(root), "-o", str(tmp_path / "missing/page.html")])
+    with pytest.raises(UserError, match="is a folder. Name a file in it"):
+        report.main([str(root), "-o", str(tmp_path)])
 
 
 def test_link_in_the_place_of_the_page_leads_nowhere(tmp_path: Path) -> None:
