@@ -146,7 +146,7 @@ def test_file_is_put_where_o_says_and_a_folder_without_run_is_refused(
         report.main([str(tmp_path)])
     with pytest.raises(UserError, match="cannot be written"):
         report.main([str(root), "-o", str(tmp_path / "missing/page.html")])
-    with pytest.raises(UserError, match="is a folder. Name a file in it"):
+    with pytest.raises(UserError, match="is a folder"):
         report.main([str(root), "-o", str(tmp_path)])
 
 
