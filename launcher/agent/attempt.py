@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.agent.command import accelerate_command, num_processes
+from launcher.agent.interface import interface_settings
 from launcher.agent.machine import Ended, OneMachine, Start
 from launcher.agent.stopped import StoppedProcesses
 from launcher.base import files
@@ -85,8 +86,11 @@ class Attempt:
 
     def _popen(self, start: Start, error_dir: str, log: int, began: float) -> subprocess.Popen[bytes]:
         parent = os.getpid()
+        launch = self._config.launch
+        inherited = without_inherited({**os.environ, **launch.env})
+        network = interface_settings(launch.main_process_ip, inherited) if launch.num_machines > 1 else {}
         env = {
-            **without_inherited({**os.environ, **self._config.launch.env}), SUPERVISED: "1", ATTEMPT: start.id,
+            **inherited, **network, SUPERVISED: "1", ATTEMPT: start.id,
             "PET_SIGNALS_TO_HANDLE": "SIGHUP", "PET_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_S),
             BEGAN: repr(began), "LAUNCHER_ERROR_DIR": error_dir, "LAUNCHER_STDERR": f"/proc/{parent}/fd/2",
             **({RESTARTED: "1"} if start.is_restart else {}),
