@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,16 +38,21 @@ def test_nothing_outside_is_written_when_a_jobs_file_is_a_link(sweep: SweepRunne
         assert "failed    seed=1" in output and "launcher.log" in output and "Traceback" not in output
 
 
-@pytest.mark.parametrize("more", [(), ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=8")])
-def test_other_jobs_go_on_when_there_is_a_file_in_place_of_a_jobs_folder(
-    sweep: SweepRunner, more: tuple[str, ...]
-) -> None:
+def test_a_sweep_is_refused_before_any_job_when_there_is_a_file_in_place_of_a_jobs_folder(sweep: SweepRunner) -> None:
     sweep.root.mkdir()
     (sweep.root / "seed=1").write_text("mine")
+    code, output = sweep.run("seed=1,2,3")
+    assert code == 2 and "seed=1 is a file" in output, output
+    assert (sweep.root / "seed=1").read_text() == "mine" and not sweep.ended()
+
+
+@pytest.mark.parametrize("more", [(), ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=8")])
+def test_other_jobs_go_on_when_one_cannot_be_started(sweep: SweepRunner, more: tuple[str, ...]) -> None:
+    (sweep.root / "seed=1/logs").mkdir(parents=True)
+    os.mkfifo(sweep.root / "seed=1/logs/launcher.log")
     code, output = sweep.run("seed=1,2,3", "sweep.num_slots=2", *more)
     assert code == 1, output
-    assert "failed    seed=1" in output and "Traceback" not in output
-    assert (sweep.root / "seed=1").read_text() == "mine"
+    assert "failed    seed=1" in output and "is a pipe" in output and "Traceback" not in output
     if not more:
         assert sweep.ended().keys() == {"seed=2", "seed=3"}
 
