@@ -16,6 +16,7 @@ from launcher.saving.training_state import ProgressState
 from launcher.train import loop
 from launcher.train.evaluation import Evaluator
 from launcher.train.recorder import NoRecorder
+from launcher.train.step import StepSums
 
 EVALUATIONS: list[int] = []
 
@@ -96,17 +97,16 @@ def trained(clock: Clock, progress: ProgressState, num_steps: int, step_s: float
     run = LiveRun(**{key: value for key, value in vars(run_at(progress.step, [])).items() if key != "step"})
     run.config.eval.eval_steps, run.config.eval.eval_every_s = 1000, 60.0
     run.state.progress = progress
-    sums = SimpleNamespace(
-        loss_sum=1.0, router_loss=0.0, num_tokens=8, num_labelled=8, grad_norm=1.0, is_applied=True
-    )  # fmt: skip
+    sums = StepSums(1.0, 0.0, 8, 8, 1.0, is_applied=True)
 
-    def step(number: int) -> Any:
+    def step(number: int, spike_limit: float | None) -> Any:
         clock.now += step_s
         return sums
 
     run.train_step = SimpleNamespace(
         run=step, epoch_after=lambda step: step / 100, schedule=SimpleNamespace(evaluated=lambda metric: None)
     )
+    run.spikes = SimpleNamespace(limit=None, is_left_out=lambda step: False, applied=lambda loss: None)
     run.processes = SimpleNamespace(is_main=True, sum=lambda values: values)
     run.stop = SimpleNamespace(knows_end=False, votes=lambda save_s, step_s: (0, 0))
     run.saver._processes = run.processes

@@ -55,7 +55,7 @@ def test_host_reads_the_device_once_in_a_step(form: str, attention: str, monkeyp
     monkeypatch.setattr(step_module, "_read", read)
     with _Waits() as waits:
         sums = step.run(1)
-    assert waits.found == [] and reads == [3]
+    assert waits.found == [] and reads == [4]
     assert sums.loss_sum > 0 and sums.grad_norm > 0 and sums.is_applied
 
 
