@@ -71,6 +71,7 @@ def main() -> int:
     temporary.write_text("".join(f"{x}\n" for x in old if x.endswith("}") and json.loads(x)["step"] <= step))
     temporary.replace(metrics)
     rate = float(args.get("optim.learning_rate", "0.1"))
+    state: dict[str, object] = {"reason": None, "step": step, "total_steps": STEPS}  # killed after its last step
     while step < STEPS:
         time.sleep(STEP_S)
         step += 1
