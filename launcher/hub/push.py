@@ -65,10 +65,9 @@ def plan_push(folder: Path, overrides: dict[str, Any]) -> Plan:
         return Plan(_settings(folder.parent, overrides, "checkpoint"), (item,))
     spool = Spool(RunPaths(folder).hub_dir)
     spool.refuse_links()
-    pending = [d / n for d in (spool.active_dir, spool.queue_dir) for n in spool.names(d)]
-    if pending:
-        items = [_readable(partial(spool.read_item, h), h) for h in sorted(pending, key=lambda p: p.name)]
-        return Plan(_settings(folder, overrides), tuple(items), spool)
+    pending = _pending(spool)
+    if pending is not None:
+        return Plan(_settings(folder, overrides), tuple(pending), spool)
     item = model_item(folder, None, kind="folder")
     if any(f.path.endswith(".safetensors") for f in item.files):
         return Plan(_settings(folder, overrides, default="every_save"), (item,))
@@ -82,6 +81,22 @@ def plan_push(folder: Path, overrides: dict[str, Any]) -> Plan:
     return Plan(_settings(folder, overrides, "checkpoint"), (item,))
 
 
+def _pending(spool: Spool) -> list[Item] | None:
+    """What waits to be sent, in its order; None where nothing did. A running uploader may claim or finish an item while
+    it is read: it is then looked for again, and left out where it has gone."""
+    found = None
+    while homes := [d / n for d in (spool.active_dir, spool.queue_dir) for n in spool.names(d)]:
+        found = []
+        try:
+            for home in sorted(homes, key=lambda path: path.name):
+                found.append(_readable(partial(spool.read_item, home), home))
+            return found
+        except UserError:
+            if os.path.lexists(home):
+                raise
+    return found if found is None else []
+
+
 def _readable(read: Callable[[], Item], place: Path) -> Item:
     try:
         return read()
@@ -92,7 +107,8 @@ def _readable(read: Callable[[], Item], place: Path) -> Item:
 def _refuse_problems(items: Sequence[Item]) -> None:
     """Links and missing files are told before anything is sent: the user is there to mend it."""
     for item in items:
-        if problem := next(item.problems(), None):
+        problem = next(item.problems(), None)
+        if problem and (item.home == Path() or item.home.exists()):  # the run's own uploader may be done with it
             cure = f" To send the others, remove {item.home}" if item.home != Path() else ""
             raise UnsafeFileError(f"{item.name} cannot be sent: {problem}.{cure}")
 
@@ -194,6 +210,8 @@ def push(plan: Plan, *, follow: bool) -> list[str]:
     Raises:
         HubError: something did not arrive; says the cure.
     """
+    if not plan.items:
+        return ["sent by the run itself, just now"]
     os.environ.update(client_environment(plan.settings))  # before huggingface_hub is imported
     with nullcontext(plan.spool) if plan.spool is not None else _temporary_spool(plan) as spool:
         with spool.uploader_lock(wait_s=0.5) as is_mine:

@@ -11,7 +11,10 @@ import pytest
 
 from launcher.base.errors import UserError
 from launcher.cli import prefetch, push
-from launcher.hub.items import checkpoint_item, model_item
+from launcher.hub.items import Item, checkpoint_item, model_item
+from launcher.hub.push import Plan, as_data, plan_push
+from launcher.hub.push import push as push_plan
+from launcher.hub.spool import Spool
 from tests.hub.helpers import (
     REPO,
     UploaderUnderTest,
@@ -118,6 +121,42 @@ def test_running_uploader_is_left_alone_and_followed(hub: HubServer, env: dict[s
         done = launcher_push(env, str(run), "--follow")
     assert done.returncode == 0
     assert "model.safetensors" in hub.repos[REPO].files
+
+
+@pytest.mark.parametrize("is_claimed", [False, True])
+def test_plan_is_made_when_the_runs_own_uploader_takes_what_is_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_claimed: bool
+) -> None:
+    """It claims an item, or is done with it and with all others, between the look into the queue and at the item."""
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run, hub_strategy="every_save"))
+    for step in (10, 20):
+        spool.add(checkpoint_item(step, make_checkpoint(run, step)))
+    read, reads = Spool.read_item, []
+
+    def taken(self: Spool, home: Path) -> Item:
+        reads.append(home)
+        if len(reads) == 1 and is_claimed:
+            spool.claim()
+        elif len(reads) == 1:
+            for item in spool.claim(2):
+                spool.discard(item.home)
+        return read(self, home)
+
+    monkeypatch.setattr(Spool, "read_item", taken)
+    plan = plan_push(run, {})
+    assert [item.name for item in plan.items] == (["checkpoint-10", "checkpoint-20"] if is_claimed else [])
+    assert is_claimed or push_plan(plan, follow=True) == ["sent by the run itself, just now"]
+    assert is_claimed or as_data(plan)["bytes"] == 0
+
+
+def test_item_that_was_sent_meanwhile_is_no_fault_of_the_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run, hub_strategy="every_save"))
+    spool.add(checkpoint_item(10, make_checkpoint(run, 10)))
+    plan = plan_push(run, {})
+    spool.discard(plan.items[0].home)
+    Plan(plan.settings, plan.items, plan.spool)
 
 
 def test_dry_run_lists_files_and_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
