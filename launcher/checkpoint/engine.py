@@ -392,5 +392,5 @@ class Checkpointer:
     def close(self) -> None:
         """Ends the writer once it has done all it was told."""
         self.finish_snapshot()
-        self._writer.stop()
+        self._writer.close()
         self._buffer.close()

