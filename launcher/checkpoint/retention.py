@@ -22,6 +22,15 @@ def our_steps(paths: RunPaths) -> list[int]:
     return [s for s, folder in paths.checkpoint_dirs() if (folder / NAME).is_file() and not folder.is_symlink()]
 
 
+def kept_words(paths: RunPaths) -> str:
+    """What a failed save leaves to go on from, as the end of a sentence."""
+    try:
+        steps = our_steps(paths)
+    except OSError:  # the disk that failed the save
+        return "what was committed before is as it was"
+    return f"checkpoint-{max(steps)} is as it was" if steps else "no checkpoint is here yet"
+
+
 def expired_steps(
     steps: Iterable[int], limit: int | None, best_step: int | None, needed_step: int | None = None
 ) -> list[int]:

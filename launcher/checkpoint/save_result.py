@@ -20,9 +20,9 @@ class SaveResult:
     found_no_room: bool = False
 
 
-def raise_failed(result: SaveResult) -> None:
+def raise_failed(result: SaveResult, kept: str) -> None:
     """Raises: CheckpointWriteError, for `checkpoint.on_error=stop`."""
     raise CheckpointWriteError(
-        f"the save of step {result.step} failed: {result.error}. Nothing of it was committed; earlier checkpoints are "
-        "whole. To go on without stopping: checkpoint.on_error=warn"
+        f"the save of step {result.step} failed: {result.error}. Nothing of it was committed; {kept}. To go on without "
+        "stopping: checkpoint.on_error=warn"
     )

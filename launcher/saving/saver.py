@@ -18,7 +18,7 @@ from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
 from launcher.base.words import size
 from launcher.checkpoint.engine import Checkpointer, Phase
-from launcher.checkpoint.retention import expired_steps, our_steps
+from launcher.checkpoint.retention import expired_steps, kept_words, our_steps
 from launcher.checkpoint.save_result import SaveResult, raise_failed
 from launcher.config.settings import RunConfig
 from launcher.hub import Hub
@@ -206,8 +206,8 @@ class Saver:
             error = result.error if result is not None else "its writer stands still"
         if error is not None:
             raise CheckpointWriteError(
-                f"training reached step {self._state.step} but its model could not be written: {error}. The earlier "
-                "checkpoints are whole: make room and run the same command again to finish"
+                f"training reached step {self._state.step} but its model could not be written: {error}. Make room and "
+                f"run the same command again to finish; {kept_words(self._paths)}"
             )
 
     def has_regular(self, step: int) -> bool:
@@ -321,13 +321,11 @@ class Saver:
             if self.saved_step == result.step:
                 self.saved_step = 0
             if self._config.checkpoint.on_error == "stop":
-                raise_failed(result)
+                raise_failed(result, kept_words(self._paths))
             what, then = f"the save of step {result.step} failed", ""
             if result.found_no_room:
                 what, then = f"step {result.step}: no checkpoint saved", " and saves as soon as there is room"
-            self._outlet.say(
-                f"WARNING {what}: {result.error}. Training goes on{then}; the earlier checkpoints are whole"
-            )
+            self._outlet.say(f"WARNING {what}: {result.error}. Training goes on{then}; {kept_words(self._paths)}")
             return
         self._last_write_s = result.write_s
         self._outlet.saved(save_line(result))

@@ -50,7 +50,7 @@ from launcher.train.loop import Run
 from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
 from launcher.train.recorder import MainRecorder, NoRecorder, Recorder, note_undone
 from launcher.train.run_settings import DAY, of_one_day, write_settings
-from launcher.train.spikes import ROLLBACKS, Spikes, known_rollbacks
+from launcher.train.spikes import ROLLBACKS, Spikes, idle_settings, known_rollbacks
 from launcher.train.step import TrainStep
 from launcher.train.trackers import Trackers
 from launcher.train.watchdog import Watchdog
@@ -297,6 +297,7 @@ def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], to
     is_known = None not in (saved.get("model.base"), now.get("model.base"))
     left_out = ["model.model_name_or_path", "model.revision"] if is_known else ["model.base"]
     left_out += ["model.attn_implementation", "attention"]  # known, and compared, once the model is built
+    left_out += idle_settings(saved, now)
     saved, now = ({k: v for k, v in settings.items() if k not in left_out} for settings in (saved, now))
     notices = resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
     before = point.state["total_steps"]

@@ -10,6 +10,7 @@ from launcher.base import files, manifest, words
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointWriteError
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.layout import MAX_SHARD_BYTES
+from launcher.checkpoint.retention import kept_words
 from launcher.saving.interop.target import Exported
 from launcher.train import planned
 from launcher.train.loop import Run, is_stopped_early
@@ -120,7 +121,7 @@ def final_model(run: Run, paths: RunPaths) -> tuple[Path, bool]:
     elif not run.saver.is_whole:
         run.recorder.say(
             f"WARNING training reached step {run.step} but its checkpoint could not be saved: only a model is kept. "
-            "The earlier checkpoints are whole; to train beyond this step, the run goes on from the newest of them"
+            f"Training beyond this step needs a checkpoint: {kept_words(paths)}"
         )
     if (best := chosen_best(run, paths)) is not None:
         return best, False

@@ -45,6 +45,13 @@ def limit(losses: list[float], train: TrainConfig) -> float:
     return middle + train.spike_threshold * max(spread, _LEAST_SPREAD * abs(middle))
 
 
+def idle_settings(*starts: Mapping[str, Any]) -> list[str]:
+    """Keys among the settings of these starts that decide nothing, since `on_spike` uses them in none."""
+    used = {settings.get("train.on_spike", "off") for settings in starts}
+    idle = [] if "rollback" in used else ["train.spike_rollback_steps"]
+    return idle if used != {"off"} else [*idle, "train.spike_threshold", "train.spike_window"]
+
+
 def known_rollbacks(paths: RunPaths, point: ResumePoint | None) -> list[dict[str, Any]]:
     """The rollbacks of run.json that hold for a start from `point`: those that it knows, and those of steps after it.
 

@@ -61,7 +61,8 @@ def test_saves_are_skipped_while_there_is_no_room_and_resume_when_there_is(
     assert made_up <= before + 10, "the save was not made up for at once"
     assert lab.zygote.wait() == [0], log_text(run.root)
     text = log_text(run.root)
-    assert "bytes" in text and "free. Training goes on" in text
+    assert "bytes" in text and "free. Training goes on and saves as soon as there is room" in text
+    assert "room; checkpoint-10 is as it was" in text
     assert "the checkpoints of this run will need up to" in text and "checkpoint.save_total_limit=2" in text
     assert different(undisturbed.checkpoint_dir(60), run.checkpoint_dir(60)) == []
 
@@ -74,6 +75,7 @@ def test_a_write_that_finds_the_disk_full_costs_only_that_save(lab: Lab, tmp_pat
     run = lab.run(folder, "single", 1, "checkpoint.async_save=false", env=limit)
     text = log_text(folder)
     assert "the save of step 10 failed" in text and os.strerror(errno.EFBIG) in text
+    assert "no checkpoint is here yet" in text and "as it was" not in text
     steps = [s for s, _ in run.checkpoint_dirs()]
     assert steps == [11, 20], "the failed save was not repeated at the next step"
     assert all(manifest.verify(f) == [] for _, f in run.checkpoint_dirs())
@@ -88,6 +90,7 @@ def test_the_run_stops_with_exit_1_when_a_save_fails_and_on_error_is_stop(lab: L
     assert codes == [1]
     run = RunPaths(folder)
     assert "the save of step 20 failed" in log_text(folder) and "Traceback" not in log_text(folder).split("{")[0]
+    assert "Nothing of it was committed; checkpoint-10 is as it was. " in log_text(folder)
     assert [s for s, _ in run.checkpoint_dirs()] == [10] and manifest.verify(run.checkpoint_dir(10)) == []
     done = lab.run(folder, "single", 1, "checkpoint.async_save=false", "checkpoint.on_error=stop")
     assert len(losses(done)) == 20

@@ -17,7 +17,7 @@ from launcher.config.compose import compose
 from launcher.config.rules import contradictions
 from launcher.config.settings import TrainConfig
 from launcher.saving.save_schedule import SaveSchedule
-from launcher.train.spikes import known_rollbacks, limit
+from launcher.train.spikes import idle_settings, known_rollbacks, limit
 
 _TRAIN = TrainConfig(spike_window=5, spike_threshold=6.0)
 
@@ -106,3 +106,13 @@ def test_the_time_of_steps_that_a_rollback_undid_is_lost_when_it_is_added_up() -
     assert found.total_s(LOST) == pytest.approx(3)
     assert (found.num_kills, found.num_retrained) == (0, 2)
     assert [mark.kind for mark in found.marks] == ["rollback", "finish"]
+
+
+def test_settings_of_spikes_are_not_compared_when_neither_start_uses_them() -> None:
+    numbers = ["train.spike_threshold", "train.spike_window"]
+    off, skip, rollback = ({"train.on_spike": what} for what in ("off", "skip", "rollback"))
+    assert idle_settings(off, off) == ["train.spike_rollback_steps", *numbers]
+    assert idle_settings({}, off) == ["train.spike_rollback_steps", *numbers], "a checkpoint of before there were any"
+    assert idle_settings(skip, skip) == ["train.spike_rollback_steps"]
+    assert idle_settings(off, skip) == ["train.spike_rollback_steps"]
+    assert idle_settings(rollback, off) == []
