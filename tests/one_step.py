@@ -39,8 +39,8 @@ class Rows:
     def num_labelled_tokens(self, ids: np.ndarray) -> int:
         return sum(int(mask.sum()) for i in ids for _, mask in self.segments(int(i)))
 
-    def sample_lengths(self) -> np.ndarray:
-        return np.array([sum(len(tokens) for tokens, _ in self.segments(i)) for i in range(len(self))])
+    def num_tokens(self, ids: np.ndarray) -> int:
+        return sum(len(tokens) for i in ids for tokens, _ in self.segments(int(i)))
 
 
 def build_step(

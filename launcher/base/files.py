@@ -196,7 +196,8 @@ def parse_json(data: bytes | str) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    level, depth = [value], 0
+    # Most files hold fewer brackets than may be nested.
+    level, depth = [value] if text.count("[") + text.count("{") > MAX_JSON_DEPTH else [], 0
     while level := [v for v in level if isinstance(v, (dict, list))]:
         depth += 1
         if depth > MAX_JSON_DEPTH:

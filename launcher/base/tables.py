@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -19,3 +22,12 @@ def print_whole(table: Table, *, markup: bool = False) -> None:
     wide = Console(width=_WIDE, markup=markup)
     width = Measurement.get(wide, wide.options, table).maximum
     Console(width=max(width, 1), markup=markup, highlight=False, emoji=False).print(table, soft_wrap=True)
+
+
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of whole cells, one below the other; for thousands of them, which take rich seconds."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

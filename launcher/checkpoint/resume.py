@@ -108,12 +108,12 @@ def newest_before(step: int, paths: RunPaths, processes: Processes) -> tuple[Res
         The point, or None, and notices.
     """
     found = processes.on_main(lambda: [str(f) for s, f in paths.checkpoint_dirs() if s < step and _is_ours(f)])
-    point, _, notices = _first_whole(found[::-1], processes)
+    point, _, notices = _first_whole(found[::-1], processes, leave_out_newer=True)
     return point, notices
 
 
 def _is_ours(folder: Path) -> bool:
-    return (folder / manifest.NAME).is_file() and not manifest.is_newer_format(folder)
+    return (folder / manifest.NAME).is_file()
 
 
 def _newest(paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:
@@ -135,11 +135,21 @@ def _newest(paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, 
     return None, notices
 
 
-def _first_whole(found: Sequence[str], processes: Processes) -> tuple[ResumePoint | None, list[str], list[str]]:
-    """The first whole one of these folders, the names of damaged ones before it, which are renamed, and notices."""
+def _first_whole(
+    found: Sequence[str], processes: Processes, *, leave_out_newer: bool = False
+) -> tuple[ResumePoint | None, list[str], list[str]]:
+    """The first whole one of these folders, the names of damaged ones before it, which are renamed, and notices.
+
+    Nothing is read of the folders after it: there may be thousands.
+
+    Raises:
+        DamagedCheckpointError: a later version wrote one before it, and `leave_out_newer` is not set.
+    """
     damaged: list[str] = []
     notices: list[str] = []
     for folder in map(Path, found):
+        if processes.on_main(partial(_is_of_later_version, folder, is_refused=not leave_out_newer)):
+            continue
         # Read a second time before it is called damaged: a disk or a network file system may fail once.
         problems = _problems(folder, processes) and _problems(folder, processes)
         if not problems:
@@ -153,13 +163,11 @@ def _first_whole(found: Sequence[str], processes: Processes) -> tuple[ResumePoin
 def _candidates(paths: RunPaths, notices: list[str]) -> list[str]:
     found = []
     for _, folder in paths.checkpoint_dirs():
-        if not (folder / manifest.NAME).is_file():
+        if not _is_ours(folder):
             notices.append(
                 f"{folder.name} has no manifest.json of ours and is ignored; to use it: "
                 f"checkpoint.resume_from_checkpoint={folder}"
             )
-        elif manifest.is_newer_format(folder):
-            manifest.read(folder)  # raises with the line that mends it
         else:
             found.append(str(folder))
             if folder.is_symlink():
@@ -168,6 +176,13 @@ def _candidates(paths: RunPaths, notices: list[str]) -> list[str]:
                     "checkpoint.save_total_limit does not count it"
                 )
     return found[::-1]
+
+
+def _is_of_later_version(folder: Path, *, is_refused: bool) -> bool:
+    is_newer = manifest.is_newer_format(folder)
+    if is_newer and is_refused:
+        manifest.read(folder)  # raises with the line that mends it
+    return is_newer
 
 
 def _problems(folder: Path, processes: Processes) -> list[str]:

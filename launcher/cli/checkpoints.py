@@ -90,22 +90,18 @@ def main(argv: list[str]) -> int:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from launcher.base.tables import plain_table
 
-    from launcher.base.tables import print_whole
-
-    table = Table(box=None, header_style="bold")
-    for name in ("checkpoint", "epoch", "metrics", "size", "processes", "ZeRO", "", "Hub"):
-        table.add_column(name, no_wrap=name != "metrics")
+    table: list[tuple[str, ...]] = [("checkpoint", "epoch", "metrics", "size", "processes", "ZeRO", "", "Hub")]
     for row in rows:
         if row["state"] != "whole":
-            table.add_row(row["checkpoint"], "", row["state"])
+            table.append((row["checkpoint"], "", row["state"], *[""] * 5))
             continue
         metrics = "  ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items() if _number(v) is not None)
         marks = " ".join(m for m, on in (("best", row["is_best"]), ("latest", row["is_latest"])) if on)
-        table.add_row(
+        table.append((
             row["checkpoint"], f"{row['epoch']:.3f}" if row["epoch"] is not None else "", metrics,
             words.size(row["bytes"]), str(row["world_size"]), str(row["zero_stage"] or "-"), marks,
             "yes" if row["on_hub"] else "",
-        )  # fmt: skip
-    print_whole(table)
+        ))  # fmt: skip
+    print(plain_table(table))

@@ -19,15 +19,19 @@ from launcher.config.settings import DataConfig, RunConfig
 from launcher.data.cache import FORMAT_VERSION, TokenStore, build_store, open_store
 from launcher.data.encoding import BuildReport
 from launcher.data.file_hashes import FileHashes
+from launcher.data.fingerprint import Fingerprint
 from launcher.data.formats import Formatter
+from launcher.data.packing import PackPlan, Packs
 from launcher.data.plan import DataPlan, data_plan, file_notices
-from launcher.data.rows import TokenRows, pack, row_lengths
+from launcher.data.rows import RowLengths, TokenRows
+from launcher.data.sampler import COMPUTED, order_for
 from launcher.data.sources import Source, rows_of
 from launcher.data.template_date import notice, template_date, with_template_date
 from launcher.data.tokenising_display import TokenisingDisplay
 from launcher.data.tokenizer import tokenizer_key
 
 _MAX_NAMES = 10
+_PIECE_ROWS = 1 << 20
 _SPLIT_STREAM, _MIX_STREAM = 1, 2  # which draws a seed is used for
 
 
@@ -40,11 +44,16 @@ class Data:
     eval_rows: Sequence[dict[str, Any]]  # as they were read, for evaluations by generation; same order as `eval`
     notices: list[str]  # what was cut, left out or repeated
     end_token_ids: list[int]  # the special tokens that end what is learnt from, the most frequent first
-    fingerprint: str  # of the training samples: their tokens, masks and order
+    fingerprints: Fingerprint  # of the training samples: their tokens, masks and order
     longest: int = 0
     """Tokens of the longest row of all, as cut by max_length."""
     longest_place: Callable[[], str] = lambda: ""
     """File and line of that row: reads its source again."""
+
+    @property
+    def fingerprint(self) -> str:
+        """That of a new run."""
+        return self.fingerprints.like(None)
 
     def use_flat_batches(self, is_flat: bool) -> None:
         """Whether a micro-batch is one long row without padding."""
@@ -180,25 +189,20 @@ def _assemble(config: RunConfig, plan: DataPlan, stores: list[TokenStore]) -> Da
         for notice in _store_notices(source, store, config.data.max_length)
     ]
     train_stores = stores[: len(plan.train)]
-    chosen, held_out = _split(train_stores, plan.eval_fraction, config.seed)
+    is_every = plan.eval_fraction is None and plan.weights is None
+    chosen, held_out = ([], []) if is_every else _split(train_stores, plan.eval_fraction, config.seed)
     if plan.weights is not None:
         chosen = _mix(chosen, plan.weights, config.seed)
         notices += [
             f"{source.name}: {len(ids)} samples in every epoch, from {len(np.unique(ids))} rows"
             for source, ids in zip(plan.train, chosen, strict=True)
         ]
-    order, bounds = _join(train_stores, chosen), None
-    if config.data.packing:
-        num_rows = len(order)
-        lengths = row_lengths(train_stores)[order]
-        packed, bounds = pack(lengths, config.data.max_length)
-        order = order[packed]
-        fill = lengths.sum() / ((len(bounds) - 1) * config.data.max_length)
-        notices.append(f"packing: {num_rows} rows in {len(bounds) - 1} samples, {fill:.1%} full")
-    train = TokenRows(train_stores, order, pack_bounds=bounds)
+    order = None if is_every else _join(train_stores, chosen)
+    packs = _packs(train_stores, order, config.data.max_length, notices) if config.data.packing else None
+    train = TokenRows(train_stores, order, packs=packs)
     if plan.eval is not None:
         store = stores[-1]
-        evaluation: TokenRows | None = TokenRows([store], np.arange(len(store)))
+        evaluation: TokenRows | None = TokenRows([store])
         raw = _RawRows([(plan.eval, store.numbers)])
     elif plan.eval_fraction is not None:
         evaluation = TokenRows(train_stores, _join(train_stores, held_out))
@@ -207,22 +211,40 @@ def _assemble(config: RunConfig, plan: DataPlan, stores: list[TokenStore]) -> Da
     else:
         evaluation, raw = None, _RawRows([])
     longest, place = _longest([*plan.train, *([plan.eval] if plan.eval else [])], stores)
-    return Data(
-        train, evaluation, raw, notices, _end_tokens(train_stores), _fingerprint(train_stores, order, bounds), longest,
-        place,
-    )  # fmt: skip
+    fingerprints = Fingerprint(train_stores, order, config.data.max_length if config.data.packing else None)
+    return Data(train, evaluation, raw, notices, _end_tokens(train_stores), fingerprints, longest, place)
+
+
+def _packs(stores: list[TokenStore], order: np.ndarray | None, max_length: int, notices: list[str]) -> Packs | PackPlan:
+    lengths = RowLengths(stores, order)
+    num_rows = len(lengths)
+    packs: Packs | PackPlan
+    if order_for(num_rows) == COMPUTED:
+        packs = PackPlan(lengths, max_length)
+        num_tokens = packs.num_tokens
+    else:
+        found = lengths.piece(0, num_rows)
+        packs, num_tokens = Packs(found, max_length), int(found.sum())
+    fill = num_tokens / (len(packs) * max_length)
+    notices.append(f"packing: {num_rows} rows in {len(packs)} samples, {fill:.1%} full")
+    return packs
 
 
 def _longest(sources: list[Source], stores: list[TokenStore]) -> tuple[int, Callable[[], str]]:
-    lengths = [np.diff(store.offsets) for store in stores]
-    part = max(range(len(stores)), key=lambda i: int(lengths[i].max()))
-    row = int(lengths[part].argmax())
+    """(tokens of the longest row, what says where the first such row is)."""
+    longest, part, row = 0, 0, 0
+    for i, store in enumerate(stores):
+        lengths = RowLengths([store], None)
+        for start in range(0, len(store), _PIECE_ROWS):
+            piece = lengths.piece(start, min(len(store), start + _PIECE_ROWS))
+            if (found := int(piece.max())) > longest:
+                longest, part, row = found, i, start + int(piece.argmax())
     number = int(stores[part].numbers[row])
 
     def place() -> str:
         return next(raw.where for i, raw in enumerate(rows_of(sources[part])) if i == number)
 
-    return int(lengths[part][row]), place
+    return longest, place
 
 
 def _end_tokens(stores: list[TokenStore]) -> list[int]:
@@ -231,13 +253,6 @@ def _end_tokens(stores: list[TokenStore]) -> list[int]:
         for token, count in store.report.end_tokens.items():
             counts[int(token)] = counts.get(int(token), 0) + count
     return sorted(counts, key=lambda token: -counts[token])
-
-
-def _fingerprint(stores: list[TokenStore], order: np.ndarray, bounds: np.ndarray | None) -> str:
-    digest = hashlib.sha256("".join(store.content for store in stores).encode())
-    for array in (order, bounds):
-        digest.update(b"none" if array is None else np.ascontiguousarray(array, dtype=np.int64).tobytes())
-    return digest.hexdigest()
 
 
 def _split(stores: list[TokenStore], fraction: float | None, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -249,6 +264,10 @@ def _split(stores: list[TokenStore], fraction: float | None, seed: int) -> tuple
             raise DataError(
                 f"data.eval_split={fraction} leaves nothing to train on: a source has {len(store)} usable rows"
             )
+        if not num_held_out:
+            chosen.append(np.arange(len(store)))
+            held_out.append(chosen[-1][:0])
+            continue
         permutation = _permutation(len(store), seed, _SPLIT_STREAM, i)
         held_out.append(np.sort(permutation[:num_held_out]))
         chosen.append(np.sort(permutation[num_held_out:]))

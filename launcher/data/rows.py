@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from launcher.data.cache import TokenStore
+from launcher.data.packing import PackPlan, Packs
 
 if TYPE_CHECKING:
     import torch
@@ -17,60 +18,76 @@ _EMPTY_LENGTH = 2  # tokens in a zero-weight slot: a query of one token would lo
 
 
 class TokenRows:
-    """Samples over the rows of several stores.
+    """Samples over the rows of several stores. Nothing is kept for each row but what is given.
 
     Args:
         stores: their rows are numbered through, store after store.
-        order: those numbers, in sample order; repeats are allowed.
-        pack_bounds: sample i holds order[pack_bounds[i]:pack_bounds[i+1]]; None: a sample is one row.
+        order: those numbers, repeats are allowed; None: every row once, as they are.
+        packs: which places of that order each sample holds; None: a sample is one row.
         is_flat: batches are one long sequence without padding, for attention kernels that take packed input only so.
     """
 
     def __init__(
         self,
         stores: Sequence[TokenStore],
-        order: np.ndarray,
+        order: np.ndarray | None = None,
         *,
-        pack_bounds: np.ndarray | None = None,
+        packs: Packs | PackPlan | None = None,
         is_flat: bool = False,
     ) -> None:
         self._stores = list(stores)
         self._starts = np.cumsum([0, *(len(store) for store in stores)])
         self._order = order
-        self._pack_bounds = pack_bounds
+        self._packs = packs
         self.is_flat = is_flat
-        self._lengths: np.ndarray | None = None
-        self._labelled = np.concatenate([store.labelled for store in stores])[order]
-        if pack_bounds is not None:
-            self._labelled = np.add.reduceat(self._labelled, pack_bounds[:-1])
 
     @property
     def is_packed(self) -> bool:
-        return self._pack_bounds is not None
+        return self._packs is not None
 
     def __len__(self) -> int:
-        return len(self._labelled)
+        return self.num_rows if self._packs is None else len(self._packs)
 
     @property
     def num_rows(self) -> int:
-        return len(self._order)
+        return int(self._starts[-1]) if self._order is None else len(self._order)
 
     def sample_lengths(self) -> np.ndarray:
         """Tokens of every sample."""
-        if self._lengths is None:
-            lengths = row_lengths(self._stores)[self._order]
-            self._lengths = lengths if self._pack_bounds is None else np.add.reduceat(lengths, self._pack_bounds[:-1])
-        return self._lengths
+        numbers, counts = self._numbers(np.arange(len(self)))
+        return np.add.reduceat(self._lengths(numbers), np.cumsum(counts) - counts)
+
+    def num_tokens(self, ids: np.ndarray) -> int:
+        """Tokens of these samples."""
+        return int(self._lengths(self._numbers(ids)[0]).sum())
 
     def num_labelled_tokens(self, ids: np.ndarray) -> int:
         """Tokens of these samples that bear loss."""
-        return int(self._labelled[ids].sum())
+        return int(self._of_rows(self._numbers(ids)[0], lambda store, own: store.labelled[own]).sum())
 
     def segments(self, sample: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(tokens, mask) of every row in a sample."""
-        bounds = self._pack_bounds
-        own = slice(sample, sample + 1) if bounds is None else slice(bounds[sample], bounds[sample + 1])
-        return [self._row(int(number)) for number in self._order[own]]
+        return [self._row(number) for number in self._numbers(np.array([sample]))[0].tolist()]
+
+    def _numbers(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers of rows, how many of them each sample has), sample after sample."""
+        if self._packs is None:
+            places, counts = ids, np.ones(len(ids), dtype=np.int64)
+        else:
+            places, counts = self._packs.rows_of(ids)
+        return places if self._order is None else self._order[places], counts
+
+    def _lengths(self, numbers: np.ndarray) -> np.ndarray:
+        return self._of_rows(numbers, lambda store, own: store.offsets[own + 1] - store.offsets[own])
+
+    def _of_rows(self, numbers: np.ndarray, take: Callable[[TokenStore, np.ndarray], np.ndarray]) -> np.ndarray:
+        if len(self._stores) == 1:
+            return np.asarray(take(self._stores[0], numbers))
+        parts = np.searchsorted(self._starts, numbers, side="right") - 1
+        found = np.empty(len(numbers), dtype=np.int64)
+        for part in np.unique(parts).tolist():
+            found[parts == part] = take(self._stores[part], numbers[parts == part] - self._starts[part])
+        return found
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -79,72 +96,30 @@ class TokenRows:
         return store.tokens[span], store.mask[span]
 
 
-def row_lengths(stores: Sequence[TokenStore]) -> np.ndarray:
-    """Tokens of every row, store after store."""
-    return np.concatenate([np.diff(store.offsets) for store in stores])
+class RowLengths:
+    """Tokens of every row of an order, a piece at a time.
 
-
-def pack(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing: whole rows into as few sequences of max_length tokens as this rule finds.
-
-    Rows of one length are placed together: of all packs with the smallest space that takes such a row, each takes as
-    many as fit. The result is that of placing one row after the other.
-
-    Returns:
-        (order, bounds): pack i holds rows order[bounds[i]:bounds[i+1]].
+    Args:
+        order: numbers of rows, store after store; None: every row once, as they are.
     """
-    smallest = np.uint16 if max_length < 1 << 16 else np.uint32  # numpy sorts 16 bits in linear time
-    rows = np.argsort((max_length - lengths).astype(smallest), kind="stable")
-    counts = np.bincount(lengths, minlength=1)
-    pack_of = np.empty(len(rows), dtype=np.int64)  # of each of `rows`
-    spaces = _Spaces(max_length)
-    at = 0
-    for length in np.flatnonzero(counts)[::-1].tolist():
-        left = int(counts[length])
-        while left:
-            space, packs = spaces.take(length, left)
-            each = space // length
-            placed = min(left, len(packs) * each)
-            pack_of[at : at + placed] = np.repeat(packs, each)[:placed]
-            in_last = placed - (len(packs) - 1) * each
-            spaces.put(space - each * length, packs if in_last == each else packs[:-1])
-            if in_last < each:
-                spaces.put(space - in_last * length, packs[-1:])
-            at, left = at + placed, left - placed
-    order = rows[np.argsort(pack_of, kind="stable")]
-    return order, np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=spaces.num_packs))])
 
+    def __init__(self, stores: Sequence[TokenStore], order: np.ndarray | None) -> None:
+        self._rows, self._offsets, self._order = TokenRows(stores), [store.offsets for store in stores], order
 
-class _Spaces:
-    """Packs by their free tokens; of those with equal space, the one that got it last comes first."""
+    def __len__(self) -> int:
+        return len(self._rows) if self._order is None else len(self._order)
 
-    def __init__(self, max_length: int) -> None:
-        self.num_packs = 0
-        self._max_length = max_length
-        self._stacks: list[list[np.ndarray]] = [[] for _ in range(max_length + 1)]
-        self._available = 0  # bit s: some pack has exactly s tokens free
-
-    def take(self, length: int, num_rows: int) -> tuple[int, np.ndarray]:
-        """(free tokens, packs): those that take up to `num_rows` rows of a length, the next one first."""
-        fitting = self._available >> length
-        if not fitting:
-            num = -(-num_rows // (self._max_length // length))
-            self.num_packs += num
-            return self._max_length, np.arange(self.num_packs - num, self.num_packs)
-        space = length + (fitting & -fitting).bit_length() - 1
-        stack = self._stacks[space]
-        packs, num = stack.pop(), -(-num_rows // (space // length))
-        if num < len(packs):
-            stack.append(packs[:-num])
-            packs = packs[-num:]
-        if not stack:
-            self._available &= ~(1 << space)
-        return space, packs[::-1]
-
-    def put(self, space: int, packs: np.ndarray) -> None:
-        if space and len(packs):
-            self._stacks[space].append(packs)
-            self._available |= 1 << space
+    def piece(self, start: int, end: int) -> np.ndarray:
+        """Of rows [start, end)."""
+        if self._order is not None:
+            return self._rows._lengths(self._order[start:end])
+        found, first = [], 0
+        for offsets in self._offsets:
+            low, high = max(0, start - first), min(len(offsets) - 1, end - first)
+            if low < high:
+                found.append(np.diff(offsets[low : high + 1]))
+            first += len(offsets) - 1
+        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
 def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, Any]:

@@ -177,7 +177,8 @@ def build_run(
             f"{config.train.train_batch_size / sampler.num_rows:.3g} times, and {total_steps} steps are "
             f"{sampler.epoch_after(total_steps):.3g} epochs"
         )]  # fmt: skip
-    settings = result_settings(config, data.fingerprint, processes)
+    known = point.state["settings"].get("data") if point is not None else None
+    settings = result_settings(config, data.fingerprints.like(known), processes)
     settings |= {"data.order": sampler.order, DAY: template_date(config.data, tokenizer)}
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)

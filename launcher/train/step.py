@@ -71,7 +71,7 @@ class TrainStep:
         config, world_size, device = self._config, self._processes.world_size, self.accelerator.device
         rng.seed_step(config.seed, self._processes.rank, step)
         rows = self._sampler.rows_of_step(step)
-        num_labelled, lengths = max(1, self._rows.num_labelled_tokens(rows)), self._rows.sample_lengths()
+        num_labelled = max(1, self._rows.num_labelled_tokens(rows))
         micro_batches = split_step(rows, self._processes.rank, world_size, config.train.micro_batch_size)
         self.model.train()
         loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -88,7 +88,7 @@ class TrainStep:
                 # Gradients are averaged over the processes; the mean is over the labelled tokens of the whole step.
                 total = loss * (world_size / num_labelled)
                 if router is not None:  # a mean over the micro-batch: by its share of the step's tokens
-                    share = int(lengths[ids].sum()) / max(1, int(lengths[rows].sum()))
+                    share = self._rows.num_tokens(ids) / max(1, self._rows.num_tokens(rows))
                     total = total + router * (world_size * share * self._router_coefficient)
                     router_loss += router.detach() * share
                 loss_sum += loss.detach()

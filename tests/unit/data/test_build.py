@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -305,6 +306,41 @@ def test_fingerprint_is_of_the_samples_not_of_the_files(make_data: Make, write_r
         make_data(train_files=[file], eval_split=0.1),
     ]
     assert len({fingerprint, *(data.fingerprint for data in changed)}) == 5
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("split", [None, 0.2])
+def test_fingerprint_is_that_of_the_first_version_when_a_checkpoint_has_one(
+    make_data: Make, write_rows: Write, packing: bool, split: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where rows are so many that a new run gets another: its resume finds its own samples again."""
+
+    def first_version(data: Data) -> str:
+        stores, packs = data.train._stores, data.train._packs
+        order = np.arange(data.train.num_rows) if data.train._order is None else data.train._order
+        digest = hashlib.sha256("".join(store.content for store in stores).encode())
+        digest.update((order if packs is None else order[packs.order]).tobytes())  # type: ignore[union-attr]
+        digest.update(b"none" if packs is None else packs.bounds.tobytes())  # type: ignore[union-attr]
+        return digest.hexdigest()
+
+    settings = {
+        "train_files": [write_rows(numbered(0, 20)), write_rows(numbered(0, 20), "more.jsonl")], "max_length": 24,
+        "packing": packing, "eval_split": split,
+    }  # fmt: skip
+    few = make_data(**settings)
+    first = few.fingerprint
+    assert first == first_version(few)
+    monkeypatch.setattr("launcher.data.sampler._MAX_SORTED_ROWS", 10)
+    many = make_data(**settings)
+    assert many.fingerprint == make_data(**settings).fingerprint != first
+    assert many.fingerprints.like(first) == first
+    assert few.fingerprints.like(many.fingerprint) == many.fingerprint
+    ids = np.arange(len(few.train))
+    assert len(many.train) == len(ids) and many.train.num_tokens(ids) == few.train.num_tokens(ids)
+    assert many.train.sample_lengths().tolist() == few.train.sample_lengths().tolist()
+    for i in ids.tolist():
+        (same, also) = ([row.tolist() for row, _ in data.train.segments(i)] for data in (few, many))
+        assert same == also
 
 
 def test_fingerprint_when_only_the_mask_changes(make_data: Make, write_rows: Write) -> None:

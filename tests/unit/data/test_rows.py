@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.data import Data, TokenRows, collate
-from launcher.data.rows import pack
+from launcher.data.packing import PackPlan, Packs, Placements
 
 TEXTS = ["a", "bcd" * 3, "efg hij" * 2, "k", "lmno" * 3, "pq", "rstuvw" * 2, "xyz"]
 
@@ -44,7 +45,8 @@ def test_pack_holds_every_row_once_and_whole() -> None:
     for _ in range(50):
         max_length = int(draw.integers(1, 200))
         lengths = draw.integers(1, max_length + 1, size=int(draw.integers(1, 300)))
-        order, bounds = pack(lengths, max_length)
+        packs = Packs(lengths, max_length)
+        order, bounds = packs.order, packs.bounds
         assert sorted(order.tolist()) == list(range(len(lengths)))
         sums = np.add.reduceat(lengths[order], bounds[:-1])
         assert sums.max() <= max_length
@@ -53,9 +55,8 @@ def test_pack_holds_every_row_once_and_whole() -> None:
 
 
 def test_pack_is_best_fit_decreasing() -> None:
-    order, bounds = pack(np.array([3, 7, 5, 2, 3]), 10)
-    packs = [order[a:b].tolist() for a, b in itertools.pairwise(bounds)]
-    assert packs == [[1, 0], [2, 4, 3]]
+    packs = Packs(np.array([3, 7, 5, 2, 3]), 10)
+    assert [packs.rows_of(np.array([i]))[0].tolist() for i in range(len(packs))] == [[1, 0], [2, 4, 3]]
 
 
 # ---------------------------------------------------------------------- collate
@@ -158,11 +159,69 @@ def test_pack_is_the_same_as_one_row_after_the_other() -> None:
         max_length = int(draw.integers(1, 60)) if i < 190 else 70_000
         longest = max(1, max_length // int(draw.integers(1, 5)))
         lengths = draw.integers(1, longest + 1, size=int(draw.integers(1, 400)))
-        order, bounds = pack(lengths, max_length)
+        packs = Packs(lengths, max_length)
+        order, bounds = packs.order, packs.bounds
         found = [order[a:b].tolist() for a, b in itertools.pairwise(bounds)]
         if max_length < 60:
             assert found == packed_one_by_one(lengths, max_length)
         assert sorted(order.tolist()) == list(range(len(lengths)))
+
+
+class Pieces:
+    """Lengths that are given out in pieces, and counted."""
+
+    def __init__(self, lengths: np.ndarray, num_rows: int | None = None) -> None:
+        self._lengths, self._num_rows = lengths, num_rows or len(lengths)
+        self.num_given = 0
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def piece(self, start: int, end: int) -> np.ndarray:
+        """Beyond the end they begin again."""
+        self.num_given += end - start
+        return np.take(self._lengths, np.arange(start, end), mode="wrap")
+
+
+@pytest.mark.parametrize("block_rows", [4, 64])
+def test_computed_packs_are_those_of_the_arrays(monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
+    monkeypatch.setattr("launcher.data.packing._MIN_BLOCK_ROWS", block_rows)
+    monkeypatch.setattr("launcher.data.packing._PIECE_ROWS", 256)
+    draw = np.random.default_rng(2)
+    for _ in range(60):
+        max_length = int(draw.integers(1, 60))
+        longest = max(1, max_length // int(draw.integers(1, 5)))
+        lengths = draw.integers(1, longest + 1, size=int(draw.integers(1, 1000)))
+        packs, plan = Packs(lengths, max_length), PackPlan(Pieces(lengths), max_length)
+        assert len(packs) == len(plan) and plan.num_tokens == lengths.sum()
+        for ids in (draw.permutation(len(packs)), np.zeros(0, dtype=np.int64), np.array([len(packs) - 1] * 2)):
+            for found, expected in zip(plan.rows_of(ids), packs.rows_of(ids), strict=True):
+                assert found.tolist() == expected.tolist()
+
+
+def test_packs_follow_from_counts_when_there_are_a_billion_rows() -> None:
+    """2 GB and 60 s are the limits; as much work and memory is needed for ten times as many rows."""
+    lengths = np.minimum(1024, np.random.default_rng(0).lognormal(5.5, 1.0, 1 << 16).astype(np.int64) + 1)
+    counts = np.bincount(lengths)
+    small, large = (Placements(counts * factor, 1024) for factor in (15, 15_259))  # a million, a billion
+    assert large.num_rows > 10**9
+    assert len(large._at) < 1.1 * len(small._at) < 10_000
+    places, of_length, num = large.rows_of(np.array([0, large.num_packs // 2, large.num_packs - 1]))
+    assert np.add.reduceat(of_length, np.cumsum(num) - num).max() <= 1024 and places.max() < large.num_rows
+
+
+def test_plan_of_packs_is_small_and_finds_a_row_in_one_block() -> None:
+    lengths = np.minimum(512, np.random.default_rng(0).lognormal(5.0, 1.0, 1 << 16).astype(np.int64) + 1)
+    pieces = Pieces(lengths, 5_000_000)
+    tracemalloc.start()
+    plan = PackPlan(pieces, 512)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pieces.num_given == len(pieces)  # every length is read once
+    assert peak < 60e6 < 16 * len(pieces)
+    pieces.num_given = 0
+    _, counts = plan.rows_of(np.arange(100, 200))
+    assert pieces.num_given <= counts.sum() * 4096
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
