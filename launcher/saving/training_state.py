@@ -27,6 +27,8 @@ from launcher.model.optim import Schedule
 from launcher.model.vocabulary import NewRows
 
 STATE_VERSION = 1
+_BEFORE, _BETWEEN, _AFTER = '\n "log_history": [\n  ', ",\n  ", "\n ]\n}\n"
+"""Of the history's lines in trainer_state.json."""
 
 
 @dataclass
@@ -165,8 +167,8 @@ class TrainingState:
             self._encoded_history = []
         self._encoded_history += [json.dumps(line) for line in history[len(self._encoded_history) :]]
         head = json.dumps(self._trainer_state(), indent=1).removesuffix("\n}")
-        lines = ",\n  ".join(self._encoded_history)
-        return f'{head},\n "log_history": [\n  {lines}\n ]\n}}\n'
+        lines = _BETWEEN.join(self._encoded_history)
+        return f"{head},{_BEFORE}{lines}{_AFTER}"
 
     def _trainer_state(self) -> dict[str, Any]:
         """transformers' schema, so that its tools read it; without log_history."""
@@ -207,7 +209,9 @@ class TrainingState:
         _deepspeed.refresh_forward_weights(self._optimizer_inner())
         self._load_scaler(state["scaler"])
         self._schedule.load(state["scheduler"], state["step"])
-        history = files.read_json(path.trainer_state, files.MAX_HISTORY_BYTES, within=folder).get("log_history", [])
+        text = files.read_text(path.trainer_state, files.MAX_HISTORY_BYTES, within=folder)
+        history = files.parse_json(text).get("log_history", [])
+        self._encoded_history = _encoded(text, history)
         self.progress = ProgressState(**state["progress"], log_history=history)
         if self.progress.step != state["step"] or not isinstance(history, list):
             raise ValueError("its progress is of another step, or its history is no list")
@@ -224,3 +228,9 @@ class TrainingState:
             self._scaler.load_state_dict(state)
         elif loss_scaler is not None:
             vars(loss_scaler).update({k: v for k, v in state.items() if k in vars(loss_scaler)})
+
+
+def _encoded(text: str, history: list[Any]) -> list[str]:
+    """The lines of a history as they stand in a trainer_state.json of ours; none where it is of another form."""
+    lines = text.partition(_BEFORE)[2].removesuffix(_AFTER).split(_BETWEEN)
+    return lines if len(lines) == len(history) else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,8 +34,8 @@ class MetricsFile:
 
     def last(self, key: str) -> Any:
         """The newest number of a key, also of an earlier start; None where there is none."""
-        values = [v for line in files.read_json_lines(self._path) if isinstance(v := line.get(key), (int, float))]
-        return values[-1] if values else None
+        lines = files.read_json_lines_backwards(self._path, key)
+        return next((v for line in lines if isinstance(v := line.get(key), (int, float))), None)
 
     def trim(self, step: int) -> list[dict[str, Any]]:
         """Removes lines beyond `step`, and one that a crash cut off; returns the former.
@@ -44,16 +45,43 @@ class MetricsFile:
         """
         if not self._path.is_file():
             return []
+        kept, removed, is_changed = [], [], False
         try:
-            lines = list(files.read_json_lines(self._path, is_required=True))  # else a read that fails once empties it
-            kept = [line for line in lines if isinstance(at := line.get("step", 0), (int, float)) and at <= step]
-            removed = [line for line in lines if isinstance(at := line.get("step"), (int, float)) and at > step]
-            files.replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            with files.open_read(self._path) as file:
+                for raw in file:
+                    if _is_up_to(raw, step):
+                        kept.append(raw)
+                        continue
+                    is_changed = True
+                    for line in _parsed(raw):
+                        at = line.get("step", 0)
+                        if isinstance(at, (int, float)) and at <= step:
+                            kept.append((json.dumps(line) + "\n").encode())
+                        elif isinstance(at, (int, float)):
+                            removed.append(line)
+            if is_changed:
+                files.replace_file(self._path, b"".join(kept))
         except OSError as error:
             raise UserError(
                 f"output_dir={self._path.parent}: {self._path.name} cannot be rewritten: {error}"
             ) from error
         return removed
+
+
+_STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
+
+
+def _is_up_to(raw: bytes, step: int) -> bool:
+    """Whether a whole line of ours is of this step or of one before, without parsing it: there may be a million."""
+    found = _STEP.match(raw)
+    return found is not None and raw.endswith(b"}\n") and int(found[1]) <= step
+
+
+def _parsed(raw: bytes) -> list[dict[str, Any]]:
+    with contextlib.suppress(ValueError):
+        line = files.parse_json(raw)
+        return [line] if isinstance(line, dict) else []
+    return []
 
 
 _MAX_SAMPLES, _MAX_SAMPLE_CHARS, _MAX_SAMPLES_BYTES = 8, 2000, 8 * 2**20

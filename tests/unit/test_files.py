@@ -233,3 +233,14 @@ def test_a_start_is_refused_when_something_else_stands_in_the_place_of_a_runs_ow
         RunPaths(tmp_path).refuse_links()
     path.unlink() if name == "logs" else path.rmdir()
     RunPaths(tmp_path).refuse_links()
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 64, 2**16])
+def test_lines_are_the_same_backwards(run: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(files, "_BACKWARDS_BYTES", block)
+    path = run / "x.jsonl"
+    for text in ("", "\n", '{"step": 1}', '{"step": 1}\n{"a": "\u00e9"}\nx\n\n{"step": 3, "a": 1}\n{"ste'):
+        path.write_text(text)
+        assert list(files.read_json_lines_backwards(path)) == list(files.read_json_lines(path))[::-1]
+    assert list(files.read_json_lines_backwards(path, "step")) == [{"step": 3, "a": 1}, {"step": 1}]
+    assert list(files.read_json_lines_backwards(run / "none.jsonl")) == []
