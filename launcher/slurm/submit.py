@@ -26,6 +26,7 @@ from launcher.slurm.snapshot import Snapshot, take_snapshot
 
 _NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionConfig", "BadConstraints")
 """Slurm's reasons for which a job waits until its options or the partition change."""
+_FILES_OF_A_JOB = ("config.yaml", "job.sbatch", "job_id", "proof", "restarts", "unsaved.json", "verdict")
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ def _write_files(plan: _Plan, snapshot: Snapshot) -> None:
         for path in paths.slurm_dir.iterdir():  # the script reads and writes there: no links, and no pipes to wait at
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 path.unlink()
+            elif path.is_dir() and path.name in _FILES_OF_A_JOB:
+                raise UserError(f"{path} is a folder, and the job keeps a file there: move it away, and submit again")
         text = yaml.safe_dump(to_dict(job.config), sort_keys=False, allow_unicode=True)
         files.replace_file(paths.slurm_dir / "config.yaml", text.encode(), mode=0o600)
     root = plan.script.parent.parent

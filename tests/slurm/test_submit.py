@@ -88,6 +88,35 @@ def test_folder_holds_script_config_and_code_when_submitted(submit_stand_in: Sub
     assert (run.root / "code" / "launcher" / "agent" / "accelerate.yaml").is_file()
 
 
+@pytest.mark.parametrize("name", ["verdict", "proof", "restarts", "job_id", "config.yaml"])
+def test_submission_is_refused_when_a_folder_has_the_name_of_a_file_of_the_job(
+    use_cluster: Cluster, tmp_path: Path, name: str
+) -> None:
+    mine = tmp_path / "run/slurm" / name / "mine"
+    mine.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"slurm/{name} is a folder"):
+        submit_run(RunConfig(output_dir=str(tmp_path / "run"), launch=LaunchConfig(sbatch={"hold": True})))
+    assert mine.is_dir()
+
+
+@pytest.mark.timeout(60)
+def test_links_and_pipes_in_place_of_files_of_the_job_are_replaced_when_submitted(
+    use_cluster: Cluster, tmp_path: Path
+) -> None:
+    folder, outside = tmp_path / "run/slurm", tmp_path / "outside"
+    folder.mkdir(parents=True)
+    outside.write_text("mine")
+    for name in ("verdict", "proof", "config.yaml"):
+        (folder / name).symlink_to(outside)
+    for name in ("restarts", "job_id", "unsaved.json"):
+        os.mkfifo(folder / name)
+    done = submit_run(RunConfig(output_dir=str(tmp_path / "run"), launch=LaunchConfig(sbatch={"hold": True})))
+    use_cluster.run("scancel", done.job_id)
+    assert outside.read_text() == "mine"
+    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "job.sbatch", "job_id"]
+    assert all(p.is_file() and not p.is_symlink() for p in folder.iterdir())
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with tracked, untracked, ignored and linked Python files."""
