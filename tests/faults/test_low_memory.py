@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from launcher.base import device_memory, manifest
 from launcher.base.block_io import BLOCK_BYTES
+from launcher.base.paths import RunPaths
 from launcher.checkpoint import engine, low_memory
-from tests.distributed.runs import Lab, tensors
+from tests.distributed.runs import Lab, different, kill, log_text, tensors, wait_until
 from tests.faults.writer_group import NUMEL, Group
 
 _PIECE_BYTES = 16 * BLOCK_BYTES
@@ -119,3 +122,68 @@ def test_run_without_copies_ends_like_one_with_them(lab: Lab, tmp_path: Path, st
         assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
     again = lab.run(tmp_path / "true", strategy, 2, "checkpoint.low_memory=true", "train.max_steps=14")
     assert manifest.verify(again.checkpoint_dir(14)) == []
+
+
+_LARGE = (
+    "model.config.hidden_size=512", "model.config.intermediate_size=2048", "model.config.num_hidden_layers=6",
+    "train.max_steps=2",
+)  # fmt: skip
+"""About 300 MB of weights and moments; pieces of 64 MiB (in a rank, `_small_pieces` does not hold)."""
+
+
+def _peak_bytes(pid: int) -> tuple[int, int]:
+    """The most memory that a process held until it ended: all of it, and what it shares (with its writer: the copy)."""
+    whole = shared = 0
+    while (found := _status(pid)).keys() >= {"VmHWM", "RssShmem"}:
+        whole, shared = max(whole, found["VmHWM"]), max(shared, found["RssShmem"])
+        time.sleep(0.01)
+    return whole, shared
+
+
+def _status(pid: int) -> dict[str, int]:
+    """Bytes by name; nothing of a process that has ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return {}
+    fields = (line.split() for line in text.splitlines() if line.endswith(" kB"))
+    return {name.rstrip(":"): int(number) * 1024 for name, number, _ in fields}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "zero2"])
+def test_a_rank_holds_no_copy_of_its_state_when_saves_are_written_in_pieces(
+    lab: Lab, tmp_path: Path, strategy: str
+) -> None:
+    peaks = {}
+    for value in ("false", "true"):
+        (pid,) = lab.start(tmp_path / value, strategy, 1, f"checkpoint.low_memory={value}", *_LARGE)
+        peaks[value] = _peak_bytes(pid)
+        assert lab.zygote.wait() == [0], log_text(tmp_path / value)
+    state = manifest.bytes_of(tmp_path / "true/checkpoint-2")
+    assert state > 250e6
+    (whole, shared), (low_whole, low_shared) = peaks["false"], peaks["true"]
+    assert shared > 0.99 * state and low_shared < 1.2 * 64 * 2**20, peaks
+    assert low_whole < whole, f"the copy was made elsewhere: {peaks}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("strategy", "count"), [("single", 1), ("zero2", 2), ("zero3", 3)])
+def test_run_ends_with_the_same_bits_when_ranks_are_killed_while_pieces_are_written(
+    lab: Lab, tmp_path: Path, strategy: str, count: int
+) -> None:
+    more = ("checkpoint.low_memory=true", "checkpoint.save_steps=1", "train.max_steps=12")
+    plain = lab.run(tmp_path / "plain", strategy, count, *more)
+    chance, run = random.Random(count), tmp_path / "run"
+    for target in (2, 5, 8):
+        pids = lab.start(run, strategy, count, *more)
+        wait_until(
+            lambda n=target: any(run.glob(f".tmp-checkpoint-{n}*")) or (run / f"checkpoint-{n}").exists(), "a save"
+        )
+        time.sleep(chance.uniform(0.0, 0.03))
+        kill([chance.choice(pids)])
+        assert any(lab.zygote.wait())
+        assert all(manifest.verify(folder) == [] for _, folder in RunPaths(run).checkpoint_dirs())
+    again = lab.run(run, strategy, count, *more)
+    assert different(plain.checkpoint_dir(12), again.checkpoint_dir(12)) == []
