@@ -15,7 +15,9 @@ from torch import Tensor
 from launcher.base.errors import ConfigError
 from launcher.config.settings import RunConfig
 from launcher.model import cpu_attention, cuda_attention
-from launcher.model.packing_check import check_packing, is_same
+from launcher.model.causality import check_causal
+from launcher.model.leaks import Shifts, all_agree, evaluating, log_probs, padded, random_rows, rounded_to
+from launcher.model.packing_check import check_packing
 from launcher.model.packing_masks import give_positions_to_masks
 
 _LENGTHS = (13, 7)
@@ -66,7 +68,7 @@ def settle_attention(
             measured again, since rounding differs with the weights and a continued run must not change.
 
     Raises:
-        ConfigError: `data.packing` is set and the model does not keep the rows of a pack apart.
+        ConfigError: the model is not causal, or `data.packing` is set and it does not keep the rows of a pack apart.
     """
     device, data, plain = accelerator.device, config.data, name
     base = unwrapped(accelerator.unwrap_model(model))
@@ -79,6 +81,8 @@ def settle_attention(
         check_packing(model, vocab_size, device, kind, has_borders=has_borders, is_exact=is_exact)
 
     with accelerator.autocast():  # flash attention takes no fp32
+        if known is None:
+            check_causal(model, base.config, vocab_size, device, config.model.model_name_or_path)
         own = own_attention(device) if config.model.attn_implementation == "auto" else None
         is_trusted = own is not None and known is not None and known["name"] == own.NAME
         if own is not None and _maybe_use(own, model, base, vocab_size, device, is_exact=is_exact, trust=is_trusted):
@@ -110,66 +114,113 @@ def _maybe_use(
     """Switches to our attention where the model can be trained with it and predicts the same. Collective."""
     if not getattr(base, "_supports_flash_attn", False) or not base._can_set_attn_implementation():
         return False
-    before, was_training = base.config._attn_implementation, model.training
-    seen = _Seen(own)
+    before, seen, shifts = base.config._attn_implementation, _Seen(own), Shifts()
+    rows = random_rows(0, _LENGTHS, vocab_size, device)
     is_used = False
     try:
-        with torch.no_grad():
-            model.eval()
-            expected = _log_probs(model, vocab_size, device)
-            _register(own.NAME, seen.attend)
+        with evaluating(model):
+            expected, dtype = _of_rows(model, rows)
+            shifts.add_control(torch.cat([_of_rows(model, [row])[0] for row in rows]), expected)
+            _register(own.NAME, seen.attend, seen.mask)
             base.set_attn_implementation(own.NAME)
-            model.train()
-            _log_probs(model, vocab_size, device)
+            model.train()  # dropout
+            _of_rows(model, rows)
+            model.eval()
             if seen.allows(base.config.get_text_config()):
                 _register(own.NAME, own.attend)
-                model.eval()
-                is_used = trust or is_same(_log_probs(model, vocab_size, device), expected, is_exact=is_exact)
+                found, _ = _of_rows(model, rows)
+                is_used = trust or shifts.is_same(found, expected, rounded_to(dtype, is_exact=is_exact))
     except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
         is_used = False
-    model.train(was_training)
+    is_used = all_agree(is_used, device)
     if not is_used:
         base.set_attn_implementation(before)
     return is_used
 
 
-def _register(name: str, attend: Any) -> None:
+def _register(name: str, attend: Any, mask: Any = None) -> None:
     """As an attention of transformers, with the masks of flash attention: two-dimensional or none."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, flash_attention_mask)
+    AttentionMaskInterface.register(name, mask or flash_attention_mask)
+
+
+def _of_rows(model: Any, rows: list[Tensor]) -> tuple[Tensor, torch.dtype]:
+    """Log probabilities of their tokens, one row after another."""
+    inputs = padded(rows)
+    found, dtype = log_probs(model, inputs)
+    return found[inputs["attention_mask"].bool()], dtype
 
 
 class _Seen:
     """Looks at what the layers ask for. It raises nothing: a pass that breaks off leaves ZeRO-3's weights gathered."""
 
     def __init__(self, own: OwnAttention) -> None:
-        self._own, self._reasons, self._num_calls, self._has_window = own, set[str](), 0, False
+        self._own, self._reasons, self._num_calls = own, set[str](), 0
+        self._windows: set[int | None] = set()
+        """Those that layers ask for; None: all tokens before."""
+        self._masked: set[int | None] = set()
+        """Those that the model's masks let through."""
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         self._num_calls += 1
-        self._has_window |= kwargs.get("sliding_window") is not None
+        self._windows.add(kwargs.get("sliding_window") or None)
         reason = self._own.why_not(module, query, **kwargs)
+        if attention_mask is not None and attention_mask.ndim != 2:
+            reason = "a mask of its own"
         self._reasons |= {reason} if reason else set()
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).to(query.dtype), None
 
+    def mask(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' mask function of flash attention, which drops the pattern: it is left to the layers."""
+        from transformers.masking_utils import causal_mask_function, flash_attention_mask
+
+        try:
+            self._masked.add(window_of(kwargs.get("mask_function", causal_mask_function)))
+        except (ValueError, IndexError, TypeError, RuntimeError):
+            self._reasons.add("a mask of its own")
+        return flash_attention_mask(*args, **kwargs)
+
     def allows(self, text_config: Any) -> bool:
-        """Whether every call could be made, and a window that the config has reached the calls (masks have it else)."""
+        """Whether every call could be made, and says which window it has: where only the masks have it (phimoe), it
+        would be lost."""
         kinds = getattr(text_config, "layer_types", None) or ()
-        needs_window = "sliding_attention" in kinds
         needs_more = any(kind not in ("full_attention", "sliding_attention") and "attention" in kind for kind in kinds)
-        return bool(self._num_calls and not self._reasons and not needs_more and (self._has_window or not needs_window))
+        is_lost = ("sliding_attention" in kinds or not kinds) and not self._masked - {None, 0} <= self._windows
+        is_new = bool(self._masked) and not self._windows <= self._masked
+        needs_window = "sliding_attention" in kinds and self._windows <= {None}
+        return bool(self._num_calls) and not (self._reasons or needs_more or is_lost or is_new or needs_window)
 
 
-def _log_probs(model: Any, vocab_size: int, device: torch.device) -> Tensor:
-    """Of the tokens of two padded rows."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (len(_LENGTHS), max(_LENGTHS)), generator=generator)
-    mask = torch.arange(max(_LENGTHS))[None] < torch.tensor(_LENGTHS)[:, None]
-    outputs = model(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
-    found: Tensor = outputs.logits.float().log_softmax(-1)[mask.to(device)]
-    return found
+_FAR = 1 << 40
+
+
+def window_of(sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> int | None:
+    """How many tokens a mask function of transformers lets each see, itself and those before it; None: all.
+
+    Raises:
+        ValueError: it is another pattern.
+    """
+    zero = torch.tensor(0)
+
+    def sees_back(query: int, distance: int) -> bool:
+        return bool(sees(zero, zero, torch.tensor(query), torch.tensor(query - distance)))
+
+    if sees_back(_FAR, -1):
+        raise ValueError("not causal")
+    if not sees_back(_FAR, 0):
+        return 0  # made of a setting that means off (qwen2_moe), and used by no layer
+    if sees_back(_FAR, _FAR):
+        return None
+    seen, hidden = 0, _FAR
+    while hidden - seen > 1:
+        middle = (seen + hidden) // 2
+        seen, hidden = (middle, hidden) if sees_back(_FAR, middle) else (seen, middle)
+    for query in (_FAR + 1, _FAR + hidden // 2, _FAR - hidden // 3):  # blocks of tokens end elsewhere for each of them
+        if not sees_back(query, seen) or sees_back(query, hidden) or sees_back(query, -1):
+            raise ValueError("not a window")
+    return hidden

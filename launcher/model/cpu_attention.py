@@ -19,6 +19,12 @@ NAME = "cpu_blocks"
 """As transformers knows it."""
 _BLOCK = 128
 """Queries at once: enough for the matrix products, few enough that their scores stay in the cache."""
+_HARMLESS = (
+    "scaling", "sliding_window", "softcap", "position_ids", "cache_position",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
+"""Arguments of an attention that are done here, or change nothing. What else a layer hands over (sinks, biases, masks
+of heads, what is not invented yet) would be left out in silence."""
 
 
 class UnsupportedAttentionError(NotImplementedError):
@@ -61,7 +67,7 @@ def why_not(
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if not is_causal:
         return "attention in both directions"
-    more = [name for name in ("s_aux", "sinks", "position_bias", "head_mask") if kwargs.get(name) is not None]
+    more = [name for name, value in kwargs.items() if name not in _HARMLESS and not isinstance(value, bool | None)]
     return "dropout" if dropout else more[0] if more else None
 
 

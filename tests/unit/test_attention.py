@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher.base.errors import ConfigError
 from launcher.config.settings import RunConfig
 from launcher.model import cpu_attention
-from launcher.model.attention import Attention, settle_attention
+from launcher.model.attention import Attention, settle_attention, window_of
 from launcher.model.loss import summed_loss
 from launcher.model.packing_check import borders_of
 from tests.architectures import ARCHITECTURES, model_config
@@ -114,8 +114,7 @@ def test_packing_is_refused_when_rows_leak_whatever_the_attention() -> None:
 
 def test_nothing_is_measured_again_when_a_run_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding grows with the weights: a run must not change its attention because a limit was crossed meanwhile."""
-    monkeypatch.setattr("launcher.model.attention.is_same", lambda *args, **kwargs: False)
-    monkeypatch.setattr("launcher.model.packing_check.is_same", lambda *args, **kwargs: False)
+    monkeypatch.setattr("launcher.model.leaks.Shifts.is_same", lambda *args: False)
     assert settle(build(model_config("llama"))) == Attention("sdpa", is_flat=False)
     assert settle(build(model_config("llama")), known=_FLAT.setting()) == _FLAT
 
@@ -129,3 +128,25 @@ def test_trained_model_in_bfloat16_is_the_same_up_to_rounding() -> None:
         device=torch.device("cpu"), unwrap_model=lambda model: model, autocast=contextlib.nullcontext
     )
     assert settle_attention(config, model, accelerator, 256, "sdpa") == _FLAT
+
+
+def test_pattern_of_a_mask_is_found_when_it_is_a_window() -> None:
+    from transformers import masking_utils as masks
+
+    assert window_of(masks.causal_mask_function) is None
+    for window in (1, 2, 16, 4096, 1 << 20):
+        assert window_of(masks.sliding_window_causal_mask_function(window)) == window
+    assert window_of(masks.sliding_window_causal_mask_function(0)) == 0
+    others = [
+        masks.bidirectional_mask_function, masks.chunked_causal_mask_function(16, torch.zeros(1, dtype=torch.long)),
+        masks.or_masks(masks.causal_mask_function, masks.sliding_window_bidirectional_overlay(3)),
+    ]  # fmt: skip
+    for other in others:
+        with pytest.raises(ValueError, match="not"):
+            window_of(other)
+
+
+def test_attention_of_transformers_stays_when_a_layer_hands_over_something_unknown() -> None:
+    query = torch.zeros(1, 2, 3, 4)
+    assert cpu_attention.why_not(torch.nn.Identity(), query, scaling=0.5, new_bias=query) == "new_bias"
+    assert cpu_attention.why_not(torch.nn.Identity(), query, new_bias=None, output_attentions=False) is None

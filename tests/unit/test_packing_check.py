@@ -103,3 +103,46 @@ def test_the_answer_is_the_same_when_forward_rounds_to_bf16(name: str, is_autoca
                 check_packing(model, 200, cpu, name, is_exact=False)
         else:
             check_packing(model, 200, cpu, name, is_exact=False)
+
+
+def _round_by_group(model: Any) -> None:
+    """As kernels do on CUDA in bf16: a product is rounded otherwise where an expert has another number of tokens."""
+    for name, part in model.named_modules():
+        if not name.endswith("experts"):
+            continue
+
+        def rounded(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            chosen = args[1].flatten(0, -2) if args[1].ndim > 2 else args[1]
+            sizes = chosen.flatten().bincount(minlength=module.num_experts)
+            seed = int((sizes * torch.tensor([7**i for i in range(module.num_experts)])).sum())
+            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
+            return (output.float() * (1 + noise * 2**-8)).to(output.dtype)
+
+        part.register_forward_hook(rounded)
+
+
+@pytest.mark.filterwarnings("ignore")  # kernels that are not installed
+@pytest.mark.parametrize("scale", [1.0, 20.0])  # untrained and trained: log probabilities of 6 and of 40
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_next"])
+def test_mixture_is_told_from_a_leak_when_its_products_are_rounded_by_group(name: str, scale: float) -> None:
+    config = {"model_type": name, **LEAKING[name]} if name in LEAKING else model_config(name)
+    model = build(config, "eager").to(torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight *= scale
+    _round_by_group(model)
+    if name in LEAKING:
+        with pytest.raises(ConfigError, match="depends on the row before"):
+            check_packing(model, 200, torch.device("cpu"), name, is_exact=False)
+    else:
+        check_packing(model, 200, torch.device("cpu"), name, is_exact=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore")
+def test_packing_is_refused_when_positions_do_not_begin_at_0(dtype: torch.dtype) -> None:
+    """RoBERTa's begin after that of padding; trained so, a pack would be learnt at other positions than it is used."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = build({"model_type": "roberta", "is_decoder": True, "vocab_size": 264, **sizes}, "sdpa").to(dtype)
+    give_positions_to_masks(model, model, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"roberta does not .*: a row in a pack is not what it is alone"):
+        check_packing(model, 200, torch.device("cpu"), "roberta", is_exact=dtype == torch.float32)

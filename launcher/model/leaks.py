@@ -1,0 +1,150 @@
+"""Whether predictions are what they must be: measured on the model itself, told apart from rounding.
+
+What rounding does is measured as well: by changes that cannot matter. No fixed limit fits untrained and trained models,
+fp32, TF32 and bf16, and mixtures of experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NUM_DRAWS = 4
+_MAX_LEAK = 1e-5
+"""In log probabilities. Seen in fp32: 0 where rows are apart, 4e-5 and more where they are not (untrained). In bf16 on
+a CPU: 0 in all of 27 architectures, mixtures among them, 1e-3 and more where they are not (LFM2, bloom; untrained)."""
+
+_LEAST = -1e4
+"""Log probabilities below it are as good as minus infinity, of which differences are no numbers."""
+_NUM_ROUNDINGS = {True: 4, False: 2}
+"""In units of the last place: in fp32 of a log probability, else of how far apart a token's logits are. Seen between
+two kernels of attention, in 120 untrained architectures: 0.4 and 1.3."""
+
+
+class Leaks:
+    """How much predictions change by what they must not depend on, beside what rounding alone changes.
+
+    How many tokens an expert of a mixture gets decides how its products are computed and rounded, in bf16 on CUDA by
+    more than some leaks. So the same change is also made where nothing can leak: a leak is more than twice the largest
+    of those, at the same position in every draw. Where there is no leak both are the same rounding, and four draws in
+    a row beyond twice of what eleven positions of four others show are out of the question.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[Tensor] = []
+        self._control: list[Tensor] = []
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Log probabilities (positions, vocabulary) of one draw before and after the change."""
+        self._found.append(_by_position(before, after))
+
+    def add_control(self, before: Tensor, after: Tensor) -> None:
+        """Those that the change cannot reach."""
+        self._control.append(_by_position(before, after))
+
+    @property
+    def smallest(self) -> float:
+        """Of all draws, at the position where it is largest."""
+        return float(torch.stack(self._found).amin(0).max())
+
+    @property
+    def are_none(self) -> bool:
+        return all(bool(each.max() <= _MAX_LEAK) for each in self._found)
+
+    @property
+    def are_unknown(self) -> bool:
+        """The model predicts nothing: its weights are not finite."""
+        return math.isnan(self.smallest)
+
+    @property
+    def are_rounding(self) -> bool:
+        noise = max((float(each.max()) for each in self._control), default=0.0)
+        return self.smallest <= max(_MAX_LEAK, 2 * noise)
+
+
+class Shifts:
+    """How far predictions are from those that they must equal, beside what the shape of a batch alone changes."""
+
+    def __init__(self) -> None:
+        self._noise = 0.0
+        self.smallest = float("inf")
+        """The largest difference of a log probability, in the draw where it is smallest."""
+
+    def add_control(self, alone: Tensor, beside_others: Tensor) -> None:
+        """Log probabilities of the same rows as transformers has them, in batches of different shapes."""
+        self._noise = max(self._noise, _rms(alone - beside_others))
+
+    def is_same(self, found: Tensor, expected: Tensor, computed_in: torch.dtype) -> bool:
+        """Whether they are equal up to rounding: to a few units of the last place, or to four times the control."""
+        spread = expected if computed_in == torch.float32 else expected - expected.mean(-1, keepdim=True)
+        limit = _NUM_ROUNDINGS[computed_in == torch.float32] * torch.finfo(computed_in).eps * _rms(spread)
+        self.smallest = min(self.smallest, float((found - expected).abs().max()))
+        return _rms(found - expected) <= max(limit, 4 * self._noise)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _by_position(before: Tensor, after: Tensor) -> Tensor:
+    return (before - after).abs().amax(-1).cpu()
+
+
+def all_agree(found: bool, device: torch.device) -> bool:
+    """Whether it is so on every process: what they measure may differ, what they do next must not. Collective."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return found
+    answer = torch.tensor(int(found), device=device)
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer.item())
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """No dropout and no gradients inside."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def random_rows(draw: int, lengths: Sequence[int], vocab_size: int, device: torch.device) -> list[Tensor]:
+    """Token ids, the same on every process."""
+    generator = torch.Generator().manual_seed(draw)
+    return [torch.randint(0, vocab_size, (length,), generator=generator).to(device) for length in lengths]
+
+
+def padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """A micro-batch as transformers takes it: padded on the right, no positions."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long(),
+    }
+
+
+def log_probs(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, torch.dtype]:
+    """Of a micro-batch, in fp32, and the dtype of its logits: in bf16 a step of a log probability is as large as some
+    leaks."""
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits.float().log_softmax(-1).clamp_(min=_LEAST), logits.dtype
+
+
+def rounded_to(dtype: torch.dtype, *, is_exact: bool) -> torch.dtype:
+    """The dtype that forward rounds to.
+
+    Args:
+        dtype: of the logits, which some models widen.
+        is_exact: it rounds nothing to bf16 or fp16.
+    """
+    return torch.bfloat16 if dtype == torch.float32 and not is_exact else dtype

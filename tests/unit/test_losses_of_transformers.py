@@ -1,0 +1,130 @@
+"""Our loss of the same rows is transformers' own, for every causal architecture that can be made small: promise 7."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.base.errors import ConfigError
+from launcher.config.settings import RunConfig
+from launcher.data.rows import collate, to_device
+from launcher.model.attention import Attention, settle_attention
+from launcher.model.loss import build_loss
+from tests.every_architecture import NAMES, VOCAB_SIZE, small_model
+
+_CPU = torch.device("cpu")
+_LENGTHS = (23, 5, 40)  # one is longer than the windows
+_NOT_CAUSAL = {
+    "bert": "is_decoder", "bert-generation": "is_decoder", "big_bird": "is_decoder", "camembert": "is_decoder",
+    "cpmant": None, "data2vec-text": "is_decoder", "electra": "is_decoder", "ernie": "is_decoder",
+    "megatron-bert": "is_decoder", "rembert": "is_decoder", "roberta": "is_decoder",
+    "roberta-prelayernorm": "is_decoder", "roc_bert": "is_decoder", "roformer": "is_decoder", "xlm": "causal",
+    "xlm-roberta": "is_decoder", "xlm-roberta-xl": "is_decoder", "xlnet": None, "xmod": "is_decoder",
+}  # fmt: skip
+"""As their configs are, and the field that makes them so."""
+_NOT_SHIFTED = (
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr",
+    "whisper", "xlm",
+)  # fmt: skip
+"""transformers takes the labels of these as they stand, from their time as decoders with an encoder: a position's label
+is its own token, so that its Trainer teaches them to copy. Ours is the next token everywhere."""
+_NOT_SMALL = 40
+"""With encoders of images and sound, or with sizes that do not fit together in tests/every_architecture.py."""
+
+
+class Rows:
+    """Rows of different lengths, all but the first two tokens labelled; as `data.TokenRows` gives them."""
+
+    is_packed = False
+
+    def __init__(self, *, is_flat: bool) -> None:
+        self.is_flat = is_flat
+        generator = torch.Generator().manual_seed(2)
+        self._rows = [torch.randint(3, 250, (length,), generator=generator).numpy() for length in _LENGTHS]
+
+    def segments(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(self._rows[i], np.arange(len(self._rows[i])) >= 2)]
+
+
+def batch(*, is_flat: bool = False) -> dict[str, Any]:
+    rows: Any = Rows(is_flat=is_flat)
+    return collate(rows, np.arange(len(_LENGTHS)), 0)
+
+
+def settle(model: Any) -> Attention:
+    accelerator = SimpleNamespace(device=_CPU, unwrap_model=lambda model: model, autocast=contextlib.nullcontext)
+    return settle_attention(RunConfig(), model, accelerator, VOCAB_SIZE, model.config._attn_implementation)
+
+
+@torch.no_grad()
+def loss_of_transformers(model: Any, kind: str) -> float:
+    rows = batch()
+    outputs = model(**rows, use_cache=False)
+    if kind not in _NOT_SHIFTED:
+        return float(outputs.loss)
+    labels = rows["labels"][:, 1:].flatten()
+    return float(torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels))
+
+
+def losses(model: Any, loss: Any) -> list[float]:
+    """In evaluation and in training, in which some architectures draw random numbers."""
+    found = []
+    for is_training in (False, True):
+        model.train(is_training)
+        torch.manual_seed(1)
+        found.append(loss())
+    return found
+
+
+def compare(model: Any, kind: str) -> None:
+    expected = losses(model, lambda: loss_of_transformers(model, kind))
+    attention = settle(model)
+    ours, _ = build_loss(model, _CPU, is_fused=True)
+    rows = to_device(batch(is_flat=attention.is_flat), _CPU)
+
+    @torch.no_grad()
+    def mean() -> float:
+        found = ours(model, rows)
+        return float(found.loss_sum) / found.num_labelled
+
+    assert losses(model, mean) == pytest.approx(expected, rel=1e-5), (kind, attention)
+
+
+@pytest.mark.filterwarnings("ignore")  # kernels that are not installed
+@pytest.mark.parametrize("kind", ["llama", "phimoe", "whisper", "bart", "opt", "phi3", "mimo_v2_flash"])
+def test_loss_is_that_of_transformers_when_the_architecture_is(kind: str) -> None:
+    """phimoe has its window in its masks only; bart counts positions and labels in its own way."""
+    compare(small_model(kind), kind)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_loss_is_that_of_transformers_whatever_the_architecture() -> None:
+    num_left_out, problems = 0, {}
+    for kind in NAMES:
+        model = small_model(kind)
+        if model is None or kind in _NOT_CAUSAL:
+            num_left_out += model is None
+            continue
+        try:
+            compare(model, kind)
+        except Exception as error:
+            problems[kind] = repr(error)[:300]
+    assert not problems
+    assert num_left_out <= _NOT_SMALL
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["roberta", *(pytest.param(k, marks=pytest.mark.slow) for k in _NOT_CAUSAL)])
+def test_architecture_is_refused_when_it_sees_what_it_predicts(kind: str) -> None:
+    field = _NOT_CAUSAL[kind]
+    cure = f"Set model\\.config\\.{field}=true" if field else r"Train another architecture"
+    with pytest.raises(ConfigError, match=rf"{kind} is not causal as it is configured: .*{cure}"):
+        settle(small_model(kind))
+    if field:
+        compare(small_model(kind, **{field: True}), kind)
