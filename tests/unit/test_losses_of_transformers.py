@@ -33,7 +33,7 @@ _NOT_SHIFTED = (
 )  # fmt: skip
 """transformers takes the labels of these as they stand, from their time as decoders with an encoder: a position's label
 is its own token, so that its Trainer teaches them to copy. Ours is the next token everywhere."""
-_NOT_SMALL = 40
+_NOT_SMALL = 28
 """With encoders of images and sound, or with sizes that do not fit together in tests/every_architecture.py."""
 
 
