@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from launcher.base.errors import ConfigError
 from launcher.config.settings import RunConfig
+from launcher.model.schedules import build_scheduler
 
 
 def norm_names(model: torch.nn.Module) -> set[str]:
@@ -79,19 +80,14 @@ class Schedule:
     """
 
     def __init__(self, config: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
-        from transformers import get_scheduler
-
         settings = config.scheduler
         warmup = settings.warmup_steps
         num_warmup = math.ceil(warmup * total_steps) if 0 < warmup < 1 else int(warmup)
         try:
-            self._scheduler: Any = get_scheduler(
-                settings.lr_scheduler_type,
-                optimizer,
-                num_warmup_steps=num_warmup,
-                num_training_steps=total_steps,
-                scheduler_specific_kwargs=dict(settings.lr_scheduler_kwargs),
-            )
+            self._scheduler: Any = build_scheduler(
+                settings.lr_scheduler_type, optimizer, num_warmup_steps=num_warmup, num_training_steps=total_steps,
+                kwargs=dict(settings.lr_scheduler_kwargs),
+            )  # fmt: skip
         except (TypeError, ValueError) as error:
             name = f"scheduler.lr_scheduler_type={settings.lr_scheduler_type}"
             raise ConfigError([f"{name}: {error}. See scheduler.lr_scheduler_kwargs"]) from error

@@ -48,6 +48,15 @@ class LauncherAccelerator(Accelerator):
         """Gives what the two calls below work with; after `prepare`."""
         self._training_state, self._saves = state, saves
 
+    def unwrap_model(
+        self, model: torch.nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
+    ) -> Any:
+        """Accelerate's own imports all of DeepSpeed to ask whether the model is one of its engines."""
+        is_plain = type(model).__module__ != "deepspeed.runtime.engine" and not hasattr(model, "_orig_mod")
+        if not is_plain or not keep_fp32_wrapper:
+            return super().unwrap_model(model, keep_fp32_wrapper, keep_torch_compile)
+        return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
     def save_state(
         self, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
     ) -> str:
