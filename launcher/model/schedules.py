@@ -1,7 +1,7 @@
 """The schedules that most runs use, by transformers' formulas and without its trainer.
 
-`transformers.optimization` imports `trainer_utils`, and that imports peft, and with it bitsandbytes and torch's compiler:
-1 to 2 s of every start for three short functions. They are compared with transformers' own by a test.
+`transformers.optimization` imports `trainer_utils`, and that peft, and with it bitsandbytes and torch's compiler: 1 to
+2 s of every start for four short functions. They are compared with transformers' own by a test.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from launcher.config.compose import compose
 from launcher.model.optim import Schedule, build_optimizer
 from launcher.train import build, evaluation, finish, loop
 from launcher.train.accelerator import build_accelerator
-config = compose(["strategy=single", "tracker=off", "output_dir=unused"])
+config = compose(["strategy=single", "launch.num_processes=1", "tracker=off", "output_dir=unused"])
 accelerator = build_accelerator(config)
 module = torch.nn.Linear(2, 2)
 optimizer = build_optimizer(config, module)
