@@ -147,6 +147,10 @@ def _build_all(
             )  # fmt: skip
         except DataError as error:
             problems.append(str(error))
+        except OSError as error:  # not of the source, whose errors are DataError
+            raise DataError(
+                f"tokenised data cannot be kept in {_cache_dir(data)}: {error}. Set data.cache_dir=FOLDER"
+            ) from error
     if problems:
         raise DataError("\n".join(problems))
 

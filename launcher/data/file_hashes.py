@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from pathlib import Path
@@ -30,8 +31,9 @@ class FileHashes:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if time.time() - stat.st_mtime > _SETTLED_S:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, {**self._read(), str(path.resolve()): [*mark, digest]})
+            with contextlib.suppress(OSError):  # a full or unwritable cache: the tokens' own error names it
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self._path, {**self._read(), str(path.resolve()): [*mark, digest]})
         return digest
 
     def _read(self) -> dict[str, Any]:

@@ -137,3 +137,15 @@ def test_the_model_alone_is_published_when_the_last_checkpoint_has_no_room(lab: 
     published = (run.root / "model.safetensors").read_bytes()
     assert len(published) == model and published != (run.checkpoint_dir(10) / "model.safetensors").read_bytes()
     assert not [p.name for p in run.root.iterdir() if p.name.startswith(".tmp")]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("leave", [0, 12_288])
+def test_a_full_cache_is_named_with_its_key(lab: Lab, disk: Path, tmp_path: Path, leave: int) -> None:
+    _fill(disk, leave=leave)
+    log = tmp_path / "log"
+    codes = lab.zygote.run(lab.overrides(tmp_path / "run", "ddp", f"data.cache_dir={disk / 'cache'}"), 2, log)
+    text = log.read_text()
+    assert 2 in codes, text
+    assert f"tokenised data cannot be kept in {disk / 'cache'}: " in text and "Set data.cache_dir=FOLDER" in text
+    assert "Traceback" not in text
