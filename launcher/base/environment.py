@@ -19,6 +19,8 @@ _TRAINING = (
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING", "ACCELERATE_DOWNCAST_BF16",
     "ACCELERATE_SPLIT_BATCHES", "ACCELERATE_DYNAMO_BACKEND",
 )  # fmt: skip
+_PYTHON = ("PYTHONOPTIMIZE",)
+"""Without docstrings transformers does not import."""
 _OTHER_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 _ENGINE_PREFIXES = ("FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_", "ACCELERATE_FP8_")
 AGENT_MARK = "TORCHELASTIC_RUN_ID"
@@ -29,7 +31,7 @@ def without_inherited(env: Mapping[str, str]) -> dict[str, str]:
     """The environment for an `accelerate launch` of our own: all it needs is in its flags."""
     return {
         name: value for name, value in env.items()
-        if name not in _LAUNCH and not name.startswith((*_LAUNCH_PREFIXES, "ACCELERATE_", *_ENGINE_PREFIXES))
+        if name not in (*_LAUNCH, *_PYTHON) and not name.startswith((*_LAUNCH_PREFIXES, "ACCELERATE_", *_ENGINE_PREFIXES))
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ def test_agents_environment_holds_nothing_that_describes_other_processes() -> No
     dropped = {
         **POD, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
         "PET_NPROC_PER_NODE": "8", "TORCHELASTIC_RUN_ID": "a", "OMPI_COMM_WORLD_SIZE": "4", "PMI_RANK": "1",
+        "PYTHONOPTIMIZE": "2",
     }  # fmt: skip
     assert without_inherited({**kept, **dropped}) == kept
 
