@@ -31,7 +31,7 @@ def without_inherited(env: Mapping[str, str]) -> dict[str, str]:
     """The environment for an `accelerate launch` of our own: all it needs is in its flags."""
     return {
         name: value for name, value in env.items()
-        if name not in (*_LAUNCH, *_PYTHON) and not name.startswith((*_LAUNCH_PREFIXES, "ACCELERATE_", *_ENGINE_PREFIXES))
+        if name not in _LAUNCH + _PYTHON and not name.startswith((*_LAUNCH_PREFIXES, "ACCELERATE_", *_ENGINE_PREFIXES))
     }  # fmt: skip
 
 
