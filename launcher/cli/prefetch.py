@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 from launcher.base import files
 from launcher.base.errors import EXIT_DONE, UserError
 from launcher.base.paths import RunPaths
-from launcher.config.compose import compose_arguments
+from launcher.cli.arguments import parse_settings
+from launcher.cli.train import as_argv
+from launcher.config.compose import Arguments, compose, compose_arguments, compose_hydra, to_plain
 from launcher.config.settings import RunConfig, is_local_path
 from launcher.hub import fetch_checkpoint, fetch_model
 from launcher.hub.environment import distrust_xet
+from launcher.sweep.plan import quoted
+
+_FROM_SCRATCH = ("tiny_llama", "scratch")
 
 _EXAMPLE = """example:
   launcher prefetch model.model_name_or_path=ORG/MODEL data.dataset_name=ORG/DATA
@@ -27,13 +33,13 @@ def main(argv: list[str]) -> int:
         ConfigError: the overrides are wrong. UserError: something is not there or may not be read.
     """
     parser = argparse.ArgumentParser(
-        prog="launcher prefetch", description="Download model and data beforehand.", epilog=_EXAMPLE,
+        prog="launcher prefetch", usage="launcher prefetch [OVERRIDE…]",
+        description="Download model and data beforehand.", epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="KEY=VALUE, as for launcher train")
-    options, rest = parser.parse_known_args(argv)
+    _, arguments = parse_settings(parser, argv)
     distrust_xet()
-    config = compose_arguments(_with_own_base([*options.overrides, *rest]))
+    config = _config(arguments)
     found = False
     with_code = config.model.trust_remote_code
     for what, name, revision in _models(config):
@@ -53,26 +59,54 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def _with_own_base(arguments: list[str]) -> list[str]:
-    """The same, with the model that an adapter on the Hub belongs to where only the adapter is named."""
-    keys = ("model.adapter_name_or_path", "model.model_name_or_path")
-    adapter, base = (_value(arguments, key) for key in keys)
-    if not adapter or base or is_local_path(adapter):  # a folder's base is named by the rules
-        return arguments
-    own = files.read_json_or(fetch_model(adapter, None, with_weights=True, with_code=False) / "adapter_config.json", {})
+def _config(arguments: Arguments) -> RunConfig:
+    """That of the command line, with the model that an adapter belongs to where only the adapter is named: there, or in
+    an experiment or another settings file.
+
+    Raises:
+        ConfigError: the overrides are wrong.
+    """
+    if arguments.config_file is not None:  # of a run, which has named its model
+        return compose_arguments(as_argv(arguments))
+    composed = compose_hydra(arguments.overrides, arguments.config_dir)
+    model, choice = to_plain(composed).get("model"), composed.hydra.runtime.choices.get("model")
+    own = _own_base(model if isinstance(model, dict) else {}, is_shipped=choice in _FROM_SCRATCH)
+    replaced = {text.partition("=")[0] for text in own}
+    kept = [text for text in arguments.overrides if text.partition("=")[0].lstrip("+") not in replaced]
+    return compose([*kept, *own], arguments.config_dir)
+
+
+def _own_base(model: dict[str, Any], *, is_shipped: bool) -> list[str]:
+    """Overrides that name the model of an adapter that is alone.
+
+    Args:
+        model: the group as it is composed, its values unchecked.
+        is_shipped: it is a choice of ours for models from scratch, and no file of the user's that names the adapter.
+    """
+    adapter = model.get("adapter_name_or_path")
+    if not isinstance(adapter, str) or not adapter or model.get("model_name_or_path"):
+        return []
+    if is_local_path(adapter):
+        folder = Path(adapter).expanduser()
+    else:
+        folder = fetch_model(adapter, None, with_weights=True, with_code=False)
+    own = files.read_json_or(folder / "adapter_config.json", {})
     base = own.get("base_model_name_or_path") if isinstance(own, dict) else None
-    if not base:
-        return arguments
-    overrides = ["model=pretrained", f"model.model_name_or_path={base}"]
+    if not base or not isinstance(base, str):
+        return []
+    overrides = [f"model.model_name_or_path={_as_value(base)}"]
+    if is_shipped or model.get("config"):
+        overrides.insert(0, "model=pretrained" if is_shipped else "model.config=null")
     if own.get("revision"):
-        overrides.append(f"model.revision={own['revision']}")
+        overrides.append(f"model.revision={_as_value(str(own['revision']))}")
     _say(f"adapter {adapter} belongs to {base}; to train it on", " ".join(overrides))
-    return [*(a for a in arguments if not a.startswith(("model=", "model.model_name_or_path="))), *overrides]
+    if is_local_path(base):
+        _say(f"model {base}", "a folder; nothing to download")
+    return overrides
 
 
-def _value(arguments: list[str], key: str) -> str | None:
-    values = [text.partition("=")[2].strip("'\"") for text in arguments if text.partition("=")[0].lstrip("+") == key]
-    return values[-1] if values and values[-1] != "null" else None
+def _as_value(text: str) -> str:
+    return text if re.fullmatch(r"[A-Za-z][\w./-]*|/[\w./-]+", text) else quoted(text)
 
 
 def _say(what: str, where: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from launcher.base import manifest
+from launcher.cli import prefetch
+from launcher.config.compose import compose
 from launcher.hub.items import checkpoint_item
 from tests.hub.helpers import REPO, make_checkpoint, make_config, prepare_spool, upload_all
 from tests.hub.server import HubServer
@@ -138,6 +142,78 @@ def add_adapter(hub: HubServer, env: dict[str, str], tmp_path: Path) -> list[str
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(7)))
     return ["model=pretrained", "model.model_name_or_path=org/tiny", f"data.train_files=[{rows}]"]
+
+
+_NAMED = {
+    "typed": ("", ["model.adapter_name_or_path=ADAPTER"]),
+    "typed with a choice": ("", ["model=scratch", "model.adapter_name_or_path=ADAPTER"]),
+    "experiment": (
+        "experiment/mine.yaml: # @package _global_\nmodel:\n  adapter_name_or_path: ADAPTER\n", ["experiment=mine"],
+    ),
+    "experiment with a choice": (
+        "experiment/mine.yaml: # @package _global_\ndefaults:\n  - override /model: pretrained\n"
+        "model:\n  adapter_name_or_path: ADAPTER\n", ["experiment=mine"],
+    ),
+    "choice": ("model/mine.yaml: adapter_name_or_path: ADAPTER\ndtype: float32\n", ["model=mine"]),
+    "choice of an experiment": (
+        "model/mine.yaml: adapter_name_or_path: ADAPTER\ndtype: float32\n"
+        "experiment/mine.yaml: # @package _global_\ndefaults:\n  - override /model: mine\n", ["experiment=mine"],
+    ),
+}  # fmt: skip
+
+
+_ALWAYS = (
+    ("typed", "adapter", "org/tiny"), ("experiment", "org/adapter", "org/tiny"),
+    ("choice of an experiment", "org/adapter", "odd folder, 'named'"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("named", "adapter", "base"),
+    [
+        pytest.param(*combined, marks=[] if combined in _ALWAYS else pytest.mark.slow)
+        for combined in itertools.product(
+            _NAMED, ("org/adapter", "adapter"), ("org/tiny", "folder", "odd folder, 'named'")
+        )
+    ],
+)
+def test_base_is_the_adapters_own_when_only_the_adapter_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], named: str, adapter: str, base: str,
+) -> None:  # fmt: skip
+    """On the command line, in an experiment or in a choice; adapter and base on the Hub or in a folder."""
+    asked: list[tuple[str, str | None]] = []
+    own = tmp_path / "adapter"
+    own.mkdir()
+    if base != "org/tiny":
+        base = str(tmp_path / base)
+        Path(base).mkdir()
+        (Path(base) / "config.json").write_text("{}")
+    settings = {"base_model_name_or_path": base, "peft_type": "LORA", "revision": "v1" if base == "org/tiny" else None}
+    (own / "adapter_config.json").write_text(json.dumps(settings))
+
+    def fetch(name: str, revision: str | None, **_: bool) -> Path:
+        asked.append((name, revision))
+        return own
+
+    monkeypatch.setattr("launcher.cli.prefetch.fetch_model", fetch)
+    adapter = adapter if adapter == "org/adapter" else str(own)
+    texts, overrides = _NAMED[named]
+    for text in re.split(r"(?m)^(?=(?:experiment|model)/)", texts):
+        if text:
+            path = tmp_path / "conf" / text.partition(": ")[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text.partition(": ")[2].replace("ADAPTER", adapter))
+    config_dir = ["--config-dir", str(tmp_path / "conf")] if texts else []
+    typed = [text.replace("ADAPTER", adapter) for text in overrides]
+    assert prefetch.main([*config_dir, *typed, f"output_dir={tmp_path / 'run'}"]) == 0
+    said = capsys.readouterr().out
+    assert f"adapter {adapter} belongs to {base}; to train it on: " in said
+    assert (("org/tiny", "v1") in asked) == (base == "org/tiny") == ("model org/tiny: " in said)
+    assert (("org/adapter", None) in asked) == (adapter == "org/adapter")
+    assert (f"model {base}: a folder; nothing to download" in said) == (base != "org/tiny")
+    hint = shlex.split(said.partition("to train it on: ")[2].splitlines()[0]) if "odd" not in base else []
+    assert not hint or compose([*(t for t in typed if t != "model=scratch"), *hint], config_dir[-1] if texts else None)
 
 
 @pytest.mark.slow

@@ -73,7 +73,9 @@ CASES = {
         [{"messages": [user(words(i)), assistant(f"<think>\n{words(i)}\n</think>\n\n{words(i + 1)}")]} for i in _N],
         _ASSISTANT, template="qwen3",
     ),
-    "tools_qwen2_5": Case([{"messages": call(i), "tools": [TOOL]} for i in _N], _ASSISTANT, template="qwen2_5_training"),
+    "tools_qwen2_5": Case(
+        [{"messages": call(i), "tools": [TOOL]} for i in _N], _ASSISTANT, template="qwen2_5_training"
+    ),
     "tools_qwen3": Case([{"messages": call(i), "tools": [TOOL]} for i in _N], _ASSISTANT, template="qwen3_training"),
     "system_llama3": Case(
         [{"messages": [{"role": "system", "content": words(i)}, *turns(i, 2)]} for i in _N], _ASSISTANT,
