@@ -93,6 +93,11 @@ class RunPaths:
         return self.root / ".lock"
 
     @property
+    def sweep_table(self) -> Path:
+        """That of the sweep which this run is a job of, if it is one."""
+        return self.root.parent / "sweep.json"
+
+    @property
     def stop_file(self) -> Path:
         return self.root / "STOP"
 

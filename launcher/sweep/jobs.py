@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,9 @@ class SweepTable:
             self.jobs[job.name] = {"swept": dict(job.swept), "overrides": list(job.overrides)}
 
     def write(self, metric: Metric, **info: Any) -> None:
-        self.metric, self.info = metric, self.info | info
+        self.metric = metric
+        # Chat templates that print the date print this one in every job.
+        self.info = {"first_day": date.today().isoformat()} | self.info | info
         self._paths.root.mkdir(parents=True, exist_ok=True)
         files.write_json(
             self._paths.table,

@@ -27,13 +27,16 @@ def of_one_day(
 ) -> RunConfig:
     """The config with the day that the chat template prints, the same for as long as the run lasts. Collective.
 
-    A start that ended before its first checkpoint left the day in config.yaml: its tokens are in the cache.
+    A start that ended before its first checkpoint left the day in config.yaml: its tokens are in the cache. Jobs of a
+    sweep all have the day of its first start, or those after midnight would not be comparable.
     """
 
     def agree() -> str | None:
         kept = point.state["settings"].get(DAY) if point is not None else None
         if kept is None and config.checkpoint.resume_from_checkpoint != "never":
             kept = _day_of_earlier_start(paths)
+        if kept is None:
+            kept = _day_of_sweep(paths)
         settled = with_template_date(config, tokenizer, kept)
         day = template_date(settled.data, tokenizer)
         if day is not None and point is None:
@@ -51,5 +54,15 @@ def _day_of_earlier_start(paths: RunPaths) -> str | None:
     try:
         day = yaml.safe_load(files.read_text(paths.config))["data"]["chat_template_date"]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # none yet, or not ours
+        return None
+    return day if isinstance(day, str) and is_day(day) else None
+
+
+def _day_of_sweep(paths: RunPaths) -> str | None:
+    """Of that which the run is a job of, as `sweep.jobs.SweepTable` writes it."""
+    try:
+        table = files.read_json_or(paths.sweep_table, {})
+        day = table["info"]["first_day"] if paths.root.name in table["jobs"] else None
+    except (TypeError, KeyError):  # no sweep, one of an earlier version, or not ours
         return None
     return day if isinstance(day, str) and is_day(day) else None

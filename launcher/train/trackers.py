@@ -85,7 +85,7 @@ def tracker_arguments(
     """
     given = config.tracker.init_kwargs
     given = given[name] if isinstance(given.get(name), Mapping) else given  # both shapes are found in the wild
-    sweep = paths.root.parent.name if (paths.root.parent / "sweep.json").is_file() else None
+    sweep = paths.root.parent.name if paths.sweep_table.is_file() else None
     run = paths.root.name if sweep else config.run_name
     settings = {**_own_arguments(name, run, sweep, paths, identity, is_continued=is_continued, step=step), **given}
     project = os.environ.get(_PROJECT_VARIABLES.get(name, ""), sweep or config.run_name)
