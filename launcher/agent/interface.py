@@ -1,4 +1,4 @@
-"""Over which network interface the ranks of several machines talk."""
+"""Over which network interface ranks talk: those of one machine, and of several."""
 
 from __future__ import annotations
 
@@ -8,9 +8,27 @@ import socket
 import struct
 from collections.abc import Mapping
 
+from launcher.base.errors import UserError
+
 _SIOCGIFADDR = 0x8915
 """ioctl of Linux: the IPv4 address of an interface, see netdevice(7)."""
 _GLOO = "GLOO_SOCKET_IFNAME"
+
+
+def check_loopback() -> None:
+    """The ranks of one machine meet at 127.0.0.1, and would wait there for minutes.
+
+    Raises:
+        UserError: nothing answers there, as in a network namespace that somebody made and left as it was.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5.0):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the processes of a run meet at 127.0.0.1, which cannot be reached here: {error}. Switch the loopback "
+            "interface on (ip link set lo up), or train with launch.num_processes=1"
+        ) from error
 
 
 def interface_settings(main_address: str | None, env: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -66,7 +66,7 @@ def told_by_ranks(paths: RunPaths, attempt: str) -> Outcome | None:
 
 def _failed(paths: RunPaths, machines: Sequence[Ended], asked: str | None, *, is_killed: bool) -> Outcome:
     if is_killed:
-        return Outcome("interrupted", "signal", EXIT_FAILED, "killed at once, as asked; the last checkpoint is whole")
+        return Outcome("interrupted", "signal", EXIT_FAILED, "killed at once, as asked; what was saved before is whole")
     lost = next((ended for ended in machines if ended.is_lost), None)
     reports = [report for ended in machines for report in ended.reports]
     hung = {rank: (ended.host, *stood) for ended in machines for rank, stood in ended.hung.items()}
@@ -75,7 +75,7 @@ def _failed(paths: RunPaths, machines: Sequence[Ended], asked: str | None, *, is
     first = first_failure(reports, has_silent_death=bool(hung or killed or lost or stopped))
     if asked is not None and (first is None or first["exit_code"] != EXIT_USER):
         state, reason = ("pruned", None) if asked == "pruned" else ("interrupted", asked)
-        return Outcome(state, reason, EXIT_STOPPED, "ended before it could save: the last checkpoint is whole", first)
+        return Outcome(state, reason, EXIT_STOPPED, "ended before it could save; what was saved before is whole", first)
     if first is not None:
         reason = None if first["is_ours"] else "crash"
         return Outcome("failed", reason, first["exit_code"], in_words(first, paths.logs_dir), first, lost is not None)

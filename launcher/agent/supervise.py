@@ -19,6 +19,7 @@ import yaml
 from launcher.agent import machines, out_of_memory, outcome
 from launcher.agent.attempt import Attempt
 from launcher.agent.command import free_port, num_processes
+from launcher.agent.interface import check_loopback
 from launcher.agent.machine import Ended, OneMachine, Start, Verdict
 from launcher.agent.outcome import Outcome
 from launcher.agent.requests import Requests
@@ -77,11 +78,14 @@ def supervise(config: RunConfig, arguments: Sequence[str], caller: Caller | None
         How it ended; its text has been told, but for that of a failure.
 
     Raises:
-        RunLockedError: output_dir is in use. UserError: it is finished, with other settings.
+        RunLockedError: output_dir is in use. UserError: it is finished, with other settings; or processes
+            cannot meet here.
         MachinesError: the machines did not meet, or one has gone. StoppedEarlyError: stopped before the start.
     """
     _append_to_own_output()
     RunPaths(Path(config.output_dir).expanduser().resolve()).refuse_links()
+    if config.launch.num_machines == 1 and num_processes(config) > 1:
+        check_loopback()
     with Requests().installed() as requests:
         return _Supervisor(config, arguments, requests, caller or Caller()).run()
 

@@ -196,7 +196,7 @@ def check_finite(run: Run, agreed: Agreement, sums: StepSums) -> bool:
         run.saver.wait(is_urgent=True)  # every process is here, and what is being written is of before
         raise NonFiniteError(
             f"step {run.step}: loss sum {agreed.loss_sum}, gradient norm {sums.grad_norm}. The weights of the "
-            "step before are unharmed and the last checkpoint is whole. A lower optim.learning_rate or "
+            "step before are unharmed, and what was saved before is whole. A lower optim.learning_rate or "
             "train.max_grad_norm may help; to leave such steps out: train.on_nonfinite=skip"
         )
     return False

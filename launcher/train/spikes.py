@@ -141,7 +141,7 @@ class Spikes:
         self._saver.wait(is_urgent=True)  # every process is here, and what is being written is of before
         raise SpikeError(
             f"step {p.step}: {_in_words(about)}, and there were {count} within {train.spike_window} steps before "
-            f"(train.max_spikes={train.max_spikes}). The last checkpoint is whole. A lower optim.learning_rate or "
+            f"(train.max_spikes={train.max_spikes}). What was saved before is whole. A lower optim.learning_rate or "
             "train.max_grad_norm may help; to call fewer losses a spike: a higher train.spike_threshold; to allow "
             f"more of them: train.max_spikes={2 * train.max_spikes}"
         )

@@ -137,3 +137,17 @@ def test_doctor_compares_the_machines_of_a_run(is_shared: bool, tmp_path: Path) 
         assert told["shared folder"]["status"] == ("ok" if is_shared else "error")
         assert process.returncode == (0 if is_shared else 1)
     assert not list(tmp_path.glob("run*"))
+
+
+def test_processes_that_cannot_meet_are_named_at_once(tmp_path: Path) -> None:
+    """Without a loopback interface they would wait for each other for minutes."""
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a network of its own can only be made as root")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    alone, told = ["unshare", "--net", sys.executable, "-m", "launcher.cli"], {"capture_output": True, "text": True}
+    train = ["train", "output_dir=run", "launch.num_processes=2", "data.train_files=[rows.jsonl]"]
+    done = subprocess.run([*alone, *train], timeout=60, check=False, **told)  # type: ignore[call-overload]
+    assert done.returncode == 2 and "ip link set lo up" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    found = subprocess.run([*alone, "doctor", "--json"], timeout=60, check=False, **told)  # type: ignore[call-overload]
+    fixes = [finding["fix"] for finding in json.loads(found.stdout)["findings"] if finding["name"] == "network"]
+    assert fixes[0] == "ip link set lo up"

@@ -6,6 +6,8 @@ import os
 import socket
 from collections.abc import Iterator
 
+from launcher.agent.interface import check_loopback
+from launcher.base.errors import UserError
 from launcher.cli.doctor.findings import ERROR, OK, WARNING, Finding
 from launcher.config.settings import RunConfig
 
@@ -23,6 +25,10 @@ def interfaces(config: RunConfig) -> Iterator[Finding]:
                           f"export {variable}={_likely(there)}")  # fmt: skip
         else:
             yield Finding("network", OK, f"{variable}={given}")
+    try:
+        check_loopback()
+    except UserError as error:
+        yield Finding("network", ERROR, str(error), "ip link set lo up")
     name = socket.gethostname()
     try:
         address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
