@@ -39,6 +39,26 @@ def device_problems(num_local: int, num_machines: int = 1) -> list[str]:
     ]
 
 
+def spare_device_problems(device: int | None, num_local: int) -> list[str]:
+    """Why an evaluation in the background cannot take this one of the visible GPUs: the processes take the first."""
+    num_gpus, key = len(visible_gpus()), "eval.background_device"
+    if not num_gpus:
+        return [] if device is None else [f"{key}={device} but no GPU is visible. Set {key}=null: it takes the CPU"]
+    if device is not None and num_local <= device < num_gpus:
+        return []
+    got = f"{key}={device}" if device is not None else f"eval.in_background=true needs {key}"
+    if num_local < num_gpus:
+        return [
+            f"{got}: a GPU that does not train, {num_local} to {num_gpus - 1} (visible: {num_gpus}, of which the "
+            f"processes take the first {num_local}). Set {key}={num_local}"
+        ]
+    mend = f"Set launch.num_processes={num_gpus - 1} on this machine, and {key}={num_gpus - 1}; or "
+    return [
+        f"{got}: a GPU that does not train, and all {num_gpus} that are visible do. "
+        f"{mend if num_gpus > 1 else 'Set '}eval.in_background=false"
+    ]
+
+
 def num_cores() -> int:
     """Cores of this process's affinity mask, within its cgroups' quotas (containers).
 

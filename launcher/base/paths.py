@@ -120,9 +120,27 @@ class RunPaths:
         return self.root / "imported"
 
     @property
+    def evaluations_dir(self) -> Path:
+        """What evaluations in the background found, see `base.evaluations`."""
+        return self.root / "evaluations"
+
+    def evaluation(self, step: int) -> Path:
+        return self.evaluations_dir / f"checkpoint-{step}.json"
+
+    @property
+    def evaluation_log(self) -> Path:
+        """What the process prints that evaluates in the background."""
+        return self.logs_dir / "evaluation.log"
+
+    @property
+    def evaluation_stacks(self) -> Path:
+        """Where it stood when it hung."""
+        return self.logs_dir / "stacks-evaluation.txt"
+
+    @property
     def own_dirs(self) -> tuple[Path, ...]:
         """The folders that a run makes for itself; as links they would lead its writes out of output_dir."""
-        return (self.logs_dir, self.hub_dir, self.code_dir, self.slurm_dir, self.imported_dir)
+        return (self.logs_dir, self.hub_dir, self.code_dir, self.slurm_dir, self.imported_dir, self.evaluations_dir)
 
     @property
     def _own_files(self) -> tuple[Path, ...]:
@@ -139,7 +157,8 @@ class RunPaths:
                 f"{folder} is a link to {folder.readlink()}: what a run writes stays inside of its output_dir. "
                 "Remove the link, or set another output_dir=… (which may itself be a link)"
             )
-        odd = [(path, "a folder") for path in (self.logs_dir,) if path.exists() and not path.is_dir()]
+        folders = (self.logs_dir, self.evaluations_dir)
+        odd = [(path, "a folder") for path in folders if path.exists() and not path.is_dir()]
         odd += [(path, "a file") for path in self._own_files if path.is_dir() and not path.is_symlink()]
         for path, wanted in odd:
             raise UserError(

@@ -222,6 +222,30 @@ def load_trained_state(
 
 
 @torch.no_grad()
+def load_weights(
+    module: torch.nn.Module, folder: Path, *, weights_stem: str, stored: StoredTensors, listed: Collection[str]
+) -> None:
+    """Fills the parameters and persistent buffers that a checkpoint stores, of a module that is not spread over
+    processes.
+
+    Args:
+        stored, listed: as for `load_trained_state`.
+
+    Raises:
+        DamagedCheckpointError: one is not in it, or see `TensorFiles`.
+    """
+    weights = StoredWeights(TensorFiles(folder, weights_stem, listed), stored)
+    try:
+        tensors = {name: (tuple(p.shape), p.detach().view(-1)) for name, p in module.named_parameters()}
+        tensors |= {entry.name: (entry.shape, entry.source()) for entry in persistent_buffers(module, rank=0)}
+        for name in stored:
+            if name in tensors and not weights.read_into(name, tensors[name][0], 0, tensors[name][1]):
+                raise DamagedCheckpointError(f"{folder} does not hold {name}")
+    finally:
+        weights.files.close()
+
+
+@torch.no_grad()
 def load_masters(state: TrainedState, folder: Path, stored: StoredTensors, stem: str) -> bool:
     """Fills the masters from a pretrained model's fp32 weights: DeepSpeed made them of weights that were rounded to the
     dtype of forward. Reads this process's ranges alone; rows that are not stored, of new tokens, stay as they are.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from launcher.base.files import remove_file, remove_tree
 from launcher.base.manifest import NAME
@@ -32,16 +32,16 @@ def kept_words(paths: RunPaths) -> str:
 
 
 def expired_steps(
-    steps: Iterable[int], limit: int | None, best_step: int | None, needed_step: int | None = None
+    steps: Iterable[int], limit: int | None, best_step: int | None, needed_steps: Collection[int] = ()
 ) -> list[int]:
-    """The steps to delete so that `limit` folders remain, the best, the newest and the needed one among them.
+    """The steps to delete so that `limit` folders remain, the best, the newest and the needed ones among them.
 
     A limit of 1 keeps two where best and newest differ.
     """
     ordered = sorted(steps)
     if limit is None or not ordered:
         return []
-    kept = {ordered[-1]} | ({best_step, needed_step} & set(ordered))
+    kept = {ordered[-1]} | ({best_step, *needed_steps} & set(ordered))
     for step in reversed(ordered):
         if len(kept) >= limit:
             break

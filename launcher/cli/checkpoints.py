@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.base import files, manifest, words
+from launcher.base import evaluations, files, manifest, words
 from launcher.base.errors import DamagedCheckpointError, UserError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.text import printable
@@ -16,7 +16,8 @@ from launcher.base.text import printable
 def list_checkpoints(root: Path) -> list[dict[str, Any]]:
     """One entry per `checkpoint-N` folder of ours, by rising step; reads manifests and small JSON files only."""
     paths = RunPaths(root)
-    hub = files.read_json_or(paths.run_state, {}).get("hub")
+    info = files.read_json_or(paths.run_state, {})
+    hub = info.get("hub")
     pushed = (hub.get("pushed") or []) if isinstance(hub, dict) else []
     rows: list[dict[str, Any]] = []
     for step, folder in paths.checkpoint_dirs():
@@ -28,13 +29,14 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
         except DamagedCheckpointError as error:
             rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {printable(error)}"})
             continue
+        judged = evaluations.read(paths, step)
         trainer = files.read_json_or(CheckpointPaths(folder).trainer_state, {}, files.MAX_HISTORY_BYTES)
         history = trainer.get("log_history")
         metrics = {
             printable(k): v for line in (history if isinstance(history, list) else [])
             if isinstance(line, dict) and line.get("step") == step for k, v in line.items()
             if k == "loss" or (k.startswith("eval_") and k != "eval_runtime_s")
-        }  # fmt: skip
+        } | ({printable(k): v for k, v in judged.values.items()} if judged is not None else {})  # fmt: skip
         rows.append(
             {
                 "checkpoint": folder.name,
@@ -54,7 +56,9 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
     whole = [row for row in rows if row["state"] == "whole"]
     if whole:
         whole[-1]["is_latest"] = True
-        best = whole[-1]["best_step"]
+        # Evaluated in the background, the best is known later than a checkpoint is saved.
+        told = info.get("best_step") if evaluations.steps(paths) else None
+        best = whole[-1]["best_step"] if told is None else told
         for row in whole:
             row["is_best"] = row["step"] == best
     for row in whole:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launcher.base.devices import device_problems
+from launcher.base.devices import device_problems, spare_device_problems
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.base.output import survive_closed_output
 from launcher.cli.arguments import parse_settings
@@ -45,7 +45,10 @@ def main(argv: Sequence[str]) -> int:
     from launcher.agent.command import num_processes
 
     num_local = num_processes(config) // config.launch.num_machines
-    if problems := [*cache_problems(config), *device_problems(num_local, config.launch.num_machines)]:
+    problems = [*cache_problems(config), *device_problems(num_local, config.launch.num_machines)]
+    if config.eval.in_background and config.launch.machine_rank == 0:
+        problems += spare_device_problems(config.eval.background_device, num_local)
+    if problems:
         raise ConfigError(problems)
     for notice in notices(config):
         print(f"launcher: {notice}", file=sys.stderr)

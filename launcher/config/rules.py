@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.base.paths import default_cache_dir
 from launcher.config import sbatch
+from launcher.config.background_rules import background_problems
 from launcher.config.launch_rules import folder_problems, launch_problems, secret_problems
 from launcher.config.model_rules import model_problems
 from launcher.config.optimizers import optimizer_problems
@@ -315,7 +316,7 @@ def _hub_problems(config: RunConfig) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
-    model_problems, _data_problems, _eval_problems, _early_stopping_problems, _precision_problems,
+    model_problems, _data_problems, _eval_problems, background_problems, _early_stopping_problems, _precision_problems,
     _length_problems, _checkpoint_problems, _spike_problems,
     _hub_problems, secret_problems, tracker_problems, launch_problems, folder_problems, optimizer_problems,
 )  # fmt: skip

@@ -161,6 +161,8 @@ class EvalConfig:
     eval_every_s: float | None = opt(None, "also evaluate after so many seconds", minimum=1)
     per_device_eval_batch_size: int = opt(8, "samples", minimum=1)
     metric: dict[str, Any] = opt({}, "a `_target_` that measures by generation; adds its values to the eval line")
+    in_background: bool = opt(False, "a process beside the training evaluates the checkpoints; best follows")
+    background_device: int | None = opt(None, "with GPUs: the one that it takes, which does not train", minimum=0)
 
 
 @dataclass
@@ -197,6 +199,12 @@ class CheckpointConfig:
     on_error: str = opt("warn", "a save that fails", choices=("warn", "stop"))
     mtbf_s: float = opt(86400.0, "mean time between failures, for save_steps=auto", minimum=1)
     max_overhead: float = opt(0.01, "share of the time that save_steps=auto may spend saving", minimum=0)
+
+    @property
+    def max_unjudged(self) -> int | None:
+        """Checkpoints that may wait for an evaluation in the background, which keeps them; with more, training waits.
+        None: nothing is deleted, so any number may."""
+        return None if self.save_total_limit is None else max(2, self.save_total_limit - 1)
 
     @property
     def metric_key(self) -> str:

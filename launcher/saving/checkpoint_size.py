@@ -127,6 +127,8 @@ def disk_bytes(config: RunConfig, total: int, model: int, num_steps: int | None)
     limit, saves = checkpoint.save_total_limit, num_saves(config, num_steps)
     # The newest, the best, and one to go back to may be three.
     apart = 1 + checkpoint.load_best_model_at_end + (config.train.on_spike == "rollback")
+    if config.eval.in_background:  # the newest is one of those that are not judged yet
+        apart += (checkpoint.max_unjudged or 1) - 1 + (not checkpoint.load_best_model_at_end)
     kept = None if limit is None else max(limit, apart) + 1
     if saves is not None:
         kept = saves if kept is None else min(kept, saves)

@@ -51,6 +51,7 @@ class Saver:
         lock: held by the main process. Without it nothing is begun any more; the writer asks again before a commit.
         alive: called while waiting for a save, for the watchdog.
         is_stopping: whether somebody has asked for a stop, so that no wait may last.
+        is_judged_later: whether the checkpoint of a step will be evaluated in the background (`judged`).
         saved_step: the step of the checkpoint that this start continues from, 0 if it is not of this run.
     """
 
@@ -58,15 +59,18 @@ class Saver:
         self, config: RunConfig, paths: RunPaths, processes: Processes, state: TrainingState,
         checkpointer: Checkpointer, save_state: Callable[[str], Any], *, lock: RunLock, schedule: SaveSchedule,
         outlet: Outlet, hub: Hub, alive: Callable[[], None], is_stopping: Callable[[], bool],
-        total_steps: int, saved_step: int,
+        is_judged_later: Callable[[int], bool], total_steps: int, saved_step: int,
     ) -> None:  # fmt: skip
         self._config, self._paths, self._processes = config, paths, processes
         self._state, self.checkpointer, self._save_state, self._lock = state, checkpointer, save_state, lock
         self._schedule, self._outlet, self._hub = schedule, outlet, hub
-        self._alive, self._is_stopping = alive, is_stopping
+        self._alive, self._is_stopping, self._is_judged_later = alive, is_stopping, is_judged_later
         self._total_steps = total_steps
         self.saved_step = saved_step
         """The newest step that is saved or being saved; 0: none."""
+        self.unjudged: list[int] = []
+        """Rising steps of checkpoints that an evaluation in the background has to judge yet; none of them is deleted.
+        The same on every process."""
         self._evaluated: tuple[int, float | None] = (-1, None)
         self._previous_best: tuple[float | None, int | None] = (None, None)
         self._last_write_s: float | None = None
@@ -112,6 +116,24 @@ class Saver:
         """Whether the current step was evaluated and beats the best."""
         step, metric = self._evaluated
         return step == self._state.step and is_better(self._config, metric, self._state.progress.best_metric)
+
+    def is_candidate(self, step: int) -> bool:
+        """Whether an evaluation in the background decides if the checkpoint of this step is the best."""
+        return self.is_on and self._is_judged_later(step) and self._schedule.is_regular(step, self._total_steps)
+
+    def judged(self, step: int, metric: float | None) -> None:
+        """The metric of an unjudged checkpoint, None where there will be none. Of equal ones the first is the best, in
+        whatever order they are judged."""
+        self.unjudged.remove(step)
+        self.note_metric(step, metric)
+        self.retain()
+
+    def note_metric(self, step: int, metric: float | None) -> None:
+        """Makes the checkpoint of a candidate's step the best one, if it is."""
+        p = self._state.progress
+        is_first = metric == p.best_metric and p.best_step is not None and step < p.best_step
+        if is_first or is_better(self._config, metric, p.best_metric):
+            p.best_metric, p.best_step = metric, step
 
     def maybe_save(self, *, is_due: bool) -> None:
         """Saves where the strategy asks for it, on improvement, and after the last step."""
@@ -328,6 +350,8 @@ class Saver:
             self._outlet.say(f"WARNING {what}: {result.error}. Training goes on{then}; {kept_words(self._paths)}")
             return
         self._last_write_s = result.write_s
+        if self.is_candidate(result.step):
+            self.unjudged.append(result.step)
         self._outlet.saved(save_line(result))
         self._hub.checkpoint_committed(result.step, self._paths.checkpoint_dir(result.step))
         self.retain()
@@ -339,14 +363,15 @@ class Saver:
             return
         best = self._state.progress.best_step
         steps = our_steps(self._paths)
-        old = expired_steps(steps, self._config.checkpoint.save_total_limit, best, self._rollback_target(steps))
+        needed = [*self._rollback_target(steps), *self.unjudged]
+        old = expired_steps(steps, self._config.checkpoint.save_total_limit, best, needed)
         folders = [self._paths.checkpoint_dir(step) for step in old]
         held = self._hub.held_names
         self.checkpointer.expire([f for f in folders if f.name not in held], self._hub.pending_dirs)
 
-    def _rollback_target(self, steps: list[int]) -> int | None:
-        """Where a spike in the next step would take the run back to."""
+    def _rollback_target(self, steps: list[int]) -> list[int]:
+        """Where a spike in the next step would take the run back to; empty where nowhere."""
         train = self._config.train
         if train.on_spike != "rollback":
-            return None
-        return max((s for s in steps if s <= self._state.step + 1 - train.spike_rollback_steps), default=None)
+            return []
+        return [s for s in steps if s <= self._state.step + 1 - train.spike_rollback_steps][-1:]

@@ -43,9 +43,11 @@ from launcher.saving.training_state import TrainingState
 from launcher.train import sizing
 from launcher.train.about import about_run, summary
 from launcher.train.accelerator import LauncherAccelerator
+from launcher.train.background import Background
 from launcher.train.display import build_display
 from launcher.train.early_stop import EarlyStop
 from launcher.train.evaluation import Evaluator, Metric
+from launcher.train.evaluator_process import EvaluatorProcess
 from launcher.train.loop import Run
 from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
 from launcher.train.recorder import MainRecorder, NoRecorder, Recorder, note_undone
@@ -247,28 +249,25 @@ def build_run(
     recorder.update_run(**{out_of_memory.IN_USE: out_of_memory.in_use(sizes, asked)})
     hub = build_hub(config, paths) if processes.is_main else NoHub()
     watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
+    evaluator = Evaluator(
+        config, processes, accelerator, model, tokenizer, data, loss, build_metric(config), watchdog,
+        total_steps=total_steps,
+    )  # fmt: skip
     saver = Saver(
         config, paths, processes, state, checkpointer, accelerator.save_state, lock=lock,
         schedule=SaveSchedule(config, len(data.train)), outlet=recorder, hub=hub, alive=watchdog.alive,
-        is_stopping=lambda: stop.reason_code(0.0, 0.0) > 0, total_steps=total_steps,
+        is_stopping=lambda: stop.reason_code(0.0, 0.0) > 0,
+        is_judged_later=lambda step: config.eval.in_background and evaluator.is_due(step), total_steps=total_steps,
         saved_step=point.step if point is not None and point.folder.parent == paths.root else 0,
     )  # fmt: skip
     train_step = TrainStep(
         config, processes, accelerator, model, optimizer, schedule, data.train, sampler, tokenizer.pad_token_id,
         loss, before_update=checkpointer.finish_snapshot,
     )  # fmt: skip
-    evaluator = Evaluator(
-        config,
-        processes,
-        accelerator,
-        model,
-        tokenizer,
-        data,
-        loss,
-        build_metric(config),
-        watchdog,
-        total_steps=total_steps,
-    )
+    background = Background(
+        config, paths, processes, state, saver, recorder, stop, evaluator.is_due, sampler.epoch_after,
+        EvaluatorProcess(config, paths), watchdog.alive,
+    )  # fmt: skip
     spikes = Spikes(config.train, paths, processes, state, saver, recorder, accelerator.load_state, rollbacks)
     for text in summary(config, about, epochs=sampler.epoch_after(total_steps), total_steps=total_steps):
         recorder.say(text)
@@ -276,7 +275,8 @@ def build_run(
         recorder.say(notice)
     return Run(
         config=config, processes=processes, state=state, train_step=train_step, evaluator=evaluator, saver=saver,
-        recorder=recorder, hub=hub, stop=stop, watchdog=watchdog, spikes=spikes, total_steps=total_steps,
+        recorder=recorder, hub=hub, stop=stop, watchdog=watchdog, spikes=spikes,
+        background=background, total_steps=total_steps,
     )  # fmt: skip
 
 

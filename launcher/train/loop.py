@@ -15,6 +15,7 @@ from launcher.hub import Hub
 from launcher.saving.saver import Saver
 from launcher.saving.training_state import TrainingState
 from launcher.train.about import memory_bytes
+from launcher.train.background import Background
 from launcher.train.evaluation import Evaluator
 from launcher.train.recorder import Recorder
 from launcher.train.spikes import Spikes
@@ -37,6 +38,7 @@ class Run:
     stop: StopRequests
     watchdog: Watchdog
     spikes: Spikes
+    background: Background
     total_steps: int
     window: Window = field(default_factory=lambda: Window())
     last_step_s: float = 0.0
@@ -47,7 +49,8 @@ class Run:
         return self.state.step
 
     def close(self) -> None:
-        """Ends the writer (once it has done all it was told), the trackers and the display."""
+        """Ends the writer (once it has done all it was told), the evaluator, the trackers and the display."""
+        self.background.close()
         self.saver.close()
         self.recorder.close()
         self.watchdog.close()
@@ -77,6 +80,8 @@ class Agreement:
     """By the clock."""
     num_undone: float
     num_failed: float
+    num_judged: float
+    """Checkpoints that were evaluated in the background since the last step."""
     went_back: bool = False
     """To a checkpoint of before, because the loss spiked."""
 
@@ -100,19 +105,50 @@ def fit(run: Run) -> str | None:
         run.recorder.advance(run.step, run.state.progress.epoch, run.hub.status)
         run.saver.follow(agreed.num_undone, agreed.num_failed)
         log(run, agreed)
+        if agreed.num_judged:
+            run.background.take()
         if agreed.stop_code and run.step < run.total_steps:
             return stop(run, REASONS[agreed.stop_code - 1])
-        maybe_evaluate(run, by_clock=agreed.is_eval_due)
-        is_best = agreed.is_eval_due and run.config.checkpoint.load_best_model_at_end and run.saver.has_improved
-        with run.recorder.during("save"):
-            run.saver.maybe_save(is_due=agreed.is_save_due or is_best)
+        evaluate_and_save(run, agreed)
         for notice in run.hub.poll():
             run.recorder.say(notice)
-    return None
+    return judge_the_rest(run) if run.background.is_on else None
+
+
+def evaluate_and_save(run: Run, agreed: Agreement) -> None:
+    """What is due after a step. Collective."""
+    if not run.background.is_on:
+        maybe_evaluate(run, by_clock=agreed.is_eval_due)
+    elif agreed.is_save_due or run.step >= run.total_steps:
+        started = time.monotonic()
+        with run.recorder.during("evaluation"):
+            run.background.make_room()
+        run.window.started += time.monotonic() - started  # tokens_per_second is of training
+    is_best = agreed.is_eval_due and run.config.checkpoint.load_best_model_at_end and run.saver.has_improved
+    with run.recorder.during("save"):
+        run.saver.maybe_save(is_due=agreed.is_save_due or is_best)
+
+
+def judge_the_rest(run: Run) -> str | None:
+    """After the last step: waits for the last save and for all evaluations in the background. Collective.
+
+    Returns:
+        The reason of a request to stop, which ends the wait; the next start goes on with it.
+    """
+    if not run.processes.on_main(run.saver.is_name_taken):
+        with run.recorder.during("save"):
+            run.saver.save_and_wait()
+    with run.recorder.during("evaluation"):
+        reason = run.background.finish()
+    return None if reason is None else stop(run, reason)
 
 
 def catch_up(run: Run) -> None:
-    """Makes up for the evaluation of the step that a request to stop left out, so that the best stays the same."""
+    """Makes up for the evaluation of the step that a request to stop left out, so that the best stays the same; in the
+    background for all that nobody has evaluated yet."""
+    run.background.begin()
+    if run.background.is_on:
+        return
     history = run.state.progress.log_history
     if not run.step or any(line.get("step") == run.step and "eval_loss" in line for line in history[-3:]):
         return
@@ -157,10 +193,13 @@ def agree(run: Run, sums: StepSums) -> Agreement:
     code, is_asked = run.stop.votes(save_s, run.last_step_s + eval_s)
     due = run.saver.is_due(run.step)
     eval_due = run.processes.is_main and is_eval_due_by_clock(run)
-    mine = [sums.loss_sum, sums.router_loss, sums.num_tokens, code, is_asked, due, eval_due, undone, failed]
-    loss, router, tokens, main_code, num_asked, is_due, is_eval_due, undone_sum, failed_sum = run.processes.sum(mine)
+    mine = [sums.loss_sum, sums.router_loss, sums.num_tokens, code, is_asked, due, eval_due]
+    agreed = run.processes.sum([*mine, undone, failed, run.background.num_judged()])
+    loss, router, tokens, main_code, num_asked, is_due, is_eval_due, num_undone, num_failed, num_judged = agreed
     stop_code = int(main_code) or (1 if num_asked else 0)
-    return Agreement(loss, router, tokens, stop_code, bool(is_due), bool(is_eval_due), undone_sum, failed_sum)
+    return Agreement(
+        loss, router, tokens, stop_code, bool(is_due), bool(is_eval_due), num_undone, num_failed, num_judged
+    )
 
 
 def is_eval_due_by_clock(run: Run) -> bool:

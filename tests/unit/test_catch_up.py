@@ -42,11 +42,13 @@ def run_at(step: int, history: list[dict[str, Any]]) -> Any:
     unused: Any = None
     saver = Saver(
         config, RunPaths(unused), unused, state, unused, unused, lock=unused, schedule=SaveSchedule(config, 64),
-        outlet=NoRecorder(), hub=unused, alive=unused, is_stopping=unused, total_steps=100, saved_step=step,
+        outlet=NoRecorder(), hub=unused, alive=unused, is_stopping=unused, is_judged_later=unused, total_steps=100,
+        saved_step=step,
     )  # fmt: skip
     return SimpleNamespace(
         config=config, step=step, total_steps=100, state=state, evaluator=CountedEvaluator(config, state), saver=saver,
         window=loop.Window(), recorder=NoRecorder(), last_eval_s=0.0,
+        background=SimpleNamespace(is_on=False, begin=lambda: None, num_judged=lambda: 0),
         train_step=SimpleNamespace(schedule=SimpleNamespace(evaluated=lambda metric: None)),
     )  # fmt: skip
 

@@ -48,9 +48,9 @@ def test_a_rollback_is_refused_when_there_is_nothing_to_go_back_to(setting: str)
 
 
 def test_the_checkpoint_to_go_back_to_stays_when_retention_deletes() -> None:
-    assert expired_steps([10, 20, 30, 40], 1, 20, 30) == [10]
-    assert expired_steps([10, 20, 30, 40], 1, None, None) == [10, 20, 30]
-    assert expired_steps([10, 20, 30, 40], 3, 40, 10) == [20]
+    assert expired_steps([10, 20, 30, 40], 1, 20, [30]) == [10]
+    assert expired_steps([10, 20, 30, 40], 1, None) == [10, 20, 30]
+    assert expired_steps([10, 20, 30, 40], 3, 40, [10]) == [20]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def saver_of(folder: Path, num_bytes: int) -> Saver:
     config = RunConfig()
     return Saver(
         config, unused, unused, unused, checkpointer, unused, lock=unused, schedule=SaveSchedule(config, 64),
-        outlet=outlet, hub=unused, alive=unused, is_stopping=unused, total_steps=100, saved_step=0,
+        outlet=outlet, hub=unused, alive=unused, is_stopping=unused, is_judged_later=unused, total_steps=100,
+        saved_step=0,
     )  # fmt: skip
 
 

@@ -53,6 +53,8 @@ def read_metrics(path: Path) -> Metrics:
                 continue
             if key in found.series or len(found.series) < MAX_CURVES:
                 found.series.setdefault(key, []).append((step, number_))
+    for points in found.series.values():
+        points.sort(key=lambda point: point[0])  # an evaluation in the background may come after later ones
     return found
 
 
