@@ -8,13 +8,14 @@ a kill at any moment loses no result, and what was not evaluated is found and ev
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from launcher.base import evaluations, manifest
+from launcher.base import evaluations, files, manifest
 from launcher.base.evaluations import Evaluation
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
@@ -70,6 +71,8 @@ class Background:
         step = self._state.step
         if not self.is_on and not self._paths.evaluations_dir.is_dir():
             return [], []
+        with contextlib.suppress(OSError):  # then no result can be written, and that is told
+            files.make_dirs(self._paths.evaluations_dir, within=self._paths.root)
         evaluations.remove_beyond(self._paths, step if self._saver.saved_step else -1)
         known = {line["step"] for line in self._state.progress.log_history if "eval_loss" in line}
         found = [

@@ -13,7 +13,7 @@ from launcher.base.paths import RunPaths
 from tests.distributed.runs import Lab, different, lines, log_text, losses, state, wait_until, write_rows
 
 _LETTERS = "àéîõüßñçøåæœđħłŧžžșțğıİ€£¥§¶†‡•…‰⁂№™∂∑∏√∞∫≈≠≤≥◊"
-_SETTINGS = (
+SPIKING = (
     "data.max_length=128", "train.max_steps=16", "train.spike_window=5", "train.spike_threshold=1.5",
     "train.spike_rollback_steps=2", "checkpoint.save_steps=4", "seed=58",
 )  # fmt: skip
@@ -25,26 +25,30 @@ _SIZES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_spiking_rows(path: Path) -> None:
     """127 chats like those of the other tests and a row of garbage: with 8 in a step, one of 16 steps meets it."""
-    path = tmp_path_factory.mktemp("spikes") / "rows.jsonl"
     write_rows(path, 127)
     answer = "".join(random.Random(3).choices(_LETTERS, k=60))
     with path.open("a", encoding="utf-8") as file:
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         file.write(json.dumps({"messages": messages}) + "\n")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("spikes") / "rows.jsonl"
+    write_spiking_rows(path)
     return path
 
 
 @pytest.fixture
 def skip(rows: Path) -> tuple[str, ...]:
-    return (f"data.train_files=[{rows}]", *_SETTINGS, "train.on_spike=skip")
+    return (f"data.train_files=[{rows}]", *SPIKING, "train.on_spike=skip")
 
 
 @pytest.fixture
 def rollback(rows: Path) -> tuple[str, ...]:
-    return (f"data.train_files=[{rows}]", *_SETTINGS, "train.on_spike=rollback")
+    return (f"data.train_files=[{rows}]", *SPIKING, "train.on_spike=rollback")
 
 
 def _check_same(run: RunPaths, expected: RunPaths) -> None:
