@@ -21,11 +21,12 @@ def main() -> None:
         """What `fit` does in every step."""
         run.watchdog.alive()
         agreed = loop.train(run)
+        run.recorder.advance(run.step, run.state.progress.epoch, run.hub.status)
         run.saver.follow(agreed.num_undone, agreed.num_failed)
         loop.log(run, agreed)
-        loop.maybe_evaluate(run)
-        run.saver.maybe_save(is_due=agreed.is_save_due)
-        run.recorder.advance(run.step, run.state.progress.epoch, run.hub.status)
+        loop.maybe_evaluate(run, by_clock=agreed.is_eval_due)
+        with run.recorder.during("save"):
+            run.saver.maybe_save(is_due=agreed.is_save_due)
         run.hub.poll()
 
     def plain() -> None:
