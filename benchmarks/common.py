@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+ACCELERATE_CONFIG = ROOT / "launcher" / "agent" / "accelerate.yaml"
 RESULTS_DIR = ROOT / "benchmarks" / "results"
 RECORDS_DIR = ROOT / "benchmarks" / "records"
 """Of the figures that the README and docs/ quote."""
@@ -90,7 +91,7 @@ def start_ranks(module: str, num_processes: int, spec: dict[str, Any]) -> dict[s
     result.unlink(missing_ok=True)
     agent = ["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else []
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launcher" / "accelerate.yaml"),
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG),
         "--num_processes", str(num_processes), "--num_machines", "1", "--num_cpu_threads_per_process", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", *agent, "-m", f"benchmarks.{module}",
     ]  # fmt: skip

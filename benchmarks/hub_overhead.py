@@ -83,9 +83,9 @@ def check_arrived(url: str, repo: str, folder: Path, num_steps: int, weights: st
 
 
 @contextmanager
-def hub_server(data_dir: Path) -> Iterator[tuple[str, str]]:
+def hub_server(data_dir: Path, bytes_per_s: int = _BYTES_PER_S) -> Iterator[tuple[str, str]]:
     command = [
-        sys.executable, "-m", "tests.hub.server", "--data-dir", str(data_dir), "--bytes-per-s", str(_BYTES_PER_S),
+        sys.executable, "-m", "tests.hub.server", "--data-dir", str(data_dir), "--bytes-per-s", str(bytes_per_s),
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, Spread, machine, report, table
+from benchmarks.common import ACCELERATE_CONFIG, RECORDS_DIR, ROOT, Spread, machine, report, table
 from benchmarks.throughput import write_chats
 
 _POLL_S = 0.005
@@ -94,7 +94,7 @@ def bare(work_dir: Path, strategy: str, number: int) -> float:
     done = work_dir / f"bare-{strategy}-{number}"
     spec = {"strategy": strategy, "model": str(work_dir / "model"), "rows": str(work_dir / "chats.jsonl")}
     start = Start(
-        [*_accelerate(), "-m", "benchmarks.bare_job", json.dumps({**spec, "done": str(done)})],
+        [*accelerate_launch(), "-m", "benchmarks.bare_job", json.dumps({**spec, "done": str(done)})],
         work_dir / f"bare-{number}.log",
     )
     seconds = start.wait_for(done.exists)
@@ -102,10 +102,10 @@ def bare(work_dir: Path, strategy: str, number: int) -> float:
     return seconds
 
 
-def _accelerate() -> list[str]:
+def accelerate_launch() -> list[str]:
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(ROOT / "launcher" / "agent" / "accelerate.yaml"), "--num_processes", "2", "--multi_gpu",
+        str(ACCELERATE_CONFIG), "--num_processes", "2", "--multi_gpu",
         "--main_process_port", "0", "--num_cpu_threads_per_process", "1",
     ]  # fmt: skip
 
@@ -144,7 +144,7 @@ def _lines(path: Path, begin: int = 0) -> list[dict[str, Any]]:
 def measure(work_dir: Path, strategies: list[str], pairs: int) -> dict[str, Any]:
     write_chats(work_dir / "chats.jsonl")
     write_model(work_dir / "model")
-    found: dict[str, Any] = {"machine": machine(work_dir)}
+    about, found = machine(work_dir), {}
     for strategy in strategies:
         rounds: dict[str, list[Any]] = {"bare": [], "first": [], "second": []}
         for number in range(-1, pairs):  # the first round warms up: DeepSpeed compiles an operator
@@ -161,14 +161,13 @@ def measure(work_dir: Path, strategies: list[str], pairs: int) -> dict[str, Any]
             if number >= 0:
                 for name, value in pair.items():
                     rounds[name].append(value)
-        found[strategy] = rounds
+        found[strategy] = {"machine": about, **rounds}
     return found
 
 
 def as_text(found: dict[str, Any]) -> str:
     rows, parts = [], []
-    for strategy in (key for key in found if key != "machine"):
-        rounds = found[strategy]
+    for strategy, rounds in found.items():
         for kind in ("first", "second"):
             totals = [points["first step"] for points in rounds[kind]]
             ratios = [a / b for a, b in zip(totals, rounds["bare"], strict=True)]
@@ -188,7 +187,8 @@ def as_text(found: dict[str, Any]) -> str:
         "to the loop (data, model, prepare)", "first step",
     ]  # fmt: skip
     return (
-        f"{found['machine']}\n\nMedian (lowest to highest, number of starts).\n\n{table(head, rows)}\n\n"
+        f"{[rounds['machine'] for rounds in found.values()]}\n\n"
+        f"Median (lowest to highest, number of starts).\n\n{table(head, rows)}\n\n"
         f"{table(['strategy', 'start', *until], parts)}"
     )
 
@@ -197,10 +197,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--strategy", nargs="+", default=["ddp", "zero2"])
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "records" / "start.json")
+    parser.add_argument("--json", type=Path, default=RECORDS_DIR / "start.json")
     arguments = parser.parse_args(argv)
+    before = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        found = measure(Path(name), arguments.strategy, arguments.pairs)
+        found = before | measure(Path(name), arguments.strategy, arguments.pairs)
     report("start", found, as_text(found), arguments.json)
 
 

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
-    MODEL, RECORDS_DIR, SMALL_MODEL, STEP_20_MS_MODEL, Spread, machine, report, run_settings, start_ranks, table,
+    MODEL,
+    RECORDS_DIR,
+    SMALL_MODEL,
+    STEP_20_MS_MODEL,
+    Spread,
+    machine,
+    report,
+    run_settings,
+    start_ranks,
+    table,
 )  # fmt: skip
 
 _CASES = [
