@@ -18,7 +18,7 @@ def test_sending_does_not_wait_when_the_writer_does_not_read() -> None:
     pid = client.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    wake_up = threading.Timer(3.0, os.kill, (pid, signal.SIGCONT))
+    wake_up = threading.Timer(20.0, os.kill, (pid, signal.SIGCONT))
     wake_up.start()
     started = time.monotonic()
     client.send({"cmd": "discard", "step": 1, "dir": "/nonexistent", "texts": {"trainer_state.json": "x" * 20_000_000}})
@@ -28,4 +28,4 @@ def test_sending_does_not_wait_when_the_writer_does_not_read() -> None:
     assert client.poll(timeout_s=30.0)[0]["event"] == "discarded"
     client.stop()
     buffer.close()
-    assert took < 2.0
+    assert took < 10.0

@@ -33,6 +33,13 @@ def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "_POLL_S", 0.02)
 
 
+@pytest.fixture
+def _long_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a wait would show, however busy the machine is."""
+    monkeypatch.setattr(lock_file, "DYING_S", 60.0)
+    monkeypatch.setattr(lock_file, "STALE_S", 60.0)
+
+
 def write_lock(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({"beat": 1_000_000_000, "id": "0123abcd", "pid": 7, "pids": [[7, 7]], **fields}))
 
@@ -43,13 +50,14 @@ def take(path: Path) -> RunLock:
     return lock
 
 
+@pytest.mark.usefixtures("_long_times")
 def test_a_live_holder_is_named_and_keeps_the_lock(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     first = take(path)
     began = time.monotonic()
     with pytest.raises(RunLockedError, match=f"host {host()}, pid {os.getpid()}") as caught:
         take(path)
-    assert caught.value.exit_code == 2 and time.monotonic() - began < 0.3
+    assert caught.value.exit_code == 2 and time.monotonic() - began < 20
     assert first.is_held() and holder(path) is not None
     first.release()
     assert list(tmp_path.iterdir()) == []
@@ -57,6 +65,7 @@ def test_a_live_holder_is_named_and_keeps_the_lock(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("_long_times")
 @pytest.mark.parametrize("pids", [[], [DEAD], [[os.getpid(), 1]]], ids=["none", "dead", "a pid given to another"])
 def test_a_lock_without_living_processes_is_taken_at_once(pids: list[list[int]], tmp_path: Path) -> None:
     path = tmp_path / ".lock"
@@ -64,7 +73,7 @@ def test_a_lock_without_living_processes_is_taken_at_once(pids: list[list[int]],
     assert holder(path) is None
     began = time.monotonic()
     take(path).release()
-    assert time.monotonic() - began < 0.3
+    assert time.monotonic() - began < 20
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,6 +96,7 @@ def test_dying_ranks_of_a_dead_launcher_are_waited_for(tmp_path: Path, capsys: p
         wait_until_free(path, print)
 
 
+@pytest.mark.usefixtures("_long_times")
 def test_a_lock_of_before_a_power_loss_is_taken_at_once(tmp_path: Path) -> None:
     if pid_namespace() != "pid:[4026531836]" or machine_id() is None:
         pytest.skip("in a container the machine cannot be told: the heartbeat decides")
@@ -94,7 +104,7 @@ def test_a_lock_of_before_a_power_loss_is_taken_at_once(tmp_path: Path) -> None:
     write_lock(path, **{**HERE, "boot_id": "another"}, pids=[ME])
     began = time.monotonic()
     take(path).release()
-    assert time.monotonic() - began < 0.3
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(

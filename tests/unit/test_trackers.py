@@ -48,9 +48,9 @@ def test_package_of_a_container_is_not_looked_for_here() -> None:
 
 
 def test_refusal_takes_no_time() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     problem(name="wandbb"), problem(name="aim")
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 # --------------------------------------------------------------------------- one run, however often it is started

@@ -111,10 +111,10 @@ def test_long_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", headers.MAX_HEADER_BYTES + 1))
         file.truncate(2**40)  # no such memory
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(DamagedCheckpointError, match="at most"):
         read_places(path)
-    assert time.monotonic() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_pipe_is_refused_when_a_file_is_expected(tmp_path: Path) -> None:
