@@ -41,7 +41,7 @@ def finish(run: Run, paths: RunPaths) -> None:
     run.saver.retain()  # what was held while it was copied
     run.stop.clear()
     run.recorder.update_run(hub=run.hub.status())
-    run.recorder.say(f"finished {run.step} steps; the model is in {paths.root}")
+    run.recorder.say(f"finished {run.step} step{'s' * (run.step != 1)}; the model is in {paths.root}")
     say_all(run, own_error(run, paths))
     say_all(run, what_next(run, paths))
 
