@@ -20,6 +20,10 @@ class LauncherError(Exception):
     exit_code = EXIT_FAILED
 
 
+class OutputError(LauncherError):
+    """Standard output cannot be written."""
+
+
 class UserError(LauncherError):
     """The user's input is wrong."""
 

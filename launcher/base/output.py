@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO, cast
+
+from launcher.base.errors import OutputError
 
 
 class SurvivingStream:
@@ -39,6 +42,44 @@ class SurvivingStream:
         return getattr(self._stream, name)
 
 
+class TellingStream:
+    """A text stream whose output is all that somebody asked for: what cannot be written is an error with a name.
+
+    Raises:
+        OutputError: from `write` and `flush`. BrokenPipeError: as it is, nobody reads any more.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self.stream.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"the output cannot be written: {error.strerror or error}. Make room there, or send it elsewhere"
+            ) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def tell_failed_output() -> None:
+    """Has a failing write to stdout told in one line; until `survive_closed_output`."""
+    sys.stdout = cast(TextIO, TellingStream(sys.stdout))
+
+
 def open_standard_files() -> None:
     """Opens what was closed of the descriptors 0 to 2 (`>&-`): else the next file that is opened would be the output.
 
@@ -61,5 +102,6 @@ def survive_closed_output() -> None:
     """Makes this process's own prints survive; a second call changes nothing."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        stream = stream.stream if isinstance(stream, TellingStream) else stream
         if stream is not None and not isinstance(stream, SurvivingStream):
             setattr(sys, name, cast(TextIO, SurvivingStream(stream)))

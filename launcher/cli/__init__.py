@@ -6,6 +6,7 @@ else: until `main` begins, a signal kills.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -14,9 +15,9 @@ import time
 from collections.abc import Sequence
 
 from launcher import __version__
-from launcher.base.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, UserError
+from launcher.base.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, OutputError, UserError
 from launcher.base.first_moments import obey_signals
-from launcher.base.output import open_standard_files
+from launcher.base.output import open_standard_files, tell_failed_output
 
 VERBS = {
     "train": "train, or go on where the run was stopped; -m: a sweep",
@@ -50,23 +51,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that knows ASCII alone gets ? for the rest
             stream.reconfigure(errors="replace" if stream.errors == "strict" else stream.errors)
+    if argv is None:
+        tell_failed_output()
     if argv is None and arguments[:1] == ["train"]:
         obey_signals()
     try:
-        _check_working_directory()
-        return _dispatch(arguments)
+        return _run(arguments)
     except LauncherError as error:
-        _show(error)
+        if isinstance(error, OutputError):
+            _give_up_output()
+        with contextlib.suppress(OSError):
+            _show(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("launcher: interrupted", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:  # `launcher status | head`
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - the interpreter flushes it at exit
+        _give_up_output()
         return EXIT_FAILED
     except Exception as error:
         print(f"launcher: {_unexpected(error)}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _run(arguments: list[str]) -> int:
+    _check_working_directory()
+    try:
+        code = _dispatch(arguments)
+    except SystemExit:  # argparse, after a help text
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
+
+
+def _give_up_output() -> None:
+    """The interpreter flushes it at exit."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
 
 
 def _check_working_directory() -> None:

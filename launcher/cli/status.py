@@ -32,7 +32,8 @@ _EXAMPLE = """examples:
   launcher status                      every run and sweep below this folder
   launcher status outputs/run          one run
   launcher status outputs/sweep --json the jobs of a sweep, for a script
-  launcher status --watch              all of it, again and again, until Ctrl-C"""
+  launcher status --watch              all of it, again and again, until Ctrl-C
+  launcher status --watch --json       a line of JSON now, and one whenever something has changed"""
 
 
 def main(argv: list[str]) -> int:
@@ -52,36 +53,77 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"DIR={options.dir} is no folder. It must be the output_dir of a run or sweep, or a folder above"
         )
-    if options.watch:
-        _watch(root, as_json=options.json)
-    else:
-        _show(root, as_json=options.json)
+    with contextlib.suppress(KeyboardInterrupt) if options.watch else contextlib.nullcontext():
+        if options.watch and options.json:
+            for value in changes(root):
+                print(json.dumps(value), flush=True)
+        elif options.watch:
+            _watch(root)
+        elif options.json:
+            print(json.dumps(as_data(root), indent=2))
+        else:
+            _show(root)
     return EXIT_DONE
 
 
-def _show(root: Path, *, as_json: bool) -> None:
+def _show(root: Path) -> None:
     if is_sweep(root):
-        _show_sweep(root, as_json=as_json)
+        _show_sweep(root)
     elif is_run(root) or submitted_id(root) is not None:
-        (status,) = with_slurm([read_run(root, run_metric(root))])
-        _show_run(status, as_json=as_json)
+        for name, value in run_lines(_read(root)):
+            print(f"{name:<12} {printable(value)}")
     else:
-        _show_folder(root, as_json=as_json)
+        _show_folder(root)
 
 
-def _watch(root: Path, *, as_json: bool) -> None:
+def _read(root: Path) -> RunStatus:
+    (status,) = with_slurm([read_run(root, run_metric(root))])
+    return status
+
+
+def as_data(root: Path) -> dict[str, Any]:
+    """The same for a script."""
+    if is_sweep(root):
+        return sweep_data(root, *_read_sweep(root))
+    if is_run(root) or submitted_id(root) is not None:
+        return {"kind": "run", **asdict(_read(root))}
+    runs, sweeps = _read_folder(root)
+    return {
+        "kind": "folder", "dir": str(root), "runs": [{"kind": "run", **asdict(status)} for status in runs],
+        "sweeps": [sweep_data(*sweep) for sweep in sweeps],
+    }  # fmt: skip
+
+
+def changes(root: Path) -> Iterator[dict[str, Any]]:
+    """How it stands now, and again whenever that has changed; that a run was written down anew (`updated_at`) is no
+    change."""
+    before = None
+    while True:
+        value = as_data(root)
+        if (now := _lasting(value)) != before:
+            before = now
+            yield value
+        time.sleep(_WATCH_S)
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lasting(inner) for key, inner in value.items() if key != "updated_at"}
+    return [_lasting(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _watch(root: Path) -> None:
     """Shows it again and again: in a terminal in place, so that nothing flickers; else one after the other."""
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            text = io.StringIO()
-            with contextlib.redirect_stdout(text):
-                _show(root, as_json=as_json)
-            if sys.stdout.isatty():
-                lines = text.getvalue().splitlines()[: shutil.get_terminal_size().lines - 1]
-                print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
-            else:
-                print(text.getvalue(), flush=True)
-            time.sleep(_WATCH_S)
+    while True:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            _show(root)
+        if sys.stdout.isatty():
+            lines = text.getvalue().splitlines()[: shutil.get_terminal_size().lines - 1]
+            print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
+        else:
+            print(text.getvalue(), flush=True)
+        time.sleep(_WATCH_S)
 
 
 def with_slurm(statuses: list[RunStatus]) -> list[RunStatus]:
@@ -124,15 +166,17 @@ def run_metric(root: Path) -> Metric:
 # --------------------------------------------------------------------------- a sweep
 
 
-def _show_sweep(root: Path, *, as_json: bool) -> None:
+def _read_sweep(root: Path) -> tuple[SweepTable, dict[str, RunStatus]]:
     table = SweepTable(SweepPaths(root))
-    assert table.metric is not None
     statuses = table.statuses()
     with_slurm(list(statuses.values()))
-    if as_json:
-        _print_json(sweep_data(root, table, statuses))
-    else:
-        show_table(root, statuses, table.metric)
+    return table, statuses
+
+
+def _show_sweep(root: Path) -> None:
+    table, statuses = _read_sweep(root)
+    assert table.metric is not None
+    show_table(root, statuses, table.metric)
 
 
 def sweep_data(root: Path, table: SweepTable, statuses: dict[str, RunStatus]) -> dict[str, Any]:
@@ -150,14 +194,6 @@ def sweep_data(root: Path, table: SweepTable, statuses: dict[str, RunStatus]) ->
 
 
 # --------------------------------------------------------------------------- a run
-
-
-def _show_run(status: RunStatus, *, as_json: bool) -> None:
-    if as_json:
-        _print_json({"kind": "run", **asdict(status)})
-        return
-    for name, value in run_lines(status):
-        print(f"{name:<12} {printable(value)}")
 
 
 def run_lines(status: RunStatus) -> Iterator[tuple[str, str]]:
@@ -213,27 +249,18 @@ def find(root: Path) -> Iterator[Path]:
         folders[:] = [] if is_deep else sorted(f for f in folders if f[0] != "." and checkpoint_step(Path(f)) is None)
 
 
-def _show_folder(root: Path, *, as_json: bool) -> None:
+def _read_folder(root: Path) -> tuple[list[RunStatus], list[tuple[Path, SweepTable, dict[str, RunStatus]]]]:
     sweeps, runs = [], []
     for path in find(root):
         if is_sweep(path):
-            table = SweepTable(SweepPaths(path))
-            statuses = table.statuses()
-            with_slurm(list(statuses.values()))
-            sweeps.append((path, table, statuses))
+            sweeps.append((path, *_read_sweep(path)))
         else:
             runs.append(read_run(path, run_metric(path)))
-    with_slurm(runs)
-    if as_json:
-        _print_json(
-            {
-                "kind": "folder",
-                "dir": str(root),
-                "runs": [{"kind": "run", **asdict(status)} for status in runs],
-                "sweeps": [sweep_data(path, table, statuses) for path, table, statuses in sweeps],
-            }
-        )
-        return
+    return with_slurm(runs), sweeps
+
+
+def _show_folder(root: Path) -> None:
+    runs, sweeps = _read_folder(root)
     if not runs and not sweeps:
         print(f"no runs and no sweeps below {root}")
     for status in runs:
@@ -244,7 +271,3 @@ def _show_folder(root: Path, *, as_json: bool) -> None:
         print(printable("  ".join(filter(None, parts))))
     for path, _, statuses in sweeps:
         print(f"sweep        {path}  {count_states(statuses)}")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))

@@ -73,3 +73,29 @@ def test_a_run_ends_well_when_the_outputs_are_closed(lab: Lab, tmp_path: Path) -
     done = subprocess.run(["bash", "-c", line], env=environment(), cwd=tmp_path, timeout=240, check=False)
     assert done.returncode == 0
     assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("is_buffered", [True, False])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["status", "."], ["checkpoints", ".", "--json"]]
+)
+def test_output_that_cannot_be_written_is_told_when_its_disk_is_full(
+    tmp_path: Path, arguments: list[str], is_buffered: bool
+) -> None:
+    """Also where the interpreter would write it at its very end only, and argparse drops the error."""
+    env = {**environment(), "PYTHONUNBUFFERED": "" if is_buffered else "1"}
+    command = [sys.executable, "-m", "launcher.cli", *arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "launcher: the output cannot be written: No space left on device. Make room there, or send it elsewhere\n"
+    )
+
+
+def test_exit_code_is_the_same_when_an_error_cannot_be_shown(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "launcher.cli", "checkpoints", str(tmp_path / "none")]
+        assert subprocess.run(command, stderr=full, env=environment(), check=False).returncode == 2

@@ -134,6 +134,25 @@ def test_watch_shows_it_again_until_it_is_interrupted(
     assert capsys.readouterr().out.count("20/50") == 2
 
 
+def test_watching_script_gets_a_line_when_something_has_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the run was only written down anew; a line is a whole object."""
+    root = make_run(tmp_path / "run", updated_at=1.0)
+    changes = [{"updated_at": 2.0}, {"updated_at": 3.0, "step": 20}, {}, {"state": "finished"}]
+
+    def later(seconds: float) -> None:
+        if not changes:
+            raise KeyboardInterrupt
+        info = json.loads((root / "run.json").read_text())
+        (root / "run.json").write_text(json.dumps(info | changes.pop(0)))
+
+    monkeypatch.setattr(status.time, "sleep", later)
+    assert status.main([str(tmp_path), "--watch", "--json"]) == 0
+    seen = [json.loads(line)["runs"][0] for line in capsys.readouterr().out.splitlines()]
+    assert [run["state"] for run in seen] == ["interrupted", "finished"]
+
+
 def test_status_needs_no_torch_and_says_what_is_wrong(tmp_path: Path) -> None:
     code = "import sys; from launcher.cli.status import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     done = subprocess.run(
