@@ -27,7 +27,7 @@ _STATE_TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 ROUNDING_KEYS = (
     "strategy", "strategy.deepspeed.zero_optimization", "num_processes", "per_device_train_batch_size",
-    "train.fused_loss", "train.torch_compile", "attention",
+    "train.fused_loss", "train.torch_compile", "attention", "num_threads",
 )  # fmt: skip
 
 

@@ -182,6 +182,8 @@ def build_run(
     known = point.state["settings"].get("data") if point is not None else None
     settings = result_settings(config, data.fingerprints.like(known), processes)
     settings |= {"data.order": sampler.order, DAY: template_date(config.data, tokenizer)}
+    if accelerator.device.type == "cpu":  # sums of large tensors are split by it
+        settings["num_threads"] = torch.get_num_threads()
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
     tell(processes, "building the model")

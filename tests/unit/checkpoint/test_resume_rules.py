@@ -142,6 +142,13 @@ def test_another_size_is_accepted_with_a_line() -> None:
     assert notices[0].startswith("equal up to rounding from here (num_processes: 2 in the checkpoint, 4 now")
 
 
+def test_another_number_of_threads_is_said_and_unknown_on_a_gpu() -> None:
+    saved = {**_SAVED, "num_threads": 8}
+    for now, shown in (({"num_threads": 4}, "4"), ({}, "None")):
+        (notice,) = compare_settings(saved, {**_SAVED, **now}, accept=False)
+        assert notice == f"equal up to rounding from here (num_threads: 8 in the checkpoint, {shown} now)"
+
+
 def test_all_differences_that_change_the_result_are_listed_with_the_cure() -> None:
     now = {**_SAVED, "seed": 2, "optim.learning_rate": 1e-4, "num_processes": 3}
     with pytest.raises(ResumeMismatchError) as caught:
