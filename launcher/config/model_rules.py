@@ -1,4 +1,4 @@
-"""The rules of the group `model`: what is trained, its tokens, adapters and quantisation. Imports no torch."""
+"""The rules of the group `model`: what is trained, its tokens and adapters. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import files
-from launcher.config.packages import is_in_container, is_installed
+from launcher.config.quantization_rules import quantization_problems
 from launcher.config.schema import did_you_mean
 from launcher.config.settings import ModelConfig, RunConfig, is_local_path
 
 TOKEN_FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
 """Of tokenizers.AddedToken."""
-QUANTIZATION_FIELDS = (
-    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant",
-    "bnb_4bit_quant_storage", "llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_has_fp16_weight",
-    "llm_int8_enable_fp32_cpu_offload", "quant_method",
-)  # fmt: skip
-"""Of transformers' BitsAndBytesConfig."""
-
-
 _STARTS_FROM_DATA = ("eva", "corda", "lora_ga")
 """Ways to initialise LoRA for which peft's get_peft_model alone leaves the weights as they come."""
 
@@ -45,7 +37,7 @@ def model_problems(config: RunConfig) -> Iterator[str]:
     yield from _missing_model("model.adapter_name_or_path", model.adapter_name_or_path, "adapter_config.json")
     yield from _token_problems(model)
     yield from _adapter_problems(model)
-    yield from _quantization_problems(config)
+    yield from quantization_problems(config)
     yield from _compile_problems(config)
 
 
@@ -149,37 +141,4 @@ def _compile_problems(config: RunConfig) -> Iterator[str]:
         yield (
             "train.torch_compile=true cannot be combined with model.quantization, whose layers are no operations that "
             "are compiled. Set train.torch_compile=false"
-        )
-
-
-def _quantization_problems(config: RunConfig) -> Iterator[str]:
-    model, wanted = config.model, config.model.quantization
-    if not wanted:
-        return
-    for name in wanted:
-        if name not in QUANTIZATION_FIELDS:
-            hint = did_you_mean(name, QUANTIZATION_FIELDS).replace("mean ", "mean model.quantization.")
-            yield f"model.quantization.{name} is no setting.{hint} Valid: {', '.join(QUANTIZATION_FIELDS)}"
-    if (method := wanted.get("quant_method", "bitsandbytes")) != "bitsandbytes":
-        yield f"model.quantization.quant_method={method} is not supported. Valid: bitsandbytes"
-    bits = [name for name in ("load_in_4bit", "load_in_8bit") if wanted.get(name)]
-    if len(bits) != 1:
-        yield (
-            f"model.quantization needs one of load_in_4bit and load_in_8bit (got {' and '.join(bits) or 'neither'}). "
-            "Set model.quantization.load_in_4bit=true; for a model that is not quantised: model.quantization=null"
-        )
-    off = "or model.quantization=null"
-    if not model.is_adapter:
-        yield f"model.quantization keeps the weights fixed: only an adapter is trained. Set model/peft=lora, {off}"
-    if model.config and not model.model_name_or_path:
-        yield f"model.quantization is of a pretrained model, model.config trains one from scratch: leave it out, {off}"
-    if config.strategy.zero_stage:
-        yield (
-            f"strategy={config.strategy.name} cannot spread quantised weights over processes (model.quantization). "
-            f"Set strategy=ddp, {off}"
-        )
-    if not is_in_container(config) and not is_installed("bitsandbytes"):
-        yield (
-            "model.quantization needs a package that is not installed: pip install bitsandbytes. "
-            "Without it: model.quantization=null"
         )

@@ -20,6 +20,8 @@ def quantization_arguments(config: RunConfig) -> dict[str, Any]:
         return {}
     from transformers import BitsAndBytesConfig
 
+    if "llm_int8_threshold" in wanted:
+        wanted["llm_int8_threshold"] = float(wanted["llm_int8_threshold"])
     if wanted.get("load_in_4bit"):
         wanted = {"bnb_4bit_compute_dtype": config.model.dtype, **wanted}
     try:
