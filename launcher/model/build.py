@@ -18,6 +18,7 @@ from launcher.base.errors import ConfigError, UserError
 from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.config.settings import RunConfig, expanded
 from launcher.model import _transformers
+from launcher.model._bitsandbytes import keep_weights
 from launcher.model.blueprint import Blueprint
 from launcher.model.giants import refuse_giant
 from launcher.model.identity import local_folder
@@ -100,6 +101,7 @@ def build_model(
         if is_base:
             model.enable_input_require_grads()
     forget_lengths(model)
+    keep_weights(model)
     if config.strategy.zero_stage == 3:
         _deepspeed.partition_in_model_order(model)
     return BuiltModel(model, stored, blueprint.config, first_weights, new_rows, attn_implementation, notices)

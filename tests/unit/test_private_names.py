@@ -115,3 +115,24 @@ def test_peft_collects_rows_of_tokens_where_it_is_replaced() -> None:
 
     parameters = inspect.signature(TrainableTokensLayer._collect_token_weights).parameters
     assert list(parameters) == ["self", "weight", "rows", "embed_dim"]
+
+
+def test_a_four_bit_layer_keeps_its_weights_when_it_is_evaluated() -> None:
+    """launcher/model/_bitsandbytes.py; on a processor with AVX512-BF16 it would not, without that."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from launcher.model._bitsandbytes import REPACKS, keep_weights
+
+    torch.manual_seed(0)
+    for width in (32, 64, 128):  # narrower than a block of scales, as wide, wider
+        layer = bitsandbytes.nn.Linear4bit(
+            width, 128, bias=False, compress_statistics=True, compute_dtype=torch.float32
+        )
+        layer.to("cpu")
+        assert hasattr(layer, REPACKS)
+        keep_weights(layer)
+        rows, before = torch.randn(3, width), layer.weight.data.clone()
+        expected = layer.train()(rows)
+        with torch.no_grad():
+            evaluated = layer.eval()(rows)
+        assert layer.weight.data.equal(before) and layer.train()(rows).equal(expected)
+        torch.testing.assert_close(evaluated, expected, rtol=1e-5, atol=1e-6)
