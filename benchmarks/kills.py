@@ -11,6 +11,7 @@ its last checkpoint; where a kill cut that off and it fails, the folder is delet
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from typing import Any
 from benchmarks.common import RECORDS_DIR, ROOT, Spread, machine, report, table
 from benchmarks.start import accelerate_launch, write_model
 from benchmarks.throughput import write_chats
+from launcher.base.process import die_with_parent
 
 _SAVE_STEPS = 10
 _POLL_S = 0.02
@@ -70,7 +72,13 @@ def run_to_the_end(kind: str, work_dir: Path, num_steps: int, moments: Iterator[
     while not is_done(kind, folder, num_steps):
         with (work_dir / f"{kind}.log").open("w") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
         while process.poll() is None:
             if time.monotonic() >= kill_at:

@@ -12,6 +12,7 @@ The second table says where the time of `launcher train` goes, seen from outside
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from typing import Any
 
 from benchmarks.common import ACCELERATE_CONFIG, RECORDS_DIR, ROOT, Spread, machine, report, table
 from benchmarks.throughput import write_chats
+from launcher.base.process import die_with_parent
 
 _POLL_S = 0.005
 _LIMIT_S = 300.0
@@ -60,7 +62,13 @@ class Start:
         self._log, self.began = log, time.time()
         with log.open("w") as output:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
 
     def wait_for(self, what: Callable[[], Any]) -> float:

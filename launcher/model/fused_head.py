@@ -240,7 +240,7 @@ class _FusedHead(torch.autograd.Function):
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if needs_bias else None
         with torch.autocast(kind, enabled=False):
-            used = weight.to(dtype)
+            used = _cast(weight, dtype)
             for start in range(0, len(targets), size):
                 part, chosen = hidden[start : start + size].to(dtype), targets[start : start + size]
                 needs_grad = grad_hidden is not None or needs_weight or needs_bias
@@ -272,6 +272,28 @@ class _FusedHead(torch.autograd.Function):
             None if grad_bias is None else grad_bias.mul_(scale).to(bias_dtype),
             None, None, None, None,
         )  # fmt: skip
+
+
+_kept: dict[int, Tensor] | None = None
+
+
+@contextlib.contextmanager
+def head_cast_kept() -> Iterator[None]:
+    """While no weight changes: the head is cast once, not for every micro-batch."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if _kept is None or weight.dtype == dtype:
+        return weight.to(dtype)
+    if id(weight) not in _kept:
+        _kept[id(weight)] = weight.to(dtype)
+    return _kept[id(weight)]
 
 
 def _added(total: Tensor | None, grad_NV: Tensor, hidden_NH: Tensor) -> Tensor:

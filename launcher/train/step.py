@@ -14,6 +14,7 @@ from launcher.base.processes import Processes
 from launcher.checkpoint import rng
 from launcher.config.settings import RunConfig
 from launcher.data import StepSampler, TokenRows, collate, split_step, to_device
+from launcher.model.fused_head import head_cast_kept
 from launcher.model.loss import LossFunction, router_coefficient
 from launcher.model.optim import Schedule
 
@@ -76,31 +77,48 @@ class TrainStep:
         self.model.train()
         loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
         router_loss, mean_loss = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
-        for i, ids in enumerate(micro_batches):
-            batch = collate(self._rows, ids, self._pad_token_id)
-            mask = batch.get("attention_mask")
-            num_tokens += batch["input_ids"].numel() if mask is None else int(mask.numpy().sum())
-            batch = to_device(batch, device)
-            is_last = i == len(micro_batches) - 1
-            with contextlib.nullcontext() if is_last else self._no_sync():
-                with self.accelerator.autocast():
-                    loss, _, router = self._loss(self.model, batch)
-                # Gradients are averaged over the processes; the mean is over the labelled tokens of the whole step.
-                total = loss * (world_size / num_labelled)
-                if router is not None:  # a mean over the micro-batch: by its share of the step's tokens
-                    share = self._rows.num_tokens(ids) / max(1, self._rows.num_tokens(rows))
-                    total = total + router * (world_size * share * self._router_coefficient)
-                    router_loss += router.detach() * share
-                loss_sum += loss.detach()
-                if is_last and spike_limit is not None:
-                    mean_loss = self._mean(loss_sum, num_labelled)
-                    # Gradients of NaN are never applied, under any strategy, and the host need not wait to know.
-                    total = total * torch.where(mean_loss > spike_limit, math.nan, 1.0).to(total.dtype)
-                self._backward(total, is_last=is_last)
+        with self._casts_kept(len(micro_batches)):
+            for i, ids in enumerate(micro_batches):
+                batch = collate(self._rows, ids, self._pad_token_id)
+                mask = batch.get("attention_mask")
+                num_tokens += batch["input_ids"].numel() if mask is None else int(mask.numpy().sum())
+                batch = to_device(batch, device)
+                is_last = i == len(micro_batches) - 1
+                with contextlib.nullcontext() if is_last else self._no_sync():
+                    with self.accelerator.autocast():
+                        loss, _, router = self._loss(self.model, batch)
+                    # Gradients are averaged over the processes; the mean is over the labelled tokens of the whole step.
+                    total = loss * (world_size / num_labelled)
+                    if router is not None:  # a mean over the micro-batch: by its share of the step's tokens
+                        share = self._rows.num_tokens(ids) / max(1, self._rows.num_tokens(rows))
+                        total = total + router * (world_size * share * self._router_coefficient)
+                        router_loss += router.detach() * share
+                    loss_sum += loss.detach()
+                    if is_last and spike_limit is not None:
+                        mean_loss = self._mean(loss_sum, num_labelled)
+                        # Gradients of NaN are never applied, under any strategy, and the host need not wait to know.
+                        total = total * torch.where(mean_loss > spike_limit, math.nan, 1.0).to(total.dtype)
+                    self._backward(total, is_last=is_last)
         self._before_update()
         sums, is_applied = self._update([loss_sum, router_loss, mean_loss])
         is_spike = spike_limit is not None and sums[2] > spike_limit
         return StepSums(sums[0], sums[1], num_labelled, num_tokens, sums[3], is_applied, sums[2], is_spike)
+
+    def _casts_kept(self, num_micro_batches: int) -> Any:
+        """Autocast keeps its copies of the weights from micro-batch to micro-batch: none of them changes before the
+        update. It clears them where the outermost block ends, so an outer one is kept open, without autocast itself.
+
+        Not with recomputed layers: their first pass may make the copies without a graph (torch's checkpoint.py).
+        """
+        config = self._config
+        if num_micro_batches < 2 or config.mixed_precision == "no" or config.strategy.zero_stage:
+            return contextlib.nullcontext()
+        if config.model.gradient_checkpointing or config.train.torch_compile:
+            return contextlib.nullcontext()
+        kept = contextlib.ExitStack()
+        kept.enter_context(torch.autocast(self.accelerator.device.type, enabled=False))
+        kept.enter_context(head_cast_kept())
+        return kept
 
     def _mean(self, loss_sum: torch.Tensor, num_labelled: int) -> torch.Tensor:
         """The loss of the step over all processes, the same bits on each."""
