@@ -169,6 +169,32 @@ def _file_system(folder: Path) -> str:
     return best[1]
 
 
+class Record:
+    """A record that is written after every measurement, so that one that was broken off keeps what it has.
+
+    Args:
+        is_added: to what the file holds from before, measured on the same machine.
+    """
+
+    def __init__(self, path: Path, *, is_added: bool) -> None:
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text()) if is_added and path.exists() else {}
+
+    def add(self, case: str, about: dict[str, Any], **values: Any) -> None:
+        """One more value of each of these in a case."""
+        entry = self.found.setdefault(case, {"machines": []})
+        entry["machines"].append(about)
+        for name, value in values.items():
+            entry.setdefault(name, []).append(value)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def loads(self) -> str:
+        """The load of the machine that each measurement began with."""
+        loads = [about["load_before"][0] for entry in self.found.values() for about in entry["machines"]]
+        return f"load average at the start of each: {min(loads)} to {max(loads)}"
+
+
 def report(name: str, found: dict[str, Any], text: str, out: Path | None) -> None:
     """Prints the tables and writes the raw numbers."""
     path = out or RESULTS_DIR / f"{name}.json"

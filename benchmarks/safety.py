@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RECORDS_DIR, ROOT, STEP_20_MS_MODEL, Spread, machine, report, table
+from benchmarks.common import RECORDS_DIR, ROOT, STEP_20_MS_MODEL, Record, Spread, machine, table
 from benchmarks.hub_overhead import hub_server
 
 _BYTES_PER_S = 20_000_000
@@ -66,44 +66,42 @@ def run_once(folder: Path, num_processes: int, hub: tuple[str, str] | None) -> d
     return {"seconds": sum(windows), "weights": weights, "stalls": stalls}
 
 
-def measure(work_dir: Path, pairs: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"machine": machine(work_dir), "cases": []}
+def measure(work_dir: Path, pairs: int, record: Record) -> None:
     with hub_server(work_dir / "server", _BYTES_PER_S) as hub:
-        for num_processes in _TARGETS:
-            case: dict[str, Any] = {"num_processes": num_processes, "with": [], "without": [], "stalls": []}
-            weights = set()
-            for number in range(pairs):
+        for number in range(pairs):
+            for num_processes in _TARGETS:
+                runs, about = {}, machine(work_dir)
                 for kind in ("without", "with") if number % 2 == 0 else ("with", "without"):
                     folder = work_dir / f"{kind}-{num_processes}-{number}"
-                    run = run_once(folder, num_processes, hub if kind == "with" else None)
-                    case[kind].append(run["seconds"])
-                    case["stalls"] += run["stalls"]
-                    weights.add(run["weights"])
-                    print(f"{time.strftime('%H:%M:%S')} {kind}, {num_processes}: {run['seconds']:.1f} s", flush=True)
-            assert len(weights) == 1, "saving changed the result"
-            found["cases"].append(case)
-    return found
+                    runs[kind] = run_once(folder, num_processes, hub if kind == "with" else None)
+                    seconds = runs[kind]["seconds"]
+                    print(f"{time.strftime('%H:%M:%S')} {kind}, {num_processes} processes: {seconds:.1f} s", flush=True)
+                assert runs["with"]["weights"] == runs["without"]["weights"], "saving changed the result"
+                values = {kind: run["seconds"] for kind, run in runs.items()}
+                record.add(str(num_processes), about, **values, stalls=runs["with"]["stalls"])
 
 
 def as_text(found: dict[str, Any]) -> str:
     rows = []
-    for case in found["cases"]:
+    for name, case in found.items():
         ratios = [a / b for a, b in zip(case["with"], case["without"], strict=True)]
-        where = "a free core" if case["num_processes"] == 1 else "no free core"
+        where = "a free core" if name == "1" else "no free core"
         spreads = [Spread.of(case[kind]).text(1, 2) for kind in ("with", "without")]
-        rows.append([where, *spreads, Spread.of(ratios).text(), f"{_TARGETS[case['num_processes']]}"])
+        rows.append([where, *spreads, Spread.of(ratios).text(), f"{_TARGETS[int(name)]}"])
     head = ["beside", f"{_NUM_STEPS - _EVERY} steps with saves and pushes, s", "without, s", "ratio", "at most"]
-    return f"\n{found['machine']}\n\nMedian (lowest to highest, number of runs).\n\n{table(head, rows)}"
+    return f"Median (lowest to highest, number of runs).\n\n{table(head, rows)}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--add", action="store_true", help="to the pairs that the file has")
     parser.add_argument("--json", type=Path, default=RECORDS_DIR / "safety.json")
     arguments = parser.parse_args(argv)
+    record = Record(arguments.json, is_added=arguments.add)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        found = measure(Path(name), arguments.pairs)
-    report("safety", found, as_text(found), arguments.json)
+        measure(Path(name), arguments.pairs, record)
+    print(f"{machine(ROOT)}, {record.loads()}\n\n{as_text(record.found)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ACCELERATE_CONFIG, RECORDS_DIR, ROOT, Spread, machine, report, table
+from benchmarks.common import ACCELERATE_CONFIG, RECORDS_DIR, ROOT, Record, Spread, machine, table
 from benchmarks.throughput import write_chats
 from launcher.base.process import die_with_parent
 
@@ -149,14 +149,12 @@ def _lines(path: Path, begin: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and line.strip()]
 
 
-def measure(work_dir: Path, strategies: list[str], pairs: int) -> dict[str, Any]:
+def measure(work_dir: Path, strategies: list[str], pairs: int, record: Record) -> None:
     write_chats(work_dir / "chats.jsonl")
     write_model(work_dir / "model")
-    about, found = machine(work_dir), {}
     for strategy in strategies:
-        rounds: dict[str, list[Any]] = {"bare": [], "first": [], "second": []}
         for number in range(-1, pairs):  # the first round warms up: DeepSpeed compiles an operator
-            folder = work_dir / f"run-{strategy}-{number}"
+            folder, about = work_dir / f"run-{strategy}-{number}", machine(work_dir)
             pair: dict[str, Any] = {}
             for kind in ("bare", "ours") if number % 2 == 0 else ("ours", "bare"):
                 if kind == "bare":
@@ -167,10 +165,7 @@ def measure(work_dir: Path, strategies: list[str], pairs: int) -> dict[str, Any]
                     pair["second"] = ours(work_dir, strategy, folder, done)
             shutil.rmtree(folder)
             if number >= 0:
-                for name, value in pair.items():
-                    rounds[name].append(value)
-        found[strategy] = {"machine": about, **rounds}
-    return found
+                record.add(strategy, about, **pair)
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -195,7 +190,6 @@ def as_text(found: dict[str, Any]) -> str:
         "to the loop (data, model, prepare)", "first step",
     ]  # fmt: skip
     return (
-        f"{[rounds['machine'] for rounds in found.values()]}\n\n"
         f"Median (lowest to highest, number of starts).\n\n{table(head, rows)}\n\n"
         f"{table(['strategy', 'start', *until], parts)}"
     )
@@ -205,12 +199,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--strategy", nargs="+", default=["ddp", "zero2"])
+    parser.add_argument("--add", action="store_true", help="to the pairs that the file has")
     parser.add_argument("--json", type=Path, default=RECORDS_DIR / "start.json")
     arguments = parser.parse_args(argv)
-    before = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    record = Record(arguments.json, is_added=arguments.add)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        found = before | measure(Path(name), arguments.strategy, arguments.pairs)
-    report("start", found, as_text(found), arguments.json)
+        measure(Path(name), arguments.strategy, arguments.pairs, record)
+    print(f"{machine(ROOT)}, {record.loads()}\n\n{as_text(record.found)}")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ _CASES = [
 ]  # fmt: skip
 
 
-def measure(work_dir: Path, is_quick: bool) -> dict[str, Any]:
+def measure(work_dir: Path, is_quick: bool, num_cases: int) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": machine(work_dir), "cases": []}
-    for i, (name, model, num_processes) in enumerate(_CASES[:2] if is_quick else _CASES):
+    for i, (name, model, num_processes) in enumerate(_CASES[: 2 if is_quick else num_cases]):
         folder = work_dir / str(i)
         folder.mkdir()
         spec = {
@@ -70,12 +70,13 @@ def as_text(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a minute, few repetitions")
+    parser.add_argument("--cases", type=int, default=len(_CASES), help="only the first so many")
     parser.add_argument(
         "--json", type=Path, default=RECORDS_DIR / "step_overhead.json", help="where the raw numbers go"
     )
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        found = measure(Path(name), arguments.quick)
+        found = measure(Path(name), arguments.quick, arguments.cases)
     report("step_overhead", found, as_text(found), arguments.json)
 
 
