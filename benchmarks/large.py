@@ -176,7 +176,7 @@ def as_text(found: dict[str, Any]) -> str:
         ["sweep of 1,000 jobs, planned", f"{found['sweep']['seconds']:.2f} s", _memory(found["sweep"])],
         ["resume at step 1,000,000 : at step 1", ratios.text(1, 2), ""],
     ]
-    return f"{found['machine']}\n\n{table(['what', 'measured', 'peak memory'], rows)}"
+    return table(["what", "measured", "peak memory"], rows)
 
 
 def _memory(part: dict[str, float]) -> str:
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         result = measure(Path(name), arguments.pairs)
-    report("large", result, as_text(result), arguments.json)
+    report("large", result, f"{result['machine']}\n\n{as_text(result)}", arguments.json)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -58,3 +59,13 @@ def test_chats_per_second_are_those_of_the_record(readme: str) -> None:
     rates = _record("records/tokenising.json")["found"][0]["rows_per_second"]
     ours, trl, every_core = (round(statistics.median(rates[key])) for key in ("ours", "trl", "trl, every core"))
     assert f"chats tokenised per second | **{ours:,}** | | | {trl}; {every_core} with every core |" in readme
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("start", "speed.md")],
+)
+def test_tables_of_the_docs_are_those_of_their_records(name: str, page: str) -> None:
+    found = _record(f"records/{name}.json")
+    text = importlib.import_module(f"benchmarks.{name}").as_text(found)
+    assert text in (_ROOT / "docs" / page).read_text(encoding="utf-8")
