@@ -48,9 +48,10 @@ def spare_device_problems(device: int | None, num_local: int) -> list[str]:
         return []
     got = f"{key}={device}" if device is not None else f"eval.in_background=true needs {key}"
     if num_local < num_gpus:
+        spare = ", ".join(map(str, range(num_local, num_gpus)))
         return [
-            f"{got}: a GPU that does not train, {num_local} to {num_gpus - 1} (visible: {num_gpus}, of which the "
-            f"processes take the first {num_local}). Set {key}={num_local}"
+            f"{got}: a GPU that does not train, of {spare} (visible: {num_gpus}; the processes take the first "
+            f"{num_local}). Set {key}={num_local}"
         ]
     mend = f"Set launch.num_processes={num_gpus - 1} on this machine, and {key}={num_gpus - 1}; or "
     return [

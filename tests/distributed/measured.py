@@ -8,6 +8,7 @@ most since the step before, beyond what the process held when there was nothing 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,13 @@ import torch
 from launcher.train import planned
 
 
+def _parameter_bytes() -> int:
+    """Of all parameters that are there, frozen ones too: the optimizer is given those that are trained."""
+    tensors = [value for value in gc.get_objects() if isinstance(value, torch.nn.Parameter)]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    return sum(storages.values())
+
+
 class MeasuredAdamW(torch.optim.AdamW):
     """AdamW, bit for bit."""
 
@@ -26,8 +34,7 @@ class MeasuredAdamW(torch.optim.AdamW):
         self.param_groups[0]["is_first"] = True
         self._library = ctypes.CDLL(None)
         self._library.counted_bytes.restype = self._library.counted_peak.restype = ctypes.c_long
-        held = sum(p.nbytes for group in self.param_groups for p in group["params"]) + int(os.environ.get("HELD", 0))
-        self._base = self._library.counted_bytes() - held
+        self._base = self._library.counted_bytes() - _parameter_bytes()
         self._path = Path(os.environ["MEASURED_DIR"]) / f"rank-{os.environ.get('RANK', 0)}.jsonl"
 
     def step(self, closure: Any = None) -> Any:

@@ -135,6 +135,7 @@ def _overrides(folder: Path, strategy: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+_LORA = ("model/peft=lora", "model.peft.r=16", "model.peft.target_modules=all-linear")
 _SMALL_BUCKET = "strategy.deepspeed.zero_optimization.reduce_bucket_size=4000000"
 
 
@@ -148,6 +149,9 @@ _SMALL_BUCKET = "strategy.deepspeed.zero_optimization.reduce_bucket_size=4000000
         ("zero2", 2, ("train.train_batch_size=8", _SMALL_BUCKET)),
         ("zero2", 2, ("train.train_batch_size=16",)),
         ("zero3", 2, ("train.train_batch_size=16", _SMALL_BUCKET)),
+        ("zero3", 2, ("train.train_batch_size=16", _SMALL_BUCKET, *_LORA)),
+        ("zero3", 2, ("train.train_batch_size=16", _SMALL_BUCKET, *_LORA, "model.config.vocab_size=32000")),
+        ("zero2", 2, ("train.train_batch_size=16", _SMALL_BUCKET, *_LORA)),
     ],
 )
 def test_memory_is_as_planned_when_a_run_is_measured(

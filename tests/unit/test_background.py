@@ -78,7 +78,7 @@ def test_device_without_the_mode_is_named() -> None:
     [
         ("", None, 2, None), ("", 0, 1, "no GPU is visible. Set eval.background_device=null"),
         ("0,1,2,3", 3, 3, None), ("0,1,2,3", 2, 3, "Set eval.background_device=3"),
-        ("0,1,2,3", None, 2, "2 to 3"), ("0,1,2,3", 4, 2, "Set eval.background_device=2"),
+        ("0,1,2,3", None, 2, "of 2, 3 (visible: 4"), ("0,1,2,3", 4, 2, "Set eval.background_device=2"),
         ("0,1", None, 2, "Set launch.num_processes=1 on this machine, and eval.background_device=1"),
         ("0", 0, 1, "Set eval.in_background=false"),
     ],

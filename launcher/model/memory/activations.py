@@ -12,7 +12,7 @@ import logging
 import math
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -29,21 +29,22 @@ from launcher.model.loss import summed_loss
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes at their highest, gradients of parameters left out: until the first of those is there, after it, and while
-    the last ones are made."""
+    """Bytes at their highest, gradients of parameters left out: until the first of those is there, after it, while the
+    last ones are made, and in the forward pass of the layers, before the head."""
 
     before: float
     after: float
     end: float
+    layers: float
 
     def __add__(self, other: Pass) -> Pass:
-        return Pass(self.before + other.before, self.after + other.after, self.end + other.end)
+        return Pass(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: Pass) -> Pass:
-        return Pass(self.before - other.before, self.after - other.after, self.end - other.end)
+        return self + other * -1
 
     def __mul__(self, factor: float) -> Pass:
-        return Pass(self.before * factor, self.after * factor, self.end * factor)
+        return Pass(*(value * factor for value in astuple(self)))
 
 
 class _Tracker(TorchDispatchMode):
@@ -179,7 +180,10 @@ class ActivationModel:
             tracker.forget(param.grad)
             param.grad = None
 
+        in_layers = [0]
         hooks = [param.register_post_accumulate_grad_hook(took) for param in trained]
+        if (owner := self._layers.owner) is not None:
+            hooks.append(owner.register_forward_hook(lambda *_: in_layers.append(tracker.peak)))
         try:
             with tracker, _StaticShapes(), self._precision(), chunks_of(self._layers.kind):
                 loss = summed_loss(self._called, inputs, is_fused=self._layers.is_fused).loss_sum
@@ -190,7 +194,7 @@ class ActivationModel:
                 hook.remove()
         last = tracker.restart()
         after = max([*peaks[1:], last])
-        return Pass(peaks[0], after, max([*peaks[-1:], last]) if len(peaks) > 1 else last)
+        return Pass(peaks[0], after, max([*peaks[-1:], last]) if len(peaks) > 1 else last, in_layers[-1])
 
     @property
     def _called(self) -> Any:
@@ -232,7 +236,8 @@ class SampledLayers:
         self.module, self.fake, self.kind = model, FakeTensorMode(allow_non_fake_inputs=True), kind
         self._config = model.config.get_text_config()
         self._types = getattr(self._config, "layer_types", None)
-        self._owner, self._name, layers = self._find()
+        self.owner, self._name, layers = self._find()
+        """The module that calls the layers."""
         kinds: dict[object, list[int]] = {}
         for i, layer in enumerate(layers):
             kinds.setdefault(self._kind(i, layer), []).append(i)
@@ -241,8 +246,8 @@ class SampledLayers:
         self.repeated = [(kind[1], len(kind) - 1) for kind in kinds.values() if len(kind) > 1]
         """(a second one, how many there are beside the first) of each kind that has several."""
         self._kept = {i: layers[i] for i in [*self.firsts, *(second for second, _ in self.repeated)]}
-        if self._owner is not None:
-            setattr(self._owner, self._name, nn.ModuleList(self._kept.values()))
+        if self.owner is not None:
+            setattr(self.owner, self._name, nn.ModuleList(self._kept.values()))
         with self.fake:
             model.to_empty(device="cpu")
             base = (
@@ -270,7 +275,7 @@ class SampledLayers:
     @contextlib.contextmanager
     def only(self, chosen: Sequence[int]) -> Iterator[None]:
         """The model has these layers alone, and its config says so."""
-        if self._owner is None:
+        if self.owner is None:
             yield
             return
         before = {"num_hidden_layers": len(chosen)}
@@ -278,7 +283,7 @@ class SampledLayers:
             before["layer_types"] = [self._types[i] for i in chosen]  # type: ignore[assignment]
         before = {name: value for name, value in before.items() if hasattr(self._config, name)}
         restored = {name: getattr(self._config, name) for name in before}
-        setattr(self._owner, self._name, nn.ModuleList([self._kept[i] for i in chosen]))
+        setattr(self.owner, self._name, nn.ModuleList([self._kept[i] for i in chosen]))
         for name, value in before.items():
             setattr(self._config, name, value)
         try:

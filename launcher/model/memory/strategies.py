@@ -172,9 +172,12 @@ def _zero3(sizes: Sizes, setting: Setting, passes: Pass, states: OptimizerStates
         shares = optimizer = own_grads = copies = 0.0
     weights = shares + sizes.buffers
     highest = max(passes.before, passes.after)
+    # What is gathered together lies in one buffer, which is there until the last of its parameters has gone: for all of
+    # the layers' forward pass. With a frozen base the largest parameter was seen beside it once more.
+    in_layers = item * (live + (sizes.largest_of_all if sizes.frozen_numel else 0))
     return [
         MemoryParts(weights, own_grads, optimizer, highest, at_head + bucket),
-        MemoryParts(weights, own_grads, optimizer, 0.0, item * live + bucket),
+        MemoryParts(weights, own_grads, optimizer, passes.layers if is_gathered_at_once else 0.0, in_layers + bucket),
         MemoryParts(weights, own_grads, optimizer, 0.0, bucket + copies),
     ]
 
