@@ -16,6 +16,10 @@ _CGROUP_LIMITS = ("memory.max", "memory.limit_in_bytes")
 _CGROUP_KILLS = ("memory.events.local", "memory.events", "memory.oom_control")
 
 
+_LEAST = 10**6
+"""No device, disk or network has less, and 80 is meant as 80GB."""
+
+
 def parse_bytes(text: str, option: str) -> int:
     """`80GB`, `24GiB`, `200e9`.
 
@@ -24,9 +28,12 @@ def parse_bytes(text: str, option: str) -> int:
     """
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     try:
-        return int(float(found[1]) * _UNITS[found[2] or ""]) if found else _refuse(text, option)
-    except ValueError:
+        value = int(float(found[1]) * _UNITS[found[2] or ""]) if found else _refuse(text, option)
+    except (ValueError, OverflowError):
         return _refuse(text, option)
+    if value < _LEAST:
+        raise UserError(f"{option} {text} means {value} bytes. With a unit: {option} 80GB")
+    return value
 
 
 def _refuse(text: str, option: str) -> int:
