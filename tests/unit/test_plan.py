@@ -120,7 +120,7 @@ def test_sizes_are_read_when_people_write_them() -> None:
     assert parse_bytes("24 GiB", "x") == 24 * 2**30
     assert parse_bytes("200e9", "x") == 200 * 10**9
     assert host_bytes() > 2**30
-    with pytest.raises(UserError, match="--device-memory 80 means 80 bytes. With a unit: --device-memory 80GB"):
+    with pytest.raises(UserError, match=r"--device-memory 80 means 80 bytes\. With a unit: --device-memory 80GB"):
         parse_bytes("80", "--device-memory")
 
 
