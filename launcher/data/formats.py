@@ -190,7 +190,9 @@ class Formatter:
         spans: list[tuple[int, int]] | None, trained: Sequence[bool | None], learnt: list[dict[str, Any]],
     ) -> Rendered:  # fmt: skip
         tools = tools_of(row)
-        unused = unused_keys(turns, self._chat_template.words(tools)) | unshown_roles(turns, chat)
+        words = self._chat_template.words(tools)
+        unused = unused_keys(turns, words) | unshown_roles(turns, chat)
+        unused |= {f"chat_template_kwargs.{key}" for key in template_kwargs(row).keys() - words}
         if any(trained[i] and turn["role"] != "assistant" for i, turn in enumerate(turns)):
             unused |= {"a weight on turns that are not the assistant's"}
         if tools and not all(name in chat.text for name in names_of(tools)):

@@ -32,6 +32,8 @@ _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _FLAGS = ("weight", "train", "training", "trainable", "loss")
 """Of a message: whether it is learnt from, in the words of OpenAI, axolotl and ms-swift."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_OF_THE_ROW = {"messages", "tools", "documents", "add_generation_prompt"}
+"""What a template is given anyway."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -244,6 +246,10 @@ def _tool_call(call: Any, name: str) -> dict[str, Any]:
         raise BadRowError(f"{name}.function.name must be text (got {function.get('name')!r})")
     arguments = function.get("arguments", {})
     arguments = {} if arguments == "" else _json_text(arguments, f"{name}.function.arguments")
+    if isinstance(arguments, str):  # encoded twice
+        arguments = _json_text(arguments, f"{name}.function.arguments (encoded twice)")
+        if not isinstance(arguments, dict):
+            raise BadRowError(f"{name}.function.arguments must be an object (got {type(arguments).__name__} as text)")
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}
 
 
@@ -269,6 +275,8 @@ def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = _json_text(kwargs, "chat_template_kwargs")
     if not isinstance(kwargs, dict):
         raise BadRowError(f"chat_template_kwargs must be a group (got {type(kwargs).__name__})")
+    if own := sorted(_OF_THE_ROW & kwargs.keys()):
+        raise BadRowError(f"chat_template_kwargs.{own[0]} is given to the template by us; leave it out")
     return kwargs
 
 

@@ -243,12 +243,40 @@ def tool_row(calls: Any, tools: Any = TOOLS) -> dict[str, Any]:
 _FLAT = {"name": "f", "arguments": CALL["function"]["arguments"]}
 
 
-@pytest.mark.parametrize("calls", [[CALL], [WIRE], json.dumps([WIRE]), [json.dumps(WIRE)], [_FLAT]])
+_TWICE = {"function": {"name": "f", "arguments": json.dumps(WIRE["function"]["arguments"])}}
+
+
+@pytest.mark.parametrize("calls", [[CALL], [WIRE], json.dumps([WIRE]), [json.dumps(WIRE)], [_FLAT], [_TWICE]])
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [json.dumps(TOOLS[0])]])
 def test_a_call_is_learnt_once_encoded_however_it_is_stored(calls: Any, tools: Any) -> None:
     found = encode(tool_row(calls, tools), template=TOOL_TEMPLATE)
     assert learnt(found) == 'f{"city": "Köln", "n": 1}<|end|>'
     assert '"name": "f"' in text(found) and "\\" not in text(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ('"word"', "encoded twice.* is not valid JSON"),
+        ('"[1]"', "must be an object .got list as text"),
+        ("{a: 1}", "JSON"),
+    ],
+)
+def test_a_call_is_refused_when_its_arguments_are_text_that_holds_no_object(arguments: str, why: str) -> None:
+    with pytest.raises(BadRowError, match=rf"tool_calls\[0\]\.function\.arguments.*{why}"):
+        encode(tool_row([{"function": {"name": "f", "arguments": arguments}}]), template=TOOL_TEMPLATE)
+
+
+@pytest.mark.parametrize("key", ["messages", "tools", "add_generation_prompt"])
+def test_a_row_cannot_take_the_place_of_what_its_template_is_given(key: str) -> None:
+    with pytest.raises(BadRowError, match=rf"chat_template_kwargs\.{key} is given to the template by us; leave it out"):
+        encode({**chat("hi", "yo"), "chat_template_kwargs": {key: []}})
+
+
+def test_a_setting_of_the_template_is_named_when_it_knows_none_of_that_name() -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ mood }}<|end|>{% endfor %}"
+    row = {**chat("hi", "yo"), "chat_template_kwargs": {"mood": "glad", "enable_thinking": False}}
+    assert encode(row, template=template).unused == {"chat_template_kwargs.enable_thinking"}
 
 
 def test_a_call_is_read_when_it_is_written_as_before_there_were_tools() -> None:
