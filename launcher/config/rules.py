@@ -28,6 +28,7 @@ from launcher.config.settings import (
     RunConfig,
     expand_files,
     is_day,
+    no_files_text,
 )
 from launcher.config.trackers import tracker_problems
 
@@ -158,7 +159,7 @@ def cache_problems(config: RunConfig) -> Iterator[str]:
 def _missing_files(key: str, names: Any) -> Iterator[str]:
     for name in [names] if isinstance(names, str) else names or []:
         if not expand_files([str(name)]):
-            yield f"{key}: {name} does not exist (looked in {Path.cwd()})"
+            yield f"{key}: {no_files_text(str(name))}"
         elif not DATA_SUFFIX.search(str(name)) and not Path(str(name)).expanduser().is_dir():
             yield f"{key}: {name} must be a .jsonl, .ndjson, .json, .csv or .parquet (.gz, .zst), or a folder of such"
 
@@ -170,7 +171,7 @@ def _source_problems(data: DataConfig) -> Iterator[str]:
             yield f"{key} needs either train_files or dataset_name (got {', '.join(source) or 'nothing'})"
         yield from _missing_files(f"{key}.train_files", source.get("train_files"))
         weight = source.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             yield f"{key}.weight must be a number above 0 (got {weight!r})"
 
 

@@ -360,6 +360,14 @@ def _is_meant(path: Path, base: Path) -> bool:
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(base).parts)
 
 
+def no_files_text(name: str) -> str:
+    """What is wrong with a name for which `expand_files` finds nothing."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return f"{name} is a folder without a .jsonl, .ndjson, .json, .csv or .parquet file (.gz, .zst)"
+    return f"{name} is no file" if path.exists() else f"{name} does not exist (looked in {Path.cwd()})"
+
+
 def expand_files(names: list[str]) -> list[Path]:
     """The files that `data.train_files` or `data.eval_files` name; what a folder holds and globs are sorted.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.base.errors import ConfigError
 from launcher.config.schema import did_you_mean
-from launcher.config.settings import DataConfig, expand_files
+from launcher.config.settings import DataConfig, expand_files, no_files_text
 from launcher.data.sources import FileSource, GeneratorSource, HubSource, Source
 
 _SOURCE_KEYS = ("train_files", "dataset_name", "dataset_config", "train_split", "generator", "weight")
@@ -60,7 +60,7 @@ def _source(entry: dict[str, Any], key: str, problems: list[str]) -> Source | No
 def _file_source(names: Any, key: str, problems: list[str]) -> FileSource:
     names = [names] if isinstance(names, str) else list(names)
     missing = [name for name in names if not expand_files([name])]
-    problems += [f"{key}: {name} does not exist (looked in {Path.cwd()})" for name in missing]
+    problems += [f"{key}: {no_files_text(name)}" for name in missing]
     return FileSource(tuple(expand_files(names)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from launcher.base.errors import ConfigError, DataError
+from launcher.config.compose import compose
 from launcher.config.settings import DataConfig, RunConfig
 from launcher.data import Data, TokenRows, build_data, collate
 
@@ -415,3 +417,19 @@ def test_files_that_may_not_be_meant_are_named(make_data: Callable[..., Data], t
     assert "2 times: its rows are trained on as often" in notice
     assert any("what is evaluated on is trained on" in text for text in
                make_data(train_files=[str(folder)], eval_files=[str(own)]).notices)  # fmt: skip
+
+
+def test_what_holds_no_file_is_said_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, why in (("empty", "a folder without"), ("pipe.jsonl", "no file"), ("none.jsonl", "does not exist")):
+        with pytest.raises(ConfigError, match=rf"data\.train_files: .*{name} (is )?{why}"):
+            compose([f"data.train_files=[{tmp_path / name}]", "model=tiny_llama"])
+
+
+@pytest.mark.parametrize("weight", [".inf", ".nan", "0", "-1", "true", "'1'"])
+def test_a_weight_of_a_source_is_a_number_above_0(tmp_path: Path, weight: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    source = f"{{train_files: [{tmp_path / 'rows.jsonl'}], weight: {weight}}}"
+    with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.weight must be a number above 0"):
+        compose([f"data.sources=[{source}]", "model=tiny_llama"])
