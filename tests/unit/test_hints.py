@@ -74,7 +74,7 @@ NO_OVERRIDES = {name for name, entry in _ALL.items() if entry.startswith("!")}
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for room in ("trackers", "model_rules"):
+    for room in ("trackers", "quantization_rules"):
         monkeypatch.setattr(f"launcher.config.{room}.is_installed", lambda module: True)
     for name in ("rows.jsonl", "chat.jsonl"):
         Path(name).write_text(json.dumps({"text": "one"}) + "\n")
