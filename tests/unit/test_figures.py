@@ -63,7 +63,7 @@ def test_chats_per_second_are_those_of_the_record(readme: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "page"),
-    [("start", "speed.md")],
+    [("start", "speed.md"), ("step_overhead", "speed.md"), ("large", "scale.md")],
 )
 def test_tables_of_the_docs_are_those_of_their_records(name: str, page: str) -> None:
     found = _record(f"records/{name}.json")
