@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
             del os.environ[name]
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # no token and no cached model of the user's
     config.add_cleanup(lambda: shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, runs would rightly ignore it
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # runs of two processes, also on a machine with one GPU
     os.environ["TORCH_EXTENSIONS_DIR"] = str(_EXTENSIONS_DIR)
     # DeepSpeed calls ninja by name, also where pytest was started without activating the environment.
