@@ -16,6 +16,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "bnb_4bit_quant_storage": ("uint8", "int8", "float16", "bfloat16", "float32", "float64"),
     "llm_int8_has_fp16_weight": _TRUTH, "llm_int8_enable_fp32_cpu_offload": _TRUTH, "quant_method": ("bitsandbytes",),
 }  # fmt: skip
+_DEFAULTS = {
+    "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32", "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_quant_storage": "uint8", "llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False,
+    "llm_int8_enable_fp32_cpu_offload": False,
+}  # fmt: skip
+"""transformers' own: its `to_dict` writes them all, and who copies that means nothing by them."""
+DUMPED = ("_load_in_4bit", "_load_in_8bit")
+"""Which `to_dict` writes as well, and which say nothing new."""
 QUANTIZATION_FIELDS = (*_CHOICES, "llm_int8_threshold", "llm_int8_skip_modules")
 _OFF = "or model.quantization=null"
 
@@ -25,6 +33,8 @@ def quantization_problems(config: RunConfig) -> Iterator[str]:
     if not wanted:
         return
     for name, value in wanted.items():
+        if name in DUMPED:
+            continue
         if name not in QUANTIZATION_FIELDS:
             hint = did_you_mean(name, QUANTIZATION_FIELDS).replace("mean ", "mean model.quantization.")
             yield f"model.quantization.{name} is no setting.{hint} Valid: {', '.join(QUANTIZATION_FIELDS)}"
@@ -61,7 +71,8 @@ def _without_effect(wanted: Mapping[str, Any], bits: str) -> Iterator[str]:
     """bitsandbytes leaves out in silence what belongs to the other width."""
     other = "load_in_8bit" if bits == "load_in_4bit" else "load_in_4bit"
     prefix = "llm_int8_" if bits == "load_in_4bit" else "bnb_4bit_"
-    idle = [name for name in wanted if name.startswith(prefix) and name != "llm_int8_skip_modules"]
+    idle = [name for name in wanted if name.startswith(prefix) and wanted[name] != _DEFAULTS.get(name)]
+    idle = [name for name in idle if name != "llm_int8_skip_modules"]
     if idle:
         names = ", ".join(f"model.quantization.{name}" for name in idle)
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.base.errors import ConfigError
+from launcher.config.quantization_rules import DUMPED
 from launcher.config.settings import RunConfig
 
 
@@ -15,7 +16,7 @@ def quantization_arguments(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: transformers refuses the settings.
     """
-    wanted = {key: value for key, value in config.model.quantization.items() if key != "quant_method"}
+    wanted = {key: value for key, value in config.model.quantization.items() if key not in ("quant_method", *DUMPED)}
     if not wanted:
         return {}
     from transformers import BitsAndBytesConfig

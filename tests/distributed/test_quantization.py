@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from pathlib import Path
 
@@ -88,6 +89,23 @@ def test_a_missing_package_is_named_with_the_pip_line(monkeypatch: pytest.Monkey
     monkeypatch.setattr("launcher.config.quantization_rules.is_installed", lambda module: False)
     with pytest.raises(ConfigError, match=r"not installed: pip install bitsandbytes"):
         compose(["model.model_name_or_path=org/name", "data=arithmetic", *LORA, *NF4])
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_what_a_config_of_transformers_was_written_as_is_taken(monkeypatch: pytest.MonkeyPatch, bits: str) -> None:
+    """The quantization_config of a config.json, with all its defaults."""
+    from transformers import BitsAndBytesConfig
+
+    from launcher.model.quantization import quantization_arguments
+
+    monkeypatch.setattr("launcher.config.quantization_rules.is_installed", lambda module: True)
+    written = json.loads(BitsAndBytesConfig(**{bits: True}).to_json_string(use_diff=False))
+    values = ",".join(f"{key}: {json.dumps(value)}" for key, value in written.items())
+    config = compose(
+        ["model.model_name_or_path=org/name", "data=arithmetic", *LORA, f"model.quantization={{{values}}}"]
+    )
+    (made,) = quantization_arguments(config).values()
+    assert made.to_dict() == BitsAndBytesConfig(**{bits: True}).to_dict()
 
 
 def test_fields_are_those_of_transformers() -> None:
