@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         for peer in arguments.peer:
             for dtype in arguments.dtype:
                 found["duels"].append(duel(work_dir, arguments.model, peer, dtype, arguments.pairs))
-    report("throughput", found, as_text(found), arguments.json)
+                report("throughput", found, as_text(found), arguments.json)  # each takes minutes
 
 
 if __name__ == "__main__":
