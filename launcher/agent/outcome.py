@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.agent.machine import Ended, Verdict
-from launcher.base import files
+from launcher.base import files, json_lines
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, RunLockedError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.process import host
@@ -144,7 +144,7 @@ def _complete(
     if not mine and before.get("state") == "finished":
         return  # another start of it failed before it began: it stays finished
     steps = [r["step"] or 0 for ended in machines for r in ended.reports] if mine else []
-    steps += [line.get("step", 0) for line in itertools.islice(files.read_json_lines_backwards(paths.metrics), 1)]
+    steps += [line.get("step", 0) for line in itertools.islice(json_lines.read_backwards(paths.metrics), 1)]
     known = {"host": host(), "job_id": os.environ.get("SLURM_JOB_ID"), "step": 0}
     fields = {"state": outcome.state, "reason": outcome.reason, "exit_code": outcome.exit_code, "attempt": attempt}
     step = max(before.get("step") or 0, *steps, 0)

@@ -29,8 +29,6 @@ MAX_JSON_BYTES = 64 * 2**20
 MAX_HISTORY_BYTES = 512 * 2**20
 """Of a trainer_state.json: the history of a long run is a few hundred bytes for every logged step."""
 MAX_JSON_DEPTH = 100
-_MAX_LINE_BYTES = 16 * 2**20
-_BACKWARDS_BYTES = 2**16
 _MAX_TREE_DEPTH = 64
 _COPY_BYTES = 2**24
 _FOLDER_FLAGS = getattr(os, "O_PATH", 0) | os.O_DIRECTORY
@@ -221,54 +219,6 @@ def read_json_or(path: Path, default: Any, max_bytes: int = MAX_JSON_BYTES, *, w
     except (OSError, ValueError):
         return default
     return value if default is None or isinstance(value, type(default)) else default
-
-
-def read_json_lines(path: Path, *, within: Path | None = None, is_required: bool = False) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON Lines file; a line that a crash cut off is left out, and a file that cannot be read.
-
-    Raises:
-        OSError: with `is_required`, where it cannot be read.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(open_read(path, within=within))
-        except OSError:
-            if is_required:
-                raise
-            return
-        while line := file.readline(_MAX_LINE_BYTES):
-            with contextlib.suppress(ValueError):
-                value = parse_json(line.decode("utf-8", "replace"))
-                if isinstance(value, dict):
-                    yield value
-
-
-def read_json_lines_backwards(
-    path: Path, key: str | None = None, *, within: Path | None = None
-) -> Iterator[dict[str, Any]]:
-    """As `read_json_lines`, from the last line to the first: what is new in a long file is found at once.
-
-    Args:
-        key: only lines that hold this name are parsed.
-    """
-    wanted = b"" if key is None else json.dumps(key).encode()
-    try:
-        with open_read(path, within=within) as file:
-            start, rest = file.seek(0, os.SEEK_END), b""
-            while start:
-                end, start = start, max(0, start - _BACKWARDS_BYTES)
-                file.seek(start)
-                first, *lines = (file.read(end - start) + rest).split(b"\n")
-                rest = first if len(first) <= _MAX_LINE_BYTES else b""
-                for line in reversed(lines if start else [first, *lines]):
-                    if wanted not in line:
-                        continue
-                    with contextlib.suppress(ValueError):
-                        value = parse_json(line.decode("utf-8", "replace"))
-                        if isinstance(value, dict):
-                            yield value
-    except OSError:
-        return
 
 
 def write_json(path: Path, value: Any, *, within: Path | None = None, mode: int = 0o644) -> None:

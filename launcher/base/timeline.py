@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launcher.base import files
+from launcher.base import files, json_lines
 from launcher.base.paths import RunPaths
 from launcher.base.secrets import redacted
 
@@ -85,7 +85,7 @@ def began_at() -> float:
 
 def read_timeline(paths: RunPaths) -> Iterator[dict[str, Any]]:
     """The lines that have a time and an event, in the order in which they were written."""
-    for line in files.read_json_lines(paths.timeline):
+    for line in json_lines.read(paths.timeline):
         t, event = line.get("t"), line.get("event")
         if isinstance(t, (int, float)) and not isinstance(t, bool) and 0 < t < 1e11 and isinstance(event, str):
             yield line

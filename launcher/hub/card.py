@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
-from launcher.base import files
+from launcher.base import files, json_lines
 from launcher.base.errors import UnsafeFileError
 from launcher.base.inner_files import read_json_object
 from launcher.base.paths import RunPaths
@@ -96,7 +96,7 @@ def read_facts(run_dir: Path) -> RunFacts:
         config = {}
     evals: dict[int, dict[str, Any]] = {}
     train: list[tuple[float, float]] = []
-    for line in files.read_json_lines(paths.metrics):
+    for line in json_lines.read(paths.metrics):
         step = line.get("step")
         if not isinstance(step, int):
             continue

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.agent import out_of_memory
-from launcher.base import files
+from launcher.base import files, json_lines
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
 from launcher.base.process import host
@@ -29,12 +29,12 @@ class MetricsFile:
             file.write((json.dumps(line) + "\n").encode())
 
     def append_once(self, line: dict[str, Any]) -> None:
-        if line not in files.read_json_lines(self._path):
+        if line not in json_lines.read(self._path):
             self.append(line)
 
     def last(self, key: str) -> Any:
         """The newest number of a key, also of an earlier start; None where there is none."""
-        lines = files.read_json_lines_backwards(self._path, key)
+        lines = json_lines.read_backwards(self._path, key)
         return next((v for line in lines if isinstance(v := line.get(key), (int, float))), None)
 
     def trim(self, step: int) -> list[dict[str, Any]]:

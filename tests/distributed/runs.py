@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from launcher.base import files
+from launcher.base import files, json_lines
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.checkpoint.load import TensorFiles
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM, TORCH_DTYPES
@@ -107,7 +107,7 @@ def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
 
 def lines(run: RunPaths, key: str = "loss") -> dict[int, dict[str, Any]]:
     """The lines of metrics.jsonl that hold a key, by step."""
-    return {line["step"]: line for line in files.read_json_lines(run.metrics) if key in line}
+    return {line["step"]: line for line in json_lines.read(run.metrics) if key in line}
 
 
 def losses(run: RunPaths) -> dict[int, float]:

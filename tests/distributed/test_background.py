@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.base import evaluations, files, manifest
+from launcher.base import evaluations, files, json_lines, manifest
 from launcher.base.paths import RunPaths
 from tests.distributed.runs import Lab, different, kill, lines, log_text, losses, wait_until, write_rows
 from tests.distributed.test_spikes import SPIKING, write_spiking_rows
@@ -218,7 +218,7 @@ def test_best_is_the_foregrounds_when_a_run_was_killed(
     assert info(run)["best_step"] == 5 and sorted(evaluated(run)) == [5, 10, 15, 20]
     for step, loss in evaluated(plain).items():
         assert math.isclose(evaluated(run)[step], loss, rel_tol=5e-2)  # dropout draws other numbers
-    at = [line["step"] for line in files.read_json_lines(run.metrics) if "eval_loss" in line]
+    at = [line["step"] for line in json_lines.read(run.metrics) if "eval_loss" in line]
     assert len(at) == len(set(at)), at
     assert [s for s, _ in run.checkpoint_dirs()] == [5, 20]
     assert (run.root / "model.safetensors").read_bytes() == (run.checkpoint_dir(5) / "model.safetensors").read_bytes()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.base import files
+from launcher.base import json_lines
 from launcher.base.paths import RunPaths
 from tests.distributed.runs import Lab, different, log_text, losses, state, tensors
 
@@ -169,7 +169,7 @@ class Observed:
     def of(cls, folder: Path, world_size: int) -> Observed:
         paths = list(folder.glob(f"world-{world_size}-rank-*.jsonl"))
         assert len(paths) == world_size
-        return cls([line for path in paths for line in files.read_json_lines(path)])
+        return cls([line for path in paths for line in json_lines.read(path)])
 
     def samples(self) -> dict[int, list[int]]:
         """The rows that entered each optimizer step, over all its processes and micro-steps."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.base import files, manifest
+from launcher.base import json_lines, manifest
 from launcher.checkpoint.load import TensorFiles
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM
 from tests.distributed.runs import Lab, losses
@@ -29,9 +29,7 @@ def test_losses_go_on_when_the_checkpoint_is_of_the_first_version(
 ) -> None:
     shutil.copytree(_OLD, tmp_path / "run/checkpoint-10")
     shutil.copyfile(_OLD.with_suffix(".jsonl"), tmp_path / "run/metrics.jsonl")
-    expected = {
-        line["step"]: line["loss"] for line in files.read_json_lines(_OLD.with_suffix(".jsonl")) if "loss" in line
-    }
+    expected = {line["step"]: line["loss"] for line in json_lines.read(_OLD.with_suffix(".jsonl")) if "loss" in line}
     run = lab.run(tmp_path / "run", strategy, num_processes, *_SETTINGS)
     found = losses(run)
     assert sorted(found) == list(range(1, 21))

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.base import files
+from launcher.base import json_lines
 from launcher.base.errors import LauncherError
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.writer import Writer
@@ -280,7 +280,7 @@ def resume(world_size: int) -> Scenario:
         point = start_again(paths)
         if point != BEST:
             yield f"the start after it goes on from {point}"
-        if [line["step"] for line in files.read_json_lines(paths.metrics)] != [0, 5, 10]:
+        if [line["step"] for line in json_lines.read(paths.metrics)] != [0, 5, 10]:
             yield f"metrics.jsonl: {paths.metrics.read_text()}"
         names = sorted(p.name for p in paths.root.iterdir())
         if names != ["checkpoint-10", f"checkpoint-{STEP + 5}.damaged", "metrics.jsonl", "run.json"]:

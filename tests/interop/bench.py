@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.base import files
+from launcher.base import json_lines
 from launcher.base.paths import RunPaths
 from tests.distributed.zygote import ROOT, Zygote, environment
 
@@ -65,5 +65,5 @@ class Bench:
         log = output_dir / "test.log"
         codes = self.zygote.run(self.overrides(output_dir, *more), num_processes, log)
         assert codes == [0] * num_processes, log.read_text()[-6000:]
-        lines = files.read_json_lines(RunPaths(output_dir).metrics)
+        lines = json_lines.read(RunPaths(output_dir).metrics)
         return {line["step"]: line["loss"] for line in lines if "loss" in line}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.base import files
+from launcher.base import files, json_lines
 from launcher.base.block_io import RangeWriter
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
@@ -192,7 +192,7 @@ def test_odd_files_are_named_and_not_opened(run: Path, elsewhere: Path, kind: st
     with pytest.raises(OSError, match=r"planted|elsewhere"):
         files.open_read(path, within=run)
     assert files.read_json_or(path, {"missing": True}, within=run) == {"missing": True}
-    assert list(files.read_json_lines(path, within=run)) == []
+    assert list(json_lines.read(path, within=run)) == []
 
 
 def test_the_folder_itself_may_be_reached_through_links(run: Path) -> None:
@@ -212,7 +212,7 @@ def test_json_that_no_program_writes_is_a_value_error(run: Path, text: str) -> N
         files.read_json(run / "x.json")
     assert files.read_json_or(run / "x.json", {}) == {}
     (run / "x.jsonl").write_text(f'{text}\n{{"step": 1}}\n')
-    assert list(files.read_json_lines(run / "x.jsonl"))[-1:] == [{"step": 1}]
+    assert list(json_lines.read(run / "x.jsonl"))[-1:] == [{"step": 1}]
 
 
 def test_json_is_read_up_to_its_bounds(run: Path) -> None:
@@ -237,10 +237,10 @@ def test_a_start_is_refused_when_something_else_stands_in_the_place_of_a_runs_ow
 
 @pytest.mark.parametrize("block", [1, 3, 7, 64, 2**16])
 def test_lines_are_the_same_backwards(run: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(files, "_BACKWARDS_BYTES", block)
+    monkeypatch.setattr(json_lines, "_BACKWARDS_BYTES", block)
     path = run / "x.jsonl"
     for text in ("", "\n", '{"step": 1}', '{"step": 1}\n{"a": "\u00e9"}\nx\n\n{"step": 3, "a": 1}\n{"ste'):
         path.write_text(text)
-        assert list(files.read_json_lines_backwards(path)) == list(files.read_json_lines(path))[::-1]
-    assert list(files.read_json_lines_backwards(path, "step")) == [{"step": 3, "a": 1}, {"step": 1}]
-    assert list(files.read_json_lines_backwards(run / "none.jsonl")) == []
+        assert list(json_lines.read_backwards(path)) == list(json_lines.read(path))[::-1]
+    assert list(json_lines.read_backwards(path, "step")) == [{"step": 3, "a": 1}, {"step": 1}]
+    assert list(json_lines.read_backwards(run / "none.jsonl")) == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.base import files, manifest
+from launcher.base import files, json_lines, manifest
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
 from launcher.checkpoint import resume, retention
@@ -47,7 +47,7 @@ def test_metrics_of_a_long_run_are_cut_without_parsing_them(tmp_path: Path, pars
     removed = metrics.trim(NUM_LINES - 11)
     assert [line["step"] for line in removed] == list(range(NUM_LINES - 10, NUM_LINES))
     assert len(parsed) < 20
-    assert list(files.read_json_lines(path)) == [line for line in lines if line not in removed]
+    assert list(json_lines.read(path)) == [line for line in lines if line not in removed]
     before = path.stat()
     assert metrics.trim(NUM_LINES) == [] and path.stat().st_ino == before.st_ino  # nothing to do, nothing written
 
@@ -56,9 +56,9 @@ def test_metrics_of_a_long_run_are_cut_without_parsing_them(tmp_path: Path, pars
 def test_lines_of_another_form_are_kept_or_left_out_as_they_always_were(tmp_path: Path, text: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{text}\n{{"step": 2}}\n{{"step": 3, "x": 1}}\n')
-    expected = [line for line in files.read_json_lines(path) if line.get("step", 0) <= 2]
+    expected = [line for line in json_lines.read(path) if line.get("step", 0) <= 2]
     assert MetricsFile(path).trim(2) == [{"step": 3, "x": 1}]
-    assert list(files.read_json_lines(path)) == expected
+    assert list(json_lines.read(path)) == expected
 
 
 def test_history_is_not_encoded_again_when_a_run_resumes() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__
-from launcher.base import files, manifest, words
+from launcher.base import files, json_lines, manifest, words
 from launcher.base.errors import DamagedCheckpointError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.secrets import redacted
@@ -331,7 +331,7 @@ def samples(paths: RunPaths) -> list[dict[str, Any]]:
             return []
     except OSError:
         return []
-    for line in files.read_json_lines(paths.samples):
+    for line in json_lines.read(paths.samples):
         step, prompt = number(line.get("step")), line.get("prompt")
         if step is None or not isinstance(prompt, str) or not isinstance(line.get("answer"), str):
             continue
