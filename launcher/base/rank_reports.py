@@ -56,18 +56,24 @@ def is_library(file: str) -> bool:
     return file.startswith((*_LIBRARIES, "<"))
 
 
-def make_report(error: BaseException, *, rank: int, training_began: bool, step: int | None) -> Report:
-    """Describes what ended this rank. `step`: how many steps it had done."""
+def where_raised(error: BaseException) -> tuple[str, bool]:
+    """`FILE:LINE in FUNCTION` of the innermost frame of the user's own code, else of any; and whether it is the user's."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, _PRODUCT, "<"))]
     innermost = (own or frames)[-1] if frames else None
+    return f"{innermost.filename}:{innermost.lineno} in {innermost.name}" if innermost else "", bool(own)
+
+
+def make_report(error: BaseException, *, rank: int, training_began: bool, step: int | None) -> Report:
+    """Describes what ended this rank. `step`: how many steps it had done."""
+    where, is_users_code = where_raised(error)
     return Report(
         rank=rank, host=host(), time=time.time(), attempt=os.environ.get(ATTEMPT),
         exit_code=error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
         kind=type(error).__name__, is_ours=isinstance(error, LauncherError),
         message=redacted(str(error)) or type(error).__name__, training_began=training_began, step=step,
-        where=f"{innermost.filename}:{innermost.lineno} in {innermost.name}" if innermost else "",
-        is_users_code=bool(own), traceback=redacted("".join(traceback.format_exception(error))).splitlines(),
+        where=where, is_users_code=is_users_code,
+        traceback=redacted("".join(traceback.format_exception(error))).splitlines(),
     )  # fmt: skip
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.compose import Arguments, split_arguments
+
+_OPTION = re.compile(r"^  (?:-\w, )?(--(?!help\b)[\w-]+(?: [A-Z]+| \{[\w,]+\})?)", re.MULTILINE)
+"""An option with its value, as a verb's help lists it."""
 
 
 def parse_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:
@@ -20,7 +24,7 @@ def parse_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tupl
     parser.add_argument("--config-file", metavar="FILE", help="a run's config.yaml instead of overrides")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=argparse.SUPPRESS)
     options, unknown = parser.parse_known_intermixed_args(list(argv))
-    split_arguments(_with_values(unknown, argv))  # refuses options that are none
+    split_arguments(_with_values(unknown, argv), _OPTION.findall(parser.format_help()))  # refuses options that are none
     return options, Arguments(tuple(options.overrides), options.config_dir, options.config_file)
 
 

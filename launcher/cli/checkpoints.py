@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from launcher.base import evaluations, files, manifest, words
 from launcher.base.errors import DamagedCheckpointError, UserError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.text import printable
+from launcher.sweep.runs import is_run
+
+_MAX_NAMED = 5
 
 
 def list_checkpoints(root: Path) -> list[dict[str, Any]]:
@@ -72,6 +77,13 @@ def _number(value: Any) -> float | None:
     return value if is_number else None
 
 
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinities as null: JSON has no names for them, and other parsers refuse Python's."""
+    metrics: dict[str, Any] = row.get("metrics", {})
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    return {**row, "metrics": known} if "metrics" in row else row
+
+
 def main(argv: list[str]) -> int:
     """Exit code 0; 2 where the folder is no run."""
     parser = argparse.ArgumentParser(
@@ -85,12 +97,22 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{options.run} is no folder. Give the output_dir of a run")
     rows = list_checkpoints(options.run)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([_plain(row) for row in rows], indent=1))
     elif not rows:
-        print(f"{options.run} holds no checkpoint")
+        print(printable(f"{options.run} holds no checkpoint{_runs_below(options.run)}"))
     else:
         _print_table(rows)
     return 0
+
+
+def _runs_below(root: Path) -> str:
+    """A hint where somebody named the folder of runs instead of a run."""
+    from launcher.cli.status import find
+
+    runs = [] if is_run(root) else list(itertools.islice(find(root), _MAX_NAMED + 1))
+    more = ", …" if len(runs) > _MAX_NAMED else ""
+    named = ", ".join(str(path) for path in runs[:_MAX_NAMED])
+    return f". It holds runs; name one: {named}{more}" if runs else ""
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

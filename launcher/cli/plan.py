@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -91,8 +92,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:
     options, arguments = parse_settings(parser, argv)
     for name in ("num_processes", "mtbf_s", "tokens_per_s"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0 (got {value:g})")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite (got {value:g})")
     return options, arguments
 
 

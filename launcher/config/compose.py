@@ -38,6 +38,7 @@ _GENERATOR_KEYS = ("data.generator", "data.generator._target_")
 
 SELECTING_KEYS = ("model.model_name_or_path", "model.config.model_type", *_SOURCES, *_GENERATOR_KEYS)
 """Settings that decide which defaults of the other settings are used."""
+_OPTIONS = ("--config-dir DIR", "--config-file FILE")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ class Arguments:
     config_file: str | None = None
 
 
-def split_arguments(argv: Sequence[str]) -> Arguments:
+def split_arguments(argv: Sequence[str], valid: Sequence[str] = _OPTIONS) -> Arguments:
     """Takes `--config-dir DIR` and `--config-file FILE` out of the overrides, wherever they stand.
+
+    Args:
+        valid: what a message names as the options there are; a verb takes its own out before.
 
     Raises:
         UserError: another option, or one without its value.
@@ -68,9 +72,7 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
             raise UserError(f"{name} starts an accelerate launch of its own for every job: launcher train {name} …")
         if name not in ("--config-dir", "--config-file", "-cd"):
             meant = meant_by_option(name, value or "VALUE")
-            raise UserError(
-                f"{name} is not an option here.{meant} Valid: --config-dir DIR, --config-file FILE, KEY=VALUE …"
-            )
+            raise UserError(f"{name} is not an option here.{meant} Valid: {', '.join(valid)}, KEY=VALUE …")
         if not equals and not rest:
             raise UserError(f"{name} needs a value")
         options["--config-dir" if name == "-cd" else name] = value if equals else rest.pop(0)

@@ -240,6 +240,10 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
             f"checkpoint.save_steps must be at least 1 (got {ck.save_steps}). To save only at the end: "
             "checkpoint.save_strategy=epoch; never: checkpoint=off"
         )
+    if ck.mtbf_s == math.inf:
+        yield "checkpoint.mtbf_s must be finite (got inf). A failure a year: checkpoint.mtbf_s=31536000"
+    if config.optim.learning_rate == math.inf:
+        yield "optim.learning_rate must be finite (got inf). The default is optim.learning_rate=5e-05"
     if ck.save_strategy == "best" and config.eval.eval_strategy == "no":
         yield (
             "checkpoint.save_strategy=best needs an evaluation to compare by, but eval.eval_strategy=no. "

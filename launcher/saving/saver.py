@@ -135,6 +135,22 @@ class Saver:
         if is_first or is_better(self._config, metric, p.best_metric):
             p.best_metric, p.best_step = metric, step
 
+    def judge_again(self) -> None:
+        """At a start: with another metric than before, the best is found anew among the checkpoints that are kept.
+        Collective."""
+        p, key = self._state.progress, self._config.checkpoint.metric_key
+        before, kept = (p.best_step, p.best_metric), set(self._processes.on_main(lambda: our_steps(self._paths)))
+        measured = {line["step"]: line.get(key) for line in p.log_history if "eval_loss" in line}
+        if p.best_step in measured and measured[p.best_step] != p.best_metric:
+            p.best_metric = p.best_step = None
+        for step, metric in measured.items():
+            if step in kept and self._schedule.is_regular(step, self._total_steps):
+                self.note_metric(step, metric)
+        if before[0] is not None and before != (p.best_step, p.best_metric):
+            p.stopping_best, p.evals_without_gain = p.best_metric, 0
+            best = "none is known yet" if p.best_step is None else f"the best so far is step {p.best_step}"
+            self._outlet.say(f"another metric than before, {key}, decides which checkpoint is the best: {best}")
+
     def maybe_save(self, *, is_due: bool) -> None:
         """Saves where the strategy asks for it, on improvement, and after the last step."""
         is_best = self._config.checkpoint.save_strategy == "best" and self.has_improved

@@ -61,6 +61,7 @@ class Background:
         """At a start, or when the run went back: what is known of checkpoints up to this step, and what is not."""
         self._process.close()
         self._found = []
+        self._saver.judge_again()
         known, unjudged = self._processes.on_main(self._look)
         for raw in known:
             self._take_over(Evaluation(**raw), is_new=False)

@@ -26,6 +26,7 @@ from launcher.base.errors import DamagedCheckpointError
 from launcher.base.evaluations import Evaluation
 from launcher.base.files import read_json_or
 from launcher.base.paths import CheckpointPaths, RunPaths
+from launcher.base.rank_reports import where_raised
 from launcher.base.secrets import redacted
 from launcher.config.compose import compose_arguments
 from launcher.config.settings import RunConfig
@@ -50,7 +51,10 @@ def main() -> None:
             evaluations.write(paths, evaluate(step))
         except BaseException as error:
             traceback.print_exc()
-            answer["error"] = redacted(f"{type(error).__name__}: {error}")[:500]
+            where, is_users_code = where_raised(error)
+            answer["error"] = redacted(f"{type(error).__name__}: {error}"[:500]) + (
+                f" ({where})" if is_users_code else ""
+            )
         print(json.dumps(answer), file=answers, flush=True)
         if "error" in answer:
             break

@@ -57,3 +57,32 @@ def test_best_and_result_are_the_same_when_a_run_was_stopped_between_saves(
     assert different(plain.checkpoint_dir(20), run.checkpoint_dir(20)) == []
     assert losses(plain) == losses(run)
     assert lines(plain, "eval_loss").keys() == lines(run, "eval_loss").keys()
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_best_is_found_anew_when_another_metric_decides_from_here(lab: Lab, tmp_path: Path, background: str) -> None:
+    """Numbers of two metrics were compared: no loss of 3 was ever below a first metric of 1."""
+    rows, root = tmp_path / "eval.jsonl", tmp_path / "run"
+    write_rows(rows, 5)
+    more = (
+        f"data.eval_files=[{rows}]", "eval.eval_strategy=steps", "eval.eval_steps=5", "checkpoint.save_steps=5",
+        "checkpoint.load_best_model_at_end=true", f"eval.in_background={background}",
+        "eval.metric._target_=tests.distributed.judging.Planned", f"eval.metric.calls={tmp_path / 'calls'}",
+    )  # fmt: skip
+    lab.run(root, "single", 1, *more, "checkpoint.metric_for_best_model=rows", "train.max_steps=10")
+    first = files.read_json(RunPaths(root).run_state)
+    assert (first["best_step"], first["best_metric"]) == (5, 1.0)
+
+    run = lab.run(root, "single", 1, *more, "checkpoint.metric_for_best_model=loss", "train.max_steps=15")
+    measured = {step: line["eval_loss"] for step, line in lines(run, "eval_loss").items()}
+    best = min(measured, key=lambda step: measured[step])
+    told = files.read_json(run.run_state)
+    assert (told["best_step"], told["best_metric"]) == (best, measured[best])
+    assert "another metric than before, eval_loss, decides" in log_text(root)
+
+    run = lab.run(root, "single", 1, *more, "checkpoint.greater_is_better=true", "train.max_steps=20")
+    measured = {step: line["eval_loss"] for step, line in lines(run, "eval_loss").items()}
+    worst = max(measured, key=lambda step: measured[step])
+    assert files.read_json(run.run_state)["best_step"] == worst
+    weights = (run.checkpoint_dir(worst) / "model.safetensors").read_bytes()
+    assert (run.root / "model.safetensors").read_bytes() == weights

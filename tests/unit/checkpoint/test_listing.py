@@ -41,3 +41,27 @@ def test_odd_files_leave_only_their_own_columns_empty(
     assert [(r["step"], r["metrics"], r["on_hub"]) for r in rows] == [(10, {}, False)]
     assert main([str(tmp_path)]) == 0
     assert "checkpoint-10" in capsys.readouterr().out
+
+
+def test_json_is_read_by_every_parser_when_a_metric_is_no_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON has no NaN: Python writes it all the same, and other parsers refuse the whole answer."""
+    line = {"step": 10, "eval_loss": float("nan"), "eval_other": float("-inf"), "eval_rows": 2.0}
+    (_checkpoint(tmp_path, 10) / "trainer_state.json").write_text(json.dumps({"log_history": [line]}))
+    assert main([str(tmp_path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert row["metrics"] == {"eval_loss": None, "eval_other": None, "eval_rows": 2.0}
+
+
+def test_runs_are_named_when_the_folder_of_runs_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "abcdefg":
+        (tmp_path / name).mkdir()
+        _checkpoint(tmp_path / name, 10)
+    assert main([str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"holds no checkpoint. It holds runs; name one: {tmp_path / 'a'}, " in told
+    assert f"{tmp_path / 'e'}, …" in told and str(tmp_path / "f") not in told
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'empty'} holds no checkpoint\n"
