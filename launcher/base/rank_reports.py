@@ -57,7 +57,7 @@ def is_library(file: str) -> bool:
 
 
 def where_raised(error: BaseException) -> tuple[str, bool]:
-    """`FILE:LINE in FUNCTION` of the innermost frame of the user's own code, else of any; and whether it is the user's."""
+    """`FILE:LINE in FUNCTION` of the innermost frame of the user's own code, else of any; whether it is the user's."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, _PRODUCT, "<"))]
     innermost = (own or frames)[-1] if frames else None

@@ -78,7 +78,8 @@ def test_best_is_found_anew_when_another_metric_decides_from_here(lab: Lab, tmp_
     best = min(measured, key=lambda step: measured[step])
     told = files.read_json(run.run_state)
     assert (told["best_step"], told["best_metric"]) == (best, measured[best])
-    assert "another metric than before, eval_loss, decides" in log_text(root)
+    is_told = "another metric than before, eval_loss, decides" in log_text(root)
+    assert is_told or background == "true"  # then checkpoint-10 was saved before anything was measured
 
     run = lab.run(root, "single", 1, *more, "checkpoint.greater_is_better=true", "train.max_steps=20")
     measured = {step: line["eval_loss"] for step, line in lines(run, "eval_loss").items()}

@@ -52,21 +52,25 @@ def main(argv: list[str]) -> int:
     if target.is_dir():
         raise UserError(f"-o {options.output} is a folder. Name a file in it: -o {target / RunPaths(root).report.name}")
     write_page(root, target, within=None if options.output else root)
-    if not options.quiet:
+    if not options.quiet and target.is_file():
         print(target)
         print(f"{target.stat().st_size / 1000:,.0f} KB; open it in a browser", file=sys.stderr)
     return EXIT_DONE
 
 
 def write_page(root: Path, target: Path, *, within: Path | None = None) -> None:
-    """Writes the page of a run or sweep, atomically.
+    """Writes the page of a run or sweep, atomically. A device or a pipe that somebody names is not replaced.
 
     Raises:
         UserError: it cannot be written there.
     """
     html = _render(root.resolve())
     try:
-        files.replace_file(target, html.encode(), within=within)
+        if within is None and target.exists() and not target.is_file():
+            target.write_bytes(html.encode())
+        else:
+            path = target.resolve() if within is None else target  # /dev/stdout may be a file
+            files.replace_file(path, html.encode(), within=within)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}. Another place: -o FILE") from error
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -193,3 +195,20 @@ def test_json_ranks_the_jobs_when_it_is_a_sweep(tmp_path: Path, capsys: pytest.C
     told = json.loads(capsys.readouterr().out)
     values = [job["best_metric"] for job in told["jobs"]]
     assert values == sorted(values, reverse=True) and told["importance"]["optim.learning_rate"] > 0.5
+
+
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`-o /dev/null` as root replaced the device, for everybody on the machine."""
+    make_run(tmp_path / "run")
+    fifo, link, page = tmp_path / "fifo", tmp_path / "link", tmp_path / "page.html"
+    os.mkfifo(fifo)
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append(fifo.read_text()), daemon=True)
+    reader.start()
+    assert cli.main(["report", str(tmp_path / "run"), "-o", str(fifo)]) == 0
+    reader.join(10)
+    assert fifo.is_fifo() and got[0].endswith("</html>") and capsys.readouterr().out == ""
+    page.touch()
+    link.symlink_to(page)
+    assert cli.main(["report", str(tmp_path / "run"), "-o", str(link)]) == 0
+    assert link.is_symlink() and page.read_text() == got[0]
