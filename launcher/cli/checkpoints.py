@@ -109,7 +109,8 @@ def _runs_below(root: Path) -> str:
     """A hint where somebody named the folder of runs instead of a run."""
     from launcher.cli.status import find
 
-    runs = [] if is_run(root) else list(itertools.islice(find(root), _MAX_NAMED + 1))
+    below = (path for child in sorted(root.iterdir()) if child.is_dir() for path in find(child))
+    runs = [] if is_run(root) else list(itertools.islice(below, _MAX_NAMED + 1))
     more = ", …" if len(runs) > _MAX_NAMED else ""
     named = ", ".join(str(path) for path in runs[:_MAX_NAMED])
     return f". It holds runs; name one: {named}{more}" if runs else ""

@@ -164,6 +164,7 @@ def test_training_goes_on_when_the_evaluator_fails(
     assert (run.root / "model.safetensors").read_bytes() == weights
     if failed == "all":
         assert "the last model is taken instead of the best" in text
+        assert "RuntimeError: as planned (" in text and "judging.py:" in text
     assert evaluators(run) == []
 
 
