@@ -139,7 +139,8 @@ def chosen_best(run: Run, paths: RunPaths) -> Path | None:
     if best is not None and run.processes.on_main(lambda: paths.checkpoint_dir(best).is_dir()):
         return paths.checkpoint_dir(best)
     if run.config.eval.eval_strategy != "no":
-        run.recorder.say("no saved checkpoint has been evaluated: the last model is taken instead of the best")
+        key = run.config.checkpoint.metric_key
+        run.recorder.say(f"no saved checkpoint has a finite {key}: the last model is taken instead of the best")
     return None
 
 
