@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.config.settings import RunConfig, to_dict
+from launcher.config.settings import CheckpointConfig, RunConfig, to_dict
 
 _DECIDING = ("seed", "data", "model", "train", "optim", "scheduler")
 _NOT_DECIDING = (
@@ -41,6 +41,17 @@ def _settings(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             {f"{group}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {group: value}
         )
         yield from ((key, inner) for key, inner in items.items() if key not in _NOT_DECIDING and group in data)
+    if isinstance(data.get("eval"), dict) and isinstance(data.get("checkpoint"), dict):
+        yield "checkpoint.load_best_model_at_end", _choice(data["eval"], data["checkpoint"])
+
+
+def _choice(evaluation: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str | bool:
+    """By what the published model is chosen; False: it is the last one."""
+    if not checkpoint.get("load_best_model_at_end") or evaluation.get("eval_strategy") in (None, False, "no"):
+        return False
+    name, direction = checkpoint.get("metric_for_best_model"), checkpoint.get("greater_is_better")
+    chosen = CheckpointConfig(metric_for_best_model=str(name or "loss"), greater_is_better=direction)
+    return f"the {'highest' if chosen.is_greater_better else 'lowest'} {chosen.metric_key}"
 
 
 def _comparable(key: str, value: Any) -> Any:

@@ -114,6 +114,35 @@ def test_finished_run_names_what_was_changed_and_the_command_for_each_wish(tmp_p
 
 
 @pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        ({"metric_for_best_model": "contains"}, "'the highest eval_contains' now"),
+        ({"greater_is_better": True}, "'the highest eval_loss' now"),
+        ({"load_best_model_at_end": False}, "False now"),
+        ({"metric_for_best_model": "eval_loss", "greater_is_better": False}, None),
+    ],
+)
+def test_another_choice_of_the_best_is_named_when_the_run_is_finished(
+    tmp_path: Path, now: dict[str, Any], told: str | None
+) -> None:
+    best = {"load_best_model_at_end": True}
+    config = changed(
+        RunConfig(output_dir=str(tmp_path / "run"), train=TrainConfig(max_steps=20)),
+        eval={"eval_strategy": "steps"}, checkpoint=best,
+    )  # fmt: skip
+    paths = finished_run(tmp_path / "run", config)
+    check_unchanged(config, paths)
+    if told is None:
+        check_unchanged(changed(config, checkpoint={**best, **now}), paths)
+        return
+    with pytest.raises(UserError, match="load_best_model_at_end: 'the lowest eval_loss' in the run, " + told):
+        check_unchanged(changed(config, checkpoint={**best, **now}), paths)
+    check_unchanged(changed(config, eval={"eval_strategy": "no"}, checkpoint=best), finished_run(
+        tmp_path / "other", changed(config, eval={"eval_strategy": "no"}, checkpoint={**best, **now})
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
     "groups",
     [
         {"launch": {"num_processes": 4}, "strategy": {"name": "zero2"}, "tracker": {"name": None}},
