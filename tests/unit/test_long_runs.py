@@ -29,7 +29,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         given.append(data)
         return plain(data)
 
-    monkeypatch.setattr(files, "parse_json", parse)
+    monkeypatch.setattr(json_lines, "parse_json", parse)
     return given
 
 
