@@ -105,7 +105,7 @@ class EvaluatorProcess:
             return
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
+            process.wait(0.1)  # a training step waits: one that hangs in a file system dies when that answers
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
