@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from launcher.base.process import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 ACCELERATE_CONFIG = ROOT / "launcher" / "agent" / "accelerate.yaml"
@@ -193,6 +196,17 @@ class Record:
         """The load of the machine that each measurement began with."""
         loads = [about["load_before"][0] for entry in self.found.values() for about in entry["machines"]]
         return f"load average at the start of each: {min(loads)} to {max(loads)}"
+
+
+def start_command(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """A command in a session of its own, offline, on one thread for each process; it dies with the benchmark."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        )  # fmt: skip
 
 
 def report(name: str, found: dict[str, Any], text: str, out: Path | None) -> None:

@@ -11,13 +11,11 @@ its last checkpoint; where a kill cut that off and it fails, the folder is delet
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RECORDS_DIR, ROOT, Spread, machine, report, table
+from benchmarks.common import RECORDS_DIR, Spread, machine, report, start_command, table
 from benchmarks.start import accelerate_launch, write_model
 from benchmarks.throughput import write_chats
-from launcher.base.process import die_with_parent
 
 _SAVE_STEPS = 10
 _POLL_S = 0.02
@@ -65,21 +62,10 @@ def run_to_the_end(kind: str, work_dir: Path, num_steps: int, moments: Iterator[
     folder = work_dir / f"run-{kind}"
     shutil.rmtree(folder, ignore_errors=True)
     command = {"ours": ours_command, "trainer": trainer_command}[kind](work_dir, folder, num_steps)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     began, num_kills, num_failed = time.monotonic(), 0, 0
     kill_at = began + next(moments)
     while not is_done(kind, folder, num_steps):
-        with (work_dir / f"{kind}.log").open("w") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=functools.partial(die_with_parent, os.getpid()),
-            )
+        process = start_command(command, work_dir / f"{kind}.log")
         while process.poll() is None:
             if time.monotonic() >= kill_at:
                 kill_all(process.pid)

@@ -12,12 +12,10 @@ The second table says where the time of `launcher train` goes, seen from outside
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ACCELERATE_CONFIG, RECORDS_DIR, ROOT, Record, Spread, machine, table
+from benchmarks.common import ACCELERATE_CONFIG, RECORDS_DIR, ROOT, Record, Spread, machine, start_command, table
 from benchmarks.throughput import write_chats
-from launcher.base.process import die_with_parent
 
 _POLL_S = 0.005
 _LIMIT_S = 300.0
@@ -57,19 +54,8 @@ class Start:
     """A command that was started, followed until its first step is written down."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment |= {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
         self._log, self.began = log, time.time()
-        with log.open("w") as output:
-            self._process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                preexec_fn=functools.partial(die_with_parent, os.getpid()),
-            )
+        self._process = start_command(command, log)
 
     def wait_for(self, what: Callable[[], Any]) -> float:
         """Seconds from the start until it is so."""
