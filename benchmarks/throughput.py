@@ -3,21 +3,24 @@
     python -m benchmarks.throughput --model DIR [--pairs N] [--dtype float32 bfloat16] [--json FILE]
 
 DIR: a model with a chat template, such as `python -m benchmarks.smollm2 DIR` writes.
-Two duels: on equal packed batches with the Trainer, whose losses must be ours to 1e-4 in fp32; and on the same chats
-with TRL as it ships, both at their defaults. Both contenders are processes of their own that stand still while the
-other makes its step; the first step of each warms up.
+Three duels: on equal packed batches with the Trainer, whose losses must be ours to 1e-4 in fp32; on the same chats with
+TRL as it ships, both at their defaults; and with TRL packing and keeping its activations. Both contenders are processes
+of their own that stand still while the other makes its step; the first step of each warms up.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,9 @@ def write_chats(path: Path) -> None:
                 messages.append({"role": "user", "content": source.choice(sentences)})
                 messages.append({"role": "assistant", "content": answer})
             file.write(json.dumps({"messages": messages}) + "\n")
+
+
+_TRL_OPTIONS = {"trl": {}, "trl-packed": {"packing": True, "gradient_checkpointing": False}}
 
 
 class Contender:
@@ -98,12 +104,34 @@ class Contender:
         self._process.wait()
 
 
+def matmul_flops(dtype: str) -> float:
+    """Floating-point operations per second of products of 2048 x 2048 matrices on all cores: the median of ten."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    size, seconds = 2048, []
+    a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+    for _ in range(11):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def flops_per_token(model: str) -> float:
+    """6 of each parameter (PaLM, appendix B, without attention): forward, and twice as much backward."""
+    from safetensors import safe_open
+
+    with safe_open(Path(model) / "model.safetensors", framework="pt") as file:
+        return 6.0 * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
 def duel(work_dir: Path, model: str, peer: str, dtype: str, pairs: int) -> dict[str, Any]:
     data = work_dir / "chats.jsonl"
     settings = {
         "output_dir": str(work_dir / f"run-{peer}-{dtype}"), "model": {"model_name_or_path": model, "dtype": dtype},
         "data": {
-            "train_files": [str(data)], "max_length": _MAX_LENGTH, "packing": peer == "trainer",
+            "train_files": [str(data)], "max_length": _MAX_LENGTH, "packing": peer != "trl",
             "cache_dir": str(work_dir / "cache"),
         },
         "train": {"max_steps": 100_000, "train_batch_size": _BATCH, "per_device_train_batch_size": _BATCH},
@@ -112,12 +140,16 @@ def duel(work_dir: Path, model: str, peer: str, dtype: str, pairs: int) -> dict[
     }  # fmt: skip
     spec = {
         "settings": settings, "work_dir": str(work_dir), "model": model, "data": str(data), "dtype": dtype,
-        "batch": _BATCH, "max_length": _MAX_LENGTH,
+        "batch": _BATCH, "max_length": _MAX_LENGTH, "trl": _TRL_OPTIONS.get(peer, {}),
     }  # fmt: skip
-    sides = {kind: Contender({**spec, "kind": kind}, work_dir / f"{kind}-{dtype}.log") for kind in ("ours", peer)}
+    sides = {
+        kind: Contender({**spec, "kind": kind.partition("-")[0]}, work_dir / f"{kind}-{dtype}.log")
+        for kind in ("ours", peer)
+    }
     for side in sides.values():
         side.wait_until_ready()
     found: dict[str, Any] = {"peer": peer, "dtype": dtype, "ours": [], "peer_steps": []}
+    found |= {"matmul_flops": matmul_flops(dtype), "flops_per_token": flops_per_token(model)}
     for number in range(pairs + 1):
         for kind in ("ours", peer) if number % 2 == 0 else (peer, "ours"):
             found["ours" if kind == "ours" else "peer_steps"].append(sides[kind].step())
@@ -141,8 +173,13 @@ def as_text(found: dict[str, Any]) -> str:
         off = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(case["ours"], case["peer_steps"], strict=True))
         peaks = " / ".join(f"{value / 2**30:.1f}" for value in case["peak_bytes"].values())
         losses = f"{off:.1e}" if case["peer"] == "trainer" else "other rows"
-        rows.append([case["peer"], case["dtype"], *rates, Spread.of(case["ratios"]).text(1, 2), losses, peaks])
-    head = ["against", "dtype", "launcher, tokens/s", "peer, tokens/s", "ratio", "losses differ by", "peak, GiB"]
+        rate = statistics.median(s["tokens"] / s["seconds"] for s in case["ours"][1:])
+        share = f"{rate * case['flops_per_token'] / case['matmul_flops']:.0%}"
+        rows.append([case["peer"], case["dtype"], *rates, Spread.of(case["ratios"]).text(1, 2), losses, peaks, share])
+    head = [
+        "against", "dtype", "launcher, tokens/s", "peer, tokens/s", "ratio", "losses differ by", "peak, GiB",
+        "of matmul peak",
+    ]  # fmt: skip
     return f"{found['machine']}\n\nMedian (lowest to highest, number of pairs).\n\n{table(head, rows)}"
 
 
@@ -151,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a folder with a model and a chat template")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--peer", nargs="+", default=["trainer", "trl"])
+    parser.add_argument("--peer", nargs="+", default=["trainer", *_TRL_OPTIONS])
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "records" / "throughput.json")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
