@@ -174,13 +174,14 @@ def as_text(found: dict[str, Any]) -> str:
         peaks = " / ".join(f"{value / 2**30:.1f}" for value in case["peak_bytes"].values())
         losses = f"{off:.1e}" if case["peer"] == "trainer" else "other rows"
         rate = statistics.median(s["tokens"] / s["seconds"] for s in case["ours"][1:])
-        share = f"{rate * case['flops_per_token'] / case['matmul_flops']:.0%}"
+        has_peak = "matmul_flops" in case
+        share = f"{rate * case['flops_per_token'] / case['matmul_flops']:.0%}" if has_peak else ""
         rows.append([case["peer"], case["dtype"], *rates, Spread.of(case["ratios"]).text(1, 2), losses, peaks, share])
     head = [
         "against", "dtype", "launcher, tokens/s", "peer, tokens/s", "ratio", "losses differ by", "peak, GiB",
         "of matmul peak",
     ]  # fmt: skip
-    return f"{found['machine']}\n\nMedian (lowest to highest, number of pairs).\n\n{table(head, rows)}"
+    return f"Median (lowest to highest, number of pairs).\n\n{table(head, rows)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -198,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         for peer in arguments.peer:
             for dtype in arguments.dtype:
                 found["duels"].append(duel(work_dir, arguments.model, peer, dtype, arguments.pairs))
-                report("throughput", found, as_text(found), arguments.json)  # each takes minutes
+                text = f"{found['machine']}\n\n{as_text(found)}"
+                report("throughput", found, text, arguments.json)  # each takes minutes
 
 
 if __name__ == "__main__":

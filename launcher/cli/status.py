@@ -213,7 +213,7 @@ def run_lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     if status.best_metric is not None and status.metric != "loss":
         yield "best", f"{status.metric} {short(status.best_metric)} at step {status.best_step}"
     kept = ", ".join(str(step) for step in status.checkpoints)
-    yield "checkpoints", kept or "none"
+    yield "checkpoints of steps", kept or "none"
     if status.hub:
         yield (
             "hub",

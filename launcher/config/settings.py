@@ -161,6 +161,7 @@ class EvalConfig:
     eval_every_s: float | None = opt(None, "also evaluate after so many seconds", minimum=1)
     per_device_eval_batch_size: int = opt(8, "samples", minimum=1)
     metric: dict[str, Any] = opt({}, "a `_target_` that measures by generation; adds its values to the eval line")
+    num_sanity_rows: int = opt(4, "of each process; the metric is tried on them at the start; 0: not tried", minimum=0)
     in_background: bool = opt(False, "a process beside the training evaluates the checkpoints; best follows")
     background_device: int | None = opt(None, "with GPUs: the one that it takes, which does not train", minimum=0)
 

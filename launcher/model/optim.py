@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,21 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
     Raises:
         ConfigError: `optim.name` is no optimizer class, or refuses its arguments.
     """
+    norms = norm_names(model)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in trained if is_decayed(n, norms)], "weight_decay": config.optim.weight_decay},
+        {"params": [p for n, p in trained if not is_decayed(n, norms)], "weight_decay": 0.0},
+    ]
+    return make_optimizer(config, [g for g in groups if g["params"]])
+
+
+def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """`optim.name` for parameter groups.
+
+    Raises:
+        ConfigError: it is no optimizer class, or refuses its arguments.
+    """
     optim = config.optim
     module, _, name = optim.name.rpartition(".")
     try:
@@ -40,22 +55,52 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
         raise ConfigError(
             [f"optim.name={optim.name} cannot be imported ({error}). Example: torch.optim.AdamW"]
         ) from error
-    norms = norm_names(model)
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in trained if is_decayed(n, norms)], "weight_decay": optim.weight_decay},
-        {"params": [p for n, p in trained if not is_decayed(n, norms)], "weight_decay": 0.0},
-    ]
     try:
         optimizer: torch.optim.Optimizer = cls(
-            [g for g in groups if g["params"]],
-            lr=optim.learning_rate,
-            **fused_arguments(cls, optim.kwargs),
-            **optim.kwargs,
+            groups, lr=optim.learning_rate, **fused_arguments(cls, optim.kwargs), **optim.kwargs
         )
     except (TypeError, ValueError) as error:
         raise ConfigError([f"optim.name={optim.name} refuses its arguments: {error}. See optim.kwargs"]) from error
     return optimizer
+
+
+_FLAT = torch.Size([64])
+"""DeepSpeed gives an optimizer flat pieces of its groups."""
+
+
+def try_optimizer(config: RunConfig, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """One update, by another instance that gets a few small parameters, so that what fails does so before the first
+    step. Of every class but torch's and DeepSpeed's. Collective, as an optimizer may be.
+
+    Args:
+        optimizer: as it was built, before DeepSpeed wraps it.
+
+    Raises:
+        Exception: whatever it raises.
+    """
+    if type(optimizer).__module__.partition(".")[0] in ("torch", "deepspeed"):
+        return
+    if config.strategy.is_offloaded:
+        device = torch.device("cpu")
+    groups = []
+    for group in optimizer.param_groups:
+        shapes = [_FLAT] if config.strategy.zero_stage else _smallest_shapes(group["params"])
+        tensors = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
+        groups.append({"params": tensors, "weight_decay": group["weight_decay"]})
+    trial = make_optimizer(config, groups)
+    for group in groups:
+        for tensor in group["params"]:
+            tensor.grad = torch.full_like(tensor, 1e-3)
+    trial.step()
+    trial.state_dict()
+
+
+def _smallest_shapes(parameters: Sequence[torch.Tensor]) -> Iterable[torch.Size]:
+    """One of each number of dimensions."""
+    found: dict[int, torch.Size] = {}
+    for parameter in sorted(parameters, key=torch.numel):
+        found.setdefault(parameter.dim(), parameter.shape)
+    return found.values()
 
 
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
@@ -106,6 +151,11 @@ class Schedule:
         """After each evaluation; only reduce_lr_on_plateau looks at it."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(metric)
+
+    def judge_anew(self) -> None:
+        """Another metric than before decides: reduce_lr_on_plateau compares the next one with nothing."""
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler._reset()
 
     def state(self) -> dict[str, Any]:
         """Plain data."""

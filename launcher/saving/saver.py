@@ -147,7 +147,7 @@ class Saver:
             if step in kept and self._schedule.is_regular(step, self._total_steps):
                 self.note_metric(step, metric)
         if before[0] is not None and before != (p.best_step, p.best_metric):
-            p.stopping_best, p.evals_without_gain = p.best_metric, 0
+            self._state.judge_anew()
             best = "none is known yet" if p.best_step is None else f"the best so far is step {p.best_step}"
             self._outlet.say(f"another metric than before, {key}, decides which checkpoint is the best: {best}")
 

@@ -76,6 +76,12 @@ class TrainingState:
         self._encoded_history: list[str] = []
         self._planned: tuple[object, SnapshotPlan] | None = None
 
+    def judge_anew(self) -> None:
+        """Another metric than before decides."""
+        p = self.progress
+        p.stopping_best, p.evals_without_gain = p.best_metric, 0
+        self._schedule.judge_anew()
+
     def take_first_masters(self, weights: Mapping[str, Tensor] | Path, new_rows: NewRows) -> None:
         """Makes the masters those of the weights that the run begins with: parameters by name, or a model's folder,
         which does not have the new rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ import torch
 
 from launcher.agent import out_of_memory
 from launcher.base import files
-from launcher.base.errors import ConfigError, UserError
+from launcher.base.errors import UserError
 from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
 from launcher.base.process import host
@@ -33,7 +32,7 @@ from launcher.model.build import build_model, static_files
 from launcher.model.compile import compile_layers
 from launcher.model.identity import agreed_identity
 from launcher.model.loss import build_loss
-from launcher.model.optim import Schedule, build_optimizer
+from launcher.model.optim import Schedule, build_optimizer, try_optimizer
 from launcher.model.positions import check_positions
 from launcher.model.stop_tokens import end_generation_with
 from launcher.saving.interop.importing import import_checkpoint, import_notices
@@ -46,7 +45,7 @@ from launcher.train.accelerator import LauncherAccelerator
 from launcher.train.background import Background
 from launcher.train.display import build_display
 from launcher.train.early_stop import EarlyStop
-from launcher.train.evaluation import Evaluator, Metric
+from launcher.train.evaluation import Evaluator
 from launcher.train.evaluator_process import EvaluatorProcess
 from launcher.train.loop import Run
 from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
@@ -204,6 +203,7 @@ def build_run(
     processes.on_main(lambda: write_settings(config, paths))  # not those of a start that was just refused
     statics = static_files(built, tokenizer) if processes.is_main else {}
     optimizer = build_optimizer(config, built.module)
+    try_optimizer(config, optimizer, accelerator.device)
     schedule = Schedule(config, optimizer, total_steps)
     model, optimizer = accelerator.prepare(built.module, optimizer)
     state = TrainingState(
@@ -252,8 +252,7 @@ def build_run(
     hub = build_hub(config, paths) if processes.is_main else NoHub()
     watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
     evaluator = Evaluator(
-        config, processes, accelerator, model, tokenizer, data, loss, build_metric(config), watchdog,
-        total_steps=total_steps,
+        config, processes, accelerator, model, tokenizer, data, loss, watchdog, total_steps=total_steps
     )  # fmt: skip
     saver = Saver(
         config, paths, processes, state, checkpointer, accelerator.save_state, lock=lock,
@@ -344,21 +343,3 @@ def build_recorder(
         total_steps, state.step, checkpoint.metric_key, is_greater_better=checkpoint.is_greater_better
     )
     return MainRecorder(metrics, run_file, trackers, display, timeline, SamplesFile(paths), about)
-
-
-def build_metric(config: RunConfig) -> Metric | None:
-    """The evaluation by generation that `eval.metric._target_` names, or None.
-
-    Raises:
-        ConfigError: it cannot be imported or refuses its arguments.
-    """
-    fields = dict(config.eval.metric)
-    target = fields.pop("_target_", None)
-    if target is None:
-        return None
-    module, _, name = str(target).rpartition(".")
-    try:
-        metric: Metric = getattr(importlib.import_module(module), name)(**fields)
-        return metric
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError([f"eval.metric._target_={target}: {error}"]) from error

@@ -93,7 +93,6 @@ def build(config: RunConfig, paths: RunPaths, step: int) -> Callable[[int], Eval
     from launcher.model.loss import build_loss
     from launcher.model.stop_tokens import end_generation_with
     from launcher.train.accelerator import build_accelerator
-    from launcher.train.build import build_metric
     from launcher.train.evaluation import Evaluator
     from launcher.train.watchdog import Watchdog
 
@@ -126,9 +125,7 @@ def build(config: RunConfig, paths: RunPaths, step: int) -> Callable[[int], Eval
         is_compiled=False,
     )  # fmt: skip
     watchdog = Watchdog(paths.evaluation_stacks, config.launch.hang_timeout_s)
-    evaluator = Evaluator(
-        config, processes, accelerator, model, tokenizer, data, loss, build_metric(config), watchdog, total_steps=0
-    )
+    evaluator = Evaluator(config, processes, accelerator, model, tokenizer, data, loss, watchdog, total_steps=0)
 
     def evaluate(step: int) -> Evaluation:
         started, folder = time.monotonic(), paths.checkpoint_dir(step)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from launcher.base.errors import ConfigError
 from launcher.base.processes import Processes
 from launcher.config.settings import RunConfig
 from launcher.data import Data, EvalContext, collate, to_device
@@ -25,16 +27,19 @@ class Evaluator:
 
     Args:
         model: the prepared one.
-        metric: measures by generation, or None.
+
+    Raises:
+        ConfigError: see `build_metric`.
     """
 
     def __init__(
         self, config: RunConfig, processes: Processes, accelerator: Any, model: Any, tokenizer: Any, data: Data,
-        loss: LossFunction, metric: Metric | None, watchdog: Watchdog, *, total_steps: int,
+        loss: LossFunction, watchdog: Watchdog, *, total_steps: int,
     ) -> None:  # fmt: skip
         self._config, self._processes, self._accelerator = config, processes, accelerator
         self._model, self._tokenizer, self._data = model, tokenizer, data
-        self._loss, self._metric, self._watchdog, self._total_steps = loss, metric, watchdog, total_steps
+        self._loss, self._watchdog, self._total_steps = loss, watchdog, total_steps
+        self._metric = build_metric(config)
         self.samples: list[dict[str, Any]] = []
         """What the metric showed of the last evaluation, on this process."""
 
@@ -62,7 +67,6 @@ class Evaluator:
         """
         rows = self._data.eval
         assert rows is not None
-        self.samples = []
         size, world = self._config.eval.per_device_eval_batch_size, self._processes.world_size
         self._model.eval()
         loss_sum, labelled = torch.zeros((), dtype=torch.float64, device=self._accelerator.device), 0
@@ -78,17 +82,74 @@ class Evaluator:
                 self._watchdog.alive()
             loss_total, count_total = self._processes.sum([float(loss_sum), labelled])
             values = {"eval_loss": loss_total / max(1.0, count_total)}
-            if self._metric is not None:
-                self._watchdog.pause()
-                values |= {f"eval_{k}": v for k, v in self._metric(self._context()).items()}
-                self._watchdog.alive()
+        if self._metric is not None:
+            values |= self._measure(self._metric)
         self._model.train()
         return values
 
-    def _context(self) -> EvalContext:
+    def try_metric(self) -> None:
+        """The metric on the first rows, `eval.num_sanity_rows` of each process, so that what fails does so before the
+        first step. Another instance, since the one that evaluates must not have seen anything. Collective.
+
+        Raises:
+            ConfigError: it gives no numbers by name, or not the one that `checkpoint.metric_for_best_model` names.
+            Exception: whatever the metric raises.
+        """
+        metric, num_rows = build_metric(self._config), self._config.eval.num_sanity_rows
+        if metric is None or not num_rows:
+            return
+        values, checkpoint = self._measure(metric, num_rows=num_rows), self._config.checkpoint
+        self.samples = []
+        if checkpoint.load_best_model_at_end and checkpoint.metric_key not in {"eval_loss", *values}:
+            raise ConfigError([
+                f"checkpoint.metric_for_best_model={checkpoint.metric_for_best_model} is not among what "
+                f"eval.metric._target_={self._config.eval.metric['_target_']} gave for {num_rows} rows of each process "
+                f"({', '.join(sorted(values)) or 'nothing'}), nor is it loss. Name one of them in "
+                "checkpoint.metric_for_best_model; or where it takes more rows, set eval.num_sanity_rows=0"
+            ])  # fmt: skip
+
+    def _measure(self, metric: Metric, *, num_rows: int | None = None) -> dict[str, float]:
+        """What a metric gives, by name with the prefix eval_, for all rows or the first `num_rows` of each process."""
+        self.samples = []
+        self._watchdog.pause()
+        self._model.eval()
+        with torch.no_grad(), uncompiled(self._config):
+            found = metric(self._context(num_rows))
+        self._model.train()
+        self._watchdog.alive()
+        try:
+            return {f"eval_{name}": float(value) for name, value in found.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError([
+                f"eval.metric._target_={self._config.eval.metric['_target_']} must give numbers by name, such as "
+                f'{{"accuracy": 0.5}}, and gave {found!r:.200}'
+            ]) from error  # fmt: skip
+
+    def _context(self, num_rows: int | None) -> EvalContext:
+        rows = self._data.eval_rows
+        if num_rows is not None:
+            rows = rows[: num_rows * self._processes.world_size]
         return EvalContext(
-            model=self._accelerator.unwrap_model(self._model), tokenizer=self._tokenizer, rows=self._data.eval_rows,
+            model=self._accelerator.unwrap_model(self._model), tokenizer=self._tokenizer, rows=rows,
             rank=self._processes.rank, world_size=self._processes.world_size, device=self._accelerator.device,
             sum_over_processes=self._processes.sum, batch_size=self._config.eval.per_device_eval_batch_size,
             show=lambda **sample: self.samples.append(sample),
         )  # fmt: skip
+
+
+def build_metric(config: RunConfig) -> Metric | None:
+    """The evaluation by generation that `eval.metric._target_` names, or None.
+
+    Raises:
+        ConfigError: it cannot be imported or refuses its arguments.
+    """
+    fields = dict(config.eval.metric)
+    target = fields.pop("_target_", None)
+    if target is None:
+        return None
+    module, _, name = str(target).rpartition(".")
+    try:
+        metric: Metric = getattr(importlib.import_module(module), name)(**fields)
+        return metric
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError([f"eval.metric._target_={target}: {error}"]) from error

@@ -92,6 +92,7 @@ def fit(run: Run) -> str | None:
     Returns:
         None at the end, else the reason in REASONS for which the run stopped (and saved, or tried to).
     """
+    rehearse(run)
     run.hub.start()
     catch_up(run)
     while run.step < run.total_steps and not is_stopped_early(run):
@@ -141,6 +142,16 @@ def judge_the_rest(run: Run) -> str | None:
     with run.recorder.during("evaluation"):
         reason = run.background.finish()
     return None if reason is None else stop(run, reason)
+
+
+def rehearse(run: Run) -> None:
+    """Tries the metric out on a few rows, until something has been evaluated; not what evaluates in the background,
+    where it fails without harm. Collective."""
+    is_known = any("eval_loss" in line for line in run.state.progress.log_history)
+    if not run.evaluator.is_on or is_known or run.background.is_on:
+        return
+    with run.recorder.during("evaluation"):
+        run.evaluator.try_metric()
 
 
 def catch_up(run: Run) -> None:

@@ -65,7 +65,7 @@ def _overrides(folder: Path) -> list[str]:
         *settings(folder / "rows.jsonl", folder / "cache"), "strategy=ddp", "launch.num_processes=2",
         f"train.max_steps={_STEPS}", "checkpoint.save_steps=5", "checkpoint.save_total_limit=1",
         f"data.eval_files=[{folder / 'eval.jsonl'}]", "eval.eval_strategy=steps", "eval.eval_steps=4",
-        "eval.metric={_target_: tests.faults.phases.measured.Measured}",
+        "eval.metric={_target_: tests.faults.phases.measured.Measured}", "eval.num_sanity_rows=0",
     ]  # fmt: skip
 
 

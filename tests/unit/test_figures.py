@@ -62,8 +62,26 @@ def test_chats_per_second_are_those_of_the_record(readme: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "row"),
+    [("float32", "tokens trained per second, fp32, in times of the peer's"), ("bfloat16", "the same in bf16")],
+)
+def test_tokens_per_second_are_those_of_the_record(readme: str, dtype: str, row: str) -> None:
+    duels = {d["peer"]: d for d in _record("records/throughput.json")["duels"] if d["dtype"] == dtype}
+    trainer, trl, packed = (
+        f"**{statistics.median(duels[k]['ratios']):.2f}**" for k in ("trainer", "trl", "trl-packed")
+    )
+    assert f"| {row} | | | {trainer} | {trl} as it ships, {packed} packed |" in readme
+
+
+@pytest.mark.parametrize(
     ("name", "page"),
-    [("start", "speed.md"), ("step_overhead", "speed.md"), ("large", "scale.md")],
+    [
+        ("throughput", "speed.md"),
+        ("start", "speed.md"),
+        ("safety", "speed.md"),
+        ("step_overhead", "speed.md"),
+        ("large", "scale.md"),
+    ],
 )
 def test_tables_of_the_docs_are_those_of_their_records(name: str, page: str) -> None:
     found = _record(f"records/{name}.json")

@@ -45,6 +45,8 @@ def create(folder: Path) -> list[str]:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             what = "is not empty" if folder.is_dir() else "is a file"
             raise UserError(f"DIR={folder} {what}. Give a folder that does not exist yet: launcher init DIR")
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(f"DIR={folder} is a link to {folder.readlink()}, which is not there. Make that first")
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         for source in sorted(

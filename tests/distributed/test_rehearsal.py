@@ -1,0 +1,131 @@
+"""A user's own metric and optimizer are tried on little before the first step, and leave no trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.base import files
+from launcher.base.paths import RunPaths
+from launcher.base.rank_reports import read_reports
+from launcher.data import EvalContext
+from tests.distributed.runs import Lab, different, lines, log_text, write_rows
+
+_HERE = "tests.distributed.test_rehearsal"
+
+
+class Generated:
+    """Draws from every generator and generates: what a trial could disturb. Counts what it was given."""
+
+    def __init__(self, told: str) -> None:
+        self._told, self._num_calls = Path(told), 0
+
+    def __call__(self, context: EvalContext) -> dict[str, float]:
+        self._num_calls += 1
+        own = context.rows[context.rank :: context.world_size]
+        ids = torch.randint(3, 20, (1, 4), device=context.device)
+        context.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=True)
+        context.show(prompt="p", answer="a")
+        if context.rank == 0:
+            with self._told.open("a") as file:
+                file.write(json.dumps([len(context.rows), self._num_calls]) + "\n")
+        return {"rows": context.sum_over_processes([float(len(own))])[0]}
+
+
+class Broken:
+    def __call__(self, context: EvalContext) -> dict[str, float]:
+        raise KeyError(context.rows[0]["no such column"])
+
+
+class Number:
+    def __call__(self, context: EvalContext) -> float:
+        return 0.5
+
+
+class Mute:
+    def __call__(self, context: EvalContext) -> dict[str, float]:
+        return {}
+
+
+class BrokenAdamW(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        shapes = sorted({p.dim() for group in self.param_groups for p in group["params"] if p.grad is not None})
+        raise ArithmeticError(f"of {shapes} dimensions")
+
+
+def _evaluated(folder: Path, *more: str) -> tuple[str, ...]:
+    rows = folder / "eval.jsonl"
+    write_rows(rows, 29)
+    return (
+        f"data.eval_files=[{rows}]", "eval.eval_strategy=steps", "eval.eval_steps=10", "train.max_steps=10",
+        "checkpoint.load_best_model_at_end=true", *more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count"), [("single", 1), ("zero3", 3), pytest.param("ddp", 2, marks=pytest.mark.slow)]
+)
+def test_a_trial_changes_nothing_when_a_run_is_compared_with_one_without(
+    lab: Lab, tmp_path: Path, strategy: str, count: int
+) -> None:
+    target = f"eval.metric={{_target_: {_HERE}.Generated, told: {tmp_path / 'told'}}}"
+    more = _evaluated(tmp_path, target, "checkpoint.metric_for_best_model=rows")
+    tried = lab.run(tmp_path / "tried", strategy, count, *more)
+    resumed = lab.run(tmp_path / "tried", strategy, count, *more, "train.max_steps=12")
+    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    assert told == [[4 * count, 1], [29, 1], [29, 1]], "few rows, by an instance of its own, and at a first start only"
+    plain = lab.run(tmp_path / "plain", strategy, count, *more, "eval.num_sanity_rows=0")
+    lab.run(plain.root, strategy, count, *more, "eval.num_sanity_rows=0", "train.max_steps=12")
+    for step in (10, 12):
+        assert different(plain.checkpoint_dir(step), resumed.checkpoint_dir(step)) == []
+    assert [line["eval_rows"] for line in lines(tried, "eval_loss").values()] == [29, 29]
+    assert len(tried.samples.read_text().split()) == len(plain.samples.read_text().split()), "no sample of the trial"
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_run_ends_before_its_first_step_when_its_metric_fails(lab: Lab, tmp_path: Path, background: str) -> None:
+    more = _evaluated(tmp_path, f"eval.metric._target_={_HERE}.Broken", f"eval.in_background={background}")
+    codes = lab.run_codes(tmp_path, "ddp", 2, *more)
+    run = RunPaths(tmp_path)
+    if background == "true":  # there it harms nothing
+        assert codes == [0, 0] and max(lines(run)) == 10
+        return
+    assert codes[0] == 1 and not lines(run)
+    report = read_reports(run.logs_dir)[0]
+    assert (report["kind"], report["is_users_code"]) == ("KeyError", True)
+    assert "test_rehearsal.py" in report["where"] and "no such column" in report["message"]
+    assert files.read_json(run.run_state)["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("metric", "best", "told"),
+    [
+        ("Number", "loss", ["must give numbers by name", "gave 0.5"]),
+        ("Mute", "accuracy", ["checkpoint.metric_for_best_model=accuracy", "(nothing)", "eval.num_sanity_rows=0"]),
+        ("Mute", "loss", []),
+    ],
+)
+def test_what_a_metric_gives_is_checked_when_it_is_tried(
+    lab: Lab, tmp_path: Path, metric: str, best: str, told: list[str]
+) -> None:
+    target = f"eval.metric._target_={_HERE}.{metric}"
+    more = _evaluated(tmp_path, target, f"checkpoint.metric_for_best_model={best}")
+    assert lab.run_codes(tmp_path, "single", 1, *more) == [2 if told else 0]
+    assert all(words in log_text(tmp_path) for words in told)
+
+
+@pytest.mark.parametrize(("strategy", "count", "dims"), [("single", 1, "[1, 2]"), ("zero2", 2, "[1]")])
+def test_a_run_ends_before_its_first_step_when_its_optimizer_fails(
+    lab: Lab, tmp_path: Path, strategy: str, count: int, dims: str
+) -> None:
+    codes = lab.run_codes(tmp_path, strategy, count, f"optim.name={_HERE}.BrokenAdamW")
+    run = RunPaths(tmp_path)
+    assert codes[0] == 1 and not lines(run)
+    report = read_reports(run.logs_dir)[0]
+    assert (report["kind"], report["training_began"]) == ("ArithmeticError", False)
+    assert report["message"] == f"of {dims} dimensions"
+    assert "test_rehearsal.py" in report["where"]
