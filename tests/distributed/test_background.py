@@ -173,7 +173,7 @@ def test_training_goes_on_when_the_evaluator_fails(
 def test_nothing_is_deleted_unjudged_and_the_disk_does_not_fill_when_evaluations_are_slower_than_saves(
     lab: Lab, tmp_path: Path, common: tuple[str, ...]
 ) -> None:
-    metric = planned(tmp_path, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
+    metric = planned(tmp_path, 1, 1, 1, 1, 7, 1, 1, 1, 1, 1)  # one wait is long enough to be told of
     more = ("eval.eval_steps=2", "checkpoint.save_steps=2")
     run = RunPaths(tmp_path / "run")
     lab.start(run.root, "single", 1, *common, BACKGROUND, *metric, *more)
