@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -147,7 +146,8 @@ _SMALL_BUCKET = "strategy.deepspeed.zero_optimization.reduce_bucket_size=4000000
         ("single", 1, ("train.train_batch_size=8", "model.gradient_checkpointing=true")),
         ("ddp", 2, ("train.train_batch_size=8",)),
         ("zero2", 2, ("train.train_batch_size=8", _SMALL_BUCKET)),
-        ("zero2", 2, ("train.train_batch_size=16",)),
+        ("zero2", 2, ("train.train_batch_size=16", _SMALL_BUCKET)),
+        ("zero2", 3, ("train.train_batch_size=24", _SMALL_BUCKET)),
         ("zero3", 2, ("train.train_batch_size=16", _SMALL_BUCKET)),
         ("zero3", 2, ("train.train_batch_size=16", _SMALL_BUCKET, *_LORA)),
         ("zero3", 2, ("train.train_batch_size=16", _SMALL_BUCKET, *_LORA, "model.config.vocab_size=32000")),
@@ -163,9 +163,6 @@ def test_memory_is_as_planned_when_a_run_is_measured(
     assert counting.wait() == [0] * num_processes, (tmp_path / "log").read_text(errors="replace")[-3000:]
     _, memory = _memory(overrides, num_processes)
     planned = memory.parts(strategy, 4).total
-    for rank in range(num_processes):
-        lines: list[dict[str, Any]] = [
-            json.loads(line) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()
-        ]
-        # Under ZeRO-2 seen 7 % above the truth: the attention that the run chose holds less than the one counted.
-        assert planned == pytest.approx(lines[-1]["peak"], rel=0.10 if strategy == "zero2" else 0.05)
+    peaks = [json.loads(path.read_text().splitlines()[-1])["peak"] for path in sorted(tmp_path.glob("rank-*.jsonl"))]
+    assert len(peaks) == num_processes
+    assert planned == pytest.approx(max(peaks), rel=0.05), "of the device that holds most: under ZeRO-2 the last one"

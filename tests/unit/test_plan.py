@@ -106,6 +106,16 @@ def test_every_process_holds_less_when_there_are_more(stage: str) -> None:
     assert many == pytest.approx(few / 2)
 
 
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_bucket_is_never_larger_than_what_is_written_when_there_is_no_gpu(stage: str) -> None:
+    small = "strategy.deepspeed.zero_optimization.reduce_bucket_size=1000"
+    on_cpu, on_gpu, with_small = (
+        _memory("model=tiny_llama", *more, count=2, device=device).plan(stage).parts.total
+        for device, more in ((Device("cpu", 10**10, "a test's"), ()), (GPU, ()), (GPU, (small,)))
+    )
+    assert with_small <= on_cpu < on_gpu - 10**9
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     memory = _memory("model=tiny_llama", "train.train_batch_size=512", device=Device("cuda", 1_400_000_000, "a test's"))
     plan = memory.plan("single")

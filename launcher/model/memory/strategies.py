@@ -65,6 +65,11 @@ class Setting:
         value = dict(self.strategy.deepspeed.get("zero_optimization") or {}).get(name, default)
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else default
 
+    def bucket_numel(self, trained: int) -> float:
+        """Elements of a bucket for gradients. A device takes all of it; of a CPU's memory only what is ever written."""
+        numel = self.zero_value("reduce_bucket_size", _REDUCE_BUCKET)
+        return numel if self.is_cuda else min(numel, float(trained))
+
     @property
     def num_buckets(self) -> int:
         overlaps = dict(self.strategy.deepspeed.get("zero_optimization") or {}).get("overlap_comm", self.is_cuda)
@@ -133,7 +138,7 @@ def _zero12(sizes: Sizes, setting: Setting, passes: Pass, states: OptimizerState
     weights = item * sizes.trained + _frozen_bytes(sizes, setting) + sizes.buffers
     optimizer = (_MASTER_BYTES + sizes.flat_state) * sizes.trained / count
     own_grads = item * sizes.trained / count
-    bucket_numel = setting.zero_value("reduce_bucket_size", _REDUCE_BUCKET)
+    bucket_numel = setting.bucket_numel(sizes.trained)
     bucket = item * setting.num_buckets * bucket_numel
     accumulates = setting.num_micro_steps > 1
     whole = float(item * sizes.trained)
@@ -157,7 +162,7 @@ def _zero3(sizes: Sizes, setting: Setting, passes: Pass, states: OptimizerStates
     is_offloaded = setting.strategy.is_offloaded and setting.is_cuda
     shares = (item * sizes.trained + _frozen_bytes(sizes, setting)) / count
     live = min(float(sizes.total), setting.zero_value("stage3_max_live_parameters", _MAX_LIVE))
-    bucket = item * setting.zero_value("reduce_bucket_size", _REDUCE_BUCKET)
+    bucket = item * setting.bucket_numel(sizes.trained)
     # The prefetcher gathers a small model whole at the start of the forward pass and passes over what it has gathered:
     # each module's parameters go after it, and the backward pass gathers one at a time. Activations are highest at the
     # head, with little else there (seen in fetch_sub_module). A larger model's are prefetched in the backward pass too.
