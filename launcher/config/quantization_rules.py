@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,11 +61,22 @@ def _value_problem(name: str, value: Any) -> str | None:
         return None if is_number and value >= 0 else "a number that is not negative"
     if name == "llm_int8_skip_modules":
         is_names = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-        return None if is_names else "a list of modules' names, as in [lm_head]"
+        if not is_names:
+            return "a list of modules' names, as in [lm_head]"
+        return None if all(map(_is_pattern, value)) else "a list of modules' names, or of regular expressions"
     valid = _CHOICES[name]
     if valid is _TRUTH:
         return None if isinstance(value, bool) else "true or false"
     return None if value in valid else valid[0] if len(valid) == 1 else f"one of {', '.join(valid)}"
+
+
+def _is_pattern(name: str) -> bool:
+    """transformers takes a module's name for a regular expression."""
+    try:
+        re.compile(name)
+    except re.error:
+        return False
+    return True
 
 
 def _without_effect(wanted: Mapping[str, Any], bits: str) -> Iterator[str]:

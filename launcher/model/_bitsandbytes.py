@@ -20,3 +20,10 @@ def keep_weights(model: nn.Module) -> None:
     for part in model.modules():
         if hasattr(part, REPACKS):
             setattr(part, REPACKS, False)
+
+
+def is_quantised(part: nn.Module) -> bool:
+    """Whether a layer's weights are quantised."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return isinstance(part, (Linear4bit, Linear8bitLt))

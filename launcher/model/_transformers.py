@@ -186,3 +186,17 @@ def attention_implementations(config: Any) -> list[str] | None:
     found += ["sdpa"] if cls._supports_sdpa else []
     found += ["flash_attention_2", "flash_attention_3"] if cls._supports_flash_attn else []
     return found + (["flex_attention"] if cls._supports_flex_attn else [])
+
+
+def is_linear(part: Any) -> bool:
+    """Whether quantisation replaces such a layer, or has replaced it."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(part, (torch.nn.Linear, Conv1D))
+
+
+def is_left_out(layer: str, name: str) -> bool:
+    """Whether `llm_int8_skip_modules=[name]` keeps a layer from being quantised."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return not should_convert_module(layer, [name])

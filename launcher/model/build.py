@@ -24,7 +24,7 @@ from launcher.model.giants import refuse_giant
 from launcher.model.identity import local_folder
 from launcher.model.lora import adapter_folder, adapter_key, adapter_notice, with_lora
 from launcher.model.positions import forget_lengths
-from launcher.model.quantization import quantization_arguments
+from launcher.model.quantization import check_quantised, quantization_arguments
 from launcher.model.vocabulary import NewRows, grow
 
 
@@ -77,6 +77,7 @@ def build_model(
     settings, dtype = config.model, saved_dtype(config)
     is_base = settings.is_adapter
     model = _load(config, tokenizer, None if is_base else resumed_from)
+    quantised_notices = check_quantised(config, model)
     is_new = is_base or resumed_from is None
     new_rows = grow(model, config, tokenizer, new_token_ids if is_new else ())
     _refuse_layerdrop(config, model.config)
@@ -86,7 +87,7 @@ def build_model(
         first_weights = _first_weights(config, model)
     parameters_are_masters = not config.strategy.zero_stage
     blueprint.apply(model, has_masters=parameters_are_masters and not is_base)
-    stored, attn_implementation, notices = blueprint.stored, model.config._attn_implementation, []
+    stored, attn_implementation, notices = blueprint.stored, model.config._attn_implementation, quantised_notices
     model.config.use_cache = False
     if is_base:
         model = with_lora(model, config, resumed_from=resumed_from, new_token_ids=new_rows.ids,

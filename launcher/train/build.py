@@ -34,6 +34,7 @@ from launcher.model.identity import agreed_identity
 from launcher.model.loss import build_loss
 from launcher.model.optim import Schedule, build_optimizer, try_optimizer
 from launcher.model.positions import check_positions
+from launcher.model.quantization import try_quantised
 from launcher.model.stop_tokens import end_generation_with
 from launcher.saving.interop.importing import import_checkpoint, import_notices
 from launcher.saving.save_schedule import SaveSchedule
@@ -227,6 +228,7 @@ def build_run(
             epoch=sampler.epoch_after(point.step), accept=config.checkpoint.accept_changes,
         )  # fmt: skip
         notices = [f"continuing from {point.folder} at step {point.step} of {total_steps}", *notices]
+    try_quantised(config, model, accelerator, len(tokenizer))
     attention = settle_attention(
         config, model, accelerator, len(tokenizer), built.attn_implementation,
         known=point.state["settings"].get("attention") if point is not None else None,

@@ -24,6 +24,7 @@ _NAMES = {
         "transformers.core_model_loading:revert_weight_conversion",
         "transformers.core_model_loading:build_glob_alternation",
         "transformers.modeling_utils:remove_tied_weights_from_state_dict",
+        "transformers.quantizers.quantizers_utils:should_convert_module",
         "transformers.modeling_utils:PreTrainedModel._from_config",
         "transformers.modeling_utils:PreTrainedModel._get_dtype_plan",
         "transformers.modeling_utils:PreTrainedModel._keys_to_ignore_on_save",

@@ -1,0 +1,113 @@
+"""What is quantised of a model, what is not, and whether it can be trained so: said before the first step."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from launcher.base.errors import ConfigError
+from launcher.config.compose import compose
+from launcher.data.tokenizer import byte_tokenizer
+from launcher.model.build import build_model
+from launcher.model.quantization import try_quantised
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="an optional package")
+Q = "model.quantization."
+NF4 = (f"{Q}load_in_4bit=true", f"{Q}bnb_4bit_quant_type=nf4")
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 272,
+}  # fmt: skip
+_MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_SIZES},
+    "tied": {"model_type": "llama", "tie_word_embeddings": True, **_SIZES},
+    "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 272},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **_SIZES},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for name, fields in _MODELS.items():
+        found[name] = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).save_pretrained(found[name])
+    return found
+
+
+def build(folder: Path, *more: str) -> tuple[Any, Any]:
+    config = compose([
+        f"model.model_name_or_path={folder}", "data=arithmetic", "model/peft=lora", "strategy=single", *more,
+    ])  # fmt: skip
+    return config, build_model(config, byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "message"),
+    [
+        ("llama", "nope", r"'nope' is the name of no linear layer.*Valid: q_proj, k_proj, .*lm_head, or longer names"),
+        ("llama", "lm_head,norm", r"'norm' is the name of no linear layer"),
+        ("llama", "model.layers.1", r"'model\.layers\.1' is the name of no linear layer"),
+        ("gpt2", "q_proj", r"'q_proj' is the name of no linear layer.*Valid: c_attn, c_proj, c_fc, lm_head"),
+        ("tied", "o_proj", r"tied to the embedding.*Set model\.quantization\.llm_int8_skip_modules=\[lm_head,o_proj\]"),
+        ("llama", "model,lm_head", r"nothing of llama is quantised.*Set model\.quantization=null"),
+    ],
+)
+def test_names_that_keep_nothing_or_too_much_are_refused(
+    folders: dict[str, Path], model: str, names: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(folders[model], *NF4, f"{Q}llm_int8_skip_modules=[{names}]")
+
+
+@pytest.mark.parametrize("names", ["lm_head", "lm_head,model.layers.0.self_attn", 'lm_head,".*o_proj"', "head,up_proj"])
+def test_names_that_keep_something_are_taken(folders: dict[str, Path], names: str) -> None:
+    build(folders["llama"], *NF4, f"{Q}llm_int8_skip_modules=[{names}]")
+
+
+def test_a_name_that_is_no_regular_expression_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a list of modules' names, or of regular expressions"):
+        compose(["model.model_name_or_path=org/name", "data=arithmetic", "model/peft=lora", *NF4,
+                 f'{Q}llm_int8_skip_modules=["["]'])  # fmt: skip
+
+
+def test_experts_that_stay_as_they_are_are_said(folders: dict[str, Path]) -> None:
+    _, built = build(folders["mixtral"], *NF4)
+    assert "of the weights of the layers stay float32, such as model.layers.0.mlp.experts." in "".join(built.notices)
+    _, built = build(folders["llama"], *NF4)
+    assert built.notices == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (f"{Q}bnb_4bit_quant_storage=float32", "model.dtype=bfloat16"),
+        (f"{Q}bnb_4bit_quant_storage=bfloat16",),
+    ],
+)
+def test_what_bitsandbytes_cannot_train_is_named_before_the_first_step(
+    folders: dict[str, Path], more: tuple[str, ...]
+) -> None:
+    config, built = build(folders["llama"], *NF4, *more)
+    with pytest.raises(ConfigError, match=r"bnb_4bit_quant_storage=.*on cpu.*RuntimeError.*Leave out model\.quant"):
+        try_quantised(config, built.module, Accelerator(cpu=True), 260)
+
+
+@pytest.mark.parametrize("more", [NF4, (f"{Q}load_in_8bit=true",)])
+@pytest.mark.parametrize("model", ["llama", "tied", "gpt2", "mixtral"])
+def test_the_trial_leaves_nothing_behind(folders: dict[str, Path], model: str, more: tuple[str, ...]) -> None:
+    dropout = 0.0 if model == "mixtral" else 0.5  # peft: none on experts
+    config, built = build(folders[model], *more, f"model.peft.lora_dropout={dropout}")
+    before, random_state = {k: v.clone() for k, v in built.module.state_dict().items()}, torch.get_rng_state()
+    built.module.eval()
+    try_quantised(config, built.module, Accelerator(cpu=True), 260)
+    assert torch.equal(torch.get_rng_state(), random_state) and not built.module.training
+    assert all(param.grad is None for param in built.module.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in built.module.state_dict().items() if k in before)
