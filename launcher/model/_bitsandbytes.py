@@ -24,6 +24,6 @@ def keep_weights(model: nn.Module) -> None:
 
 def is_quantised(part: nn.Module) -> bool:
     """Whether a layer's weights are quantised."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     return isinstance(part, (Linear4bit, Linear8bitLt))

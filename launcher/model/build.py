@@ -154,10 +154,17 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
         is_attention = settings.attn_implementation != "auto" and re.search("attention|attn", str(error), re.I)
         mend = ". Set model.attn_implementation=auto" if is_attention else ""
         raise UserError(f"the model {name} cannot be built: {error}{mend}") from error
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever values that nobody meant to write make of transformers
-        if checkpoint is None:
-            raise
-        raise UserError(f"the model {name} cannot be built from its config.json: {error!r:.1000}") from error
+        if checkpoint is not None:
+            raise UserError(f"the model {name} cannot be built from its config.json: {error!r:.1000}") from error
+        if config.strategy.zero_stage == 3:  # some initialise parameters that are partitioned already (rwkv)
+            raise UserError(
+                f"the model {name} ({model_config.model_type}) cannot be built under strategy={config.strategy.name}: "
+                f"{error!r:.1000}. Set strategy=zero2"
+            ) from error
+        raise
 
 
 def _attention(config: RunConfig, model_config: Any) -> str | None:
