@@ -20,12 +20,15 @@ from launcher.saving.checkpoint_size import checkpoint_size
 WORTH_IT_S = 60.0
 """The plan of a small model takes a second or two: a run that computed for less than this goes without."""
 
+LEAST_SHARE = 0.5
+"""Of a process on a CPU, planned: where Python and the libraries are most of it, it says nothing about the plan."""
+
 
 def compare(config: RunConfig, paths: RunPaths, device: torch.device, num_processes: int) -> dict[str, Any]:
     """Bytes planned and measured: of the memory of this process, and of the newest checkpoint where there is one.
 
     Returns:
-        {memory_bytes: [planned, measured], checkpoint_bytes: [planned, measured]}; empty where nothing can be planned.
+        {memory_bytes: [planned, measured], checkpoint_bytes: [planned, measured]}, where they say something.
     """
     if time.process_time() < WORTH_IT_S:
         return {}
@@ -35,10 +38,12 @@ def compare(config: RunConfig, paths: RunPaths, device: torch.device, num_proces
         held = memory.parts(config.strategy.name, memory.micro_batch).total
     except LauncherError:  # a model that does not run without values
         return {}
-    is_cuda = device.type == "cuda"
-    if not is_cuda:  # the whole process counts, with its copy for saves
-        held += memory.snapshot_bytes() + found.runtime_bytes
-    told: dict[str, Any] = {"memory_bytes": [round(held), _peak_bytes(device)]}
+    told: dict[str, Any] = {}
+    runtime = 0.0
+    if device.type != "cuda":  # the whole process counts, with its copy for saves
+        held, runtime = held + memory.snapshot_bytes(), float(found.runtime_bytes)
+    if held >= LEAST_SHARE * (held + runtime):
+        told["memory_bytes"] = [round(held + runtime), _peak_bytes(device)]
     newest = max(paths.checkpoint_dirs(), default=None)
     if newest is not None and (measured := manifest.bytes_of(newest[1])):
         size = checkpoint_size(

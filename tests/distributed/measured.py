@@ -59,4 +59,4 @@ class ToldAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings)
-        planned.WORTH_IT_S = 0.0
+        planned.WORTH_IT_S, planned.LEAST_SHARE = 0.0, float(os.environ.get("LEAST_SHARE", 0.0))

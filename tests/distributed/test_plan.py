@@ -67,14 +67,21 @@ def test_a_checkpoint_is_as_large_as_planned_when_it_is_saved(
     assert planned.total == pytest.approx(sum(sizes.values()), rel=0.01)
 
 
-def test_a_run_tells_how_far_its_plan_was_off_when_it_ends(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_small", [False, True])
+def test_a_run_tells_how_far_its_plan_was_off_when_it_ends(lab: Lab, tmp_path: Path, is_small: bool) -> None:
+    """Of a process that holds little but the libraries, only how large its checkpoint is."""
     steps = ("train.max_steps=2", "optim.name=tests.distributed.measured.ToldAdamW")
-    run = lab.run(tmp_path, "zero2", 2, *_WIDE, *steps, "model.dtype=bfloat16")
+    env = {"LEAST_SHARE": "0.5" if is_small else "0"}
+    run = lab.run(tmp_path, "zero2", 2, *_WIDE, *steps, "model.dtype=bfloat16", env=env)
     told = json.loads(run.run_state.read_text())["planned_and_measured"]
     planned, measured = told["checkpoint_bytes"]
     assert planned == pytest.approx(measured, rel=0.01)
+    text = (tmp_path / "test.log").read_text()
+    if is_small:
+        assert "memory_bytes" not in told and "plan: checkpoint" in text
+        return
     assert all(10**8 < number < 10**10 for number in told["memory_bytes"])
-    assert "plan: memory of a process" in (tmp_path / "test.log").read_text()
+    assert "plan: memory of a process" in text
 
 
 _LLAMA_70B = {
