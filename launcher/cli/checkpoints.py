@@ -24,6 +24,7 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
     info = files.read_json_or(paths.run_state, {})
     hub = info.get("hub")
     pushed = (hub.get("pushed") or []) if isinstance(hub, dict) else []
+    evaluated = set(evaluations.steps(paths))
     rows: list[dict[str, Any]] = []
     for step, folder in paths.checkpoint_dirs():
         try:
@@ -34,7 +35,7 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
         except DamagedCheckpointError as error:
             rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {printable(error)}"})
             continue
-        judged = evaluations.read(paths, step)
+        judged = evaluations.read(paths, step) if step in evaluated else None
         trainer = files.read_json_or(CheckpointPaths(folder).trainer_state, {}, files.MAX_HISTORY_BYTES)
         history = trainer.get("log_history")
         metrics = {
@@ -62,7 +63,7 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
     if whole:
         whole[-1]["is_latest"] = True
         # Evaluated in the background, the best is known later than a checkpoint is saved.
-        told = info.get("best_step") if evaluations.steps(paths) else None
+        told = info.get("best_step") if evaluated else None
         best = whole[-1]["best_step"] if told is None else told
         for row in whole:
             row["is_best"] = row["step"] == best
