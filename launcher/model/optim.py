@@ -86,7 +86,7 @@ def try_optimizer(config: RunConfig, optimizer: torch.optim.Optimizer, device: t
     for group in optimizer.param_groups:
         shapes = [_FLAT] if config.strategy.zero_stage else _smallest_shapes(group["params"])
         tensors = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
-        groups.append({"params": tensors, "weight_decay": group["weight_decay"]})
+        groups.append({"params": tensors, "weight_decay": group.get("weight_decay", 0.0)})
     trial = make_optimizer(config, groups)
     for group in groups:
         for tensor in group["params"]:
