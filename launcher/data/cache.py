@@ -34,6 +34,7 @@ from launcher.data.tokenising_display import TokenisingDisplay
 
 FORMAT_VERSION = 5
 _POLL_S = 0.5
+_TOKEN_DTYPES = ("uint16", "uint32")
 _DTYPES = {"mask": "bool", "offsets": "int64", "labelled": "int64", "numbers": "int64"}
 
 
@@ -57,16 +58,38 @@ class TokenStore:
 
 
 def open_store(folder: Path) -> TokenStore | None:
-    """Maps a store; None where it is missing, half or has files of the wrong size."""
+    """Maps a store; None where it is missing, half, of another format, or has files of the wrong size."""
     meta = read_json_or(folder / "meta.json", None)
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
         return None
-    files = meta["files"]
-    if any(not (folder / n).is_file() or (folder / n).stat().st_size != f["bytes"] for n, f in files.items()):
+    try:
+        files = meta["files"]
+        if any((folder / name).stat().st_size != entry["bytes"] for name, entry in files.items()):
+            return None
+        if meta["dtype"] not in _TOKEN_DTYPES:
+            return None
+        dtypes = {"tokens": meta["dtype"], **_DTYPES}
+        arrays = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
+        content = hashlib.sha256("".join(files[f"{n}.bin"]["sha256"] for n in ("tokens", "mask", "offsets")).encode())
+        store = TokenStore(**arrays, report=BuildReport(**meta["report"]), content=content.hexdigest())
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # not as we write it
         return None
-    arrays = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in {"tokens": meta["dtype"], **_DTYPES}.items()}
-    content = hashlib.sha256("".join(files[f"{n}.bin"]["sha256"] for n in ("tokens", "mask", "offsets")).encode())
-    return TokenStore(**arrays, report=BuildReport(**meta["report"]), content=content.hexdigest())
+    return store if _fits(store) else None
+
+
+def _fits(store: TokenStore) -> bool:
+    """Whether its parts are of the same rows."""
+    rows = len(store)
+    if len(store.offsets) != rows + 1 or len(store.numbers) != rows:
+        return False
+    return bool(len(store.tokens) == len(store.mask) == store.offsets[-1])
 
 
 def is_whole(folder: Path) -> bool:
@@ -143,7 +166,7 @@ def _only_builder(folder: Path, name: str, display: TokenisingDisplay) -> Iterat
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    if folder.exists():
+    if os.path.lexists(folder):
         if is_whole(folder):  # another host was faster
             return
         remove_tree(folder)

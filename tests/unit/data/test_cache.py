@@ -96,6 +96,32 @@ def test_store_is_rebuilt_when_damaged(folder: Path, source: FileSource, name: s
     assert is_whole(folder)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"files"', '"folders"'), ('"report"', '"reports"'), ('"num_kept"', '"num_keep"'), ('"uint16"', '"uint99"'),
+        ('"uint16"', '"uint32"'), ('"bytes"', '"octets"'), ('"tokens.bin"', '"tokens.txt"'), ('"uint16"', "[]"),
+    ],
+)  # fmt: skip
+def test_store_is_rebuilt_when_its_meta_says_something_else(
+    folder: Path, source: FileSource, before: str, after: str
+) -> None:
+    build(folder, source)
+    meta = (folder / "meta.json").read_text()
+    assert before in meta
+    (folder / "meta.json").write_text(meta.replace(before, after))
+    assert contents(build(folder, source)) == TEXTS
+
+
+@pytest.mark.parametrize("target", ["nowhere", "file", "folder"])
+def test_store_is_rebuilt_when_a_link_stands_in_its_place(folder: Path, source: FileSource, target: str) -> None:
+    (folder.parent / "other").mkdir(parents=True)
+    (folder.parent / "file").touch()
+    folder.symlink_to({"nowhere": "nowhere", "file": "file", "folder": "other"}[target])
+    assert contents(build(folder, source)) == TEXTS
+    assert (folder.parent / "other").is_dir() and (folder.parent / "file").is_file()
+
+
 def test_store_is_rebuilt_when_its_format_is_older(folder: Path, source: FileSource) -> None:
     build(folder, source)
     meta = json.loads((folder / "meta.json").read_text())
