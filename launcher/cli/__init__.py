@@ -6,6 +6,7 @@ else: until `main` begins, a signal kills.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib
 import io
@@ -39,6 +40,22 @@ VERBS = {
 _USAGE = "usage: launcher VERB [ARGUMENT…]"
 
 
+_ESCAPE_OR_REPLACE = "launcher.escape_or_replace"
+_ERRORS = {"strict": "replace", "surrogateescape": _ESCAPE_OR_REPLACE}
+"""What becomes of a character that a stream's encoding lacks. The locale C has names of files pass as the bytes they
+are, and would refuse every other character."""
+
+
+def _escape_or_replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError as lacking:
+        return "?" * (lacking.end - lacking.start), lacking.end
+
+
+codecs.register_error(_ESCAPE_OR_REPLACE, _escape_or_replace)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
@@ -50,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         open_standard_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that knows ASCII alone gets ? for the rest
-            stream.reconfigure(errors="replace" if stream.errors == "strict" else stream.errors)
+            stream.reconfigure(errors=_ERRORS.get(stream.errors or "strict", stream.errors))
     if argv is None:
         tell_failed_output()
     if argv is None and arguments[:1] == ["train"]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ _EPILOG = """examples:
 
 Takes the same overrides as `launcher train`. What is in ⟦ ⟧ (coloured in a terminal) bears loss; the rest does not."""
 _BAR = 40
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Characters that a terminal obeys instead of showing them: colours, the cursor, the direction of writing."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     if summary is None:
         raise UserError(f"--split {options.split}: this config has no rows for evaluation. Set data.eval_files=[FILE]")
     if options.json:
-        print(json.dumps([row.to_dict() for row in rows], ensure_ascii=False))
+        is_utf_8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+        print(json.dumps([row.to_dict() for row in rows], ensure_ascii=not is_utf_8))
         return EXIT_DONE
     for row in rows:
         _show(row, list(runs(tokenizer, row)))
@@ -63,7 +68,13 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def _visible(text: str) -> str:
+    """The text with what a terminal would obey written out, as in a string of Python."""
+    return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def _show(row: PreviewRow, parts: list[tuple[str, bool]]) -> None:
+    parts = [(_visible(text), has_loss) for text, has_loss in parts]
     cut = ", cut at data.max_length" if row.is_truncated else ""
     head = f"{row.source}:{row.line}  {row.num_tokens} tokens, {row.num_labelled} with loss{cut}"
     if not sys.stdout.isatty():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from docs import data_page
-from launcher.cli import preview
+from launcher.cli import main, preview
 
 from .conftest import chat
 
@@ -42,6 +44,33 @@ def test_loss_is_marked_and_the_set_is_described(
     assert f"{path}:1  8 tokens, 3 with loss" in out and "<|assistant|>⟦yo<|end|>⟧" in out
     assert "2 rows, 32 tokens" in out and "padding 33.3%" in out and "were cut to data.max_length=24" in out
     assert "█" in out
+
+
+def test_nothing_in_a_row_is_obeyed_by_the_terminal_when_it_is_shown(
+    write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "\x1b[31mred\x1b[0m\r\x00\x07\u202egnp.exe\n\t日本"
+    path = write_rows([chat("hi", words)])
+    wide = arguments(tmp_path, path, "data.max_length=64")
+    assert preview.main(wide) == 0
+    assert r"⟦\x1b[31mred\x1b[0m\r\x00\x07\u202egnp.exe" + "\n\t日本<|end|>⟧" in capsys.readouterr().out
+    assert preview.main([*wide, "--json"]) == 0
+    assert words in json.loads(capsys.readouterr().out)[0]["text"]
+
+
+@pytest.mark.parametrize(("encoding", "errors"), [("ascii", "strict"), ("ascii", "surrogateescape"), ("cp1252", None)])
+def test_json_is_exact_when_the_terminal_knows_few_characters(
+    write_rows: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str | None
+) -> None:
+    path = write_rows([chat("é", "日本😀")])
+    for more in ((), ("--json",)):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["preview", *arguments(tmp_path, path), *more]) == 0
+        out.seek(0)
+        shown = out.read()
+        assert more or "<|assistant|>????<|end|>?" in shown
+    assert json.loads(shown)[0]["text"] == "<|user|>é<|end|><|assistant|>日本😀<|end|>"
 
 
 def test_held_out_rows_are_shown_when_the_split_is_eval(
