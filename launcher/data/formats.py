@@ -154,7 +154,7 @@ class Formatter:
         first = len(asked) if only else 0
         spans = [(self._start_of(row, turns, chat, first), len(chat.text))] if only else None
         spans = self._without_untrained(row, turns, chat, spans, [None] * first + trained[first:])
-        return self._rendered(row, turns, chat, spans, trained, answer)
+        return self._rendered(row, turns, chat, spans, trained, len(asked))
 
     def _render_messages(self, row: dict[str, Any]) -> Rendered:
         turns = messages_of(row, "messages", takes_text=self._chat_template.takes_text)
@@ -162,7 +162,7 @@ class Formatter:
         chat = self._chat(row, turns)
         if self.completion_only_loss is False:
             spans = self._without_untrained(row, turns, chat, None, trained)
-            return self._rendered(row, turns, chat, spans, trained, turns)
+            return self._rendered(row, turns, chat, spans, trained, 0)
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
             raise BadRowError("messages has no assistant turn to learn from")
@@ -172,7 +172,7 @@ class Formatter:
             spans = chat.generated
         else:
             spans = [span for i in chosen for span in self._spans_of(row, turns, chat, i)]
-        return self._rendered(row, turns, chat, spans, trained, turns)
+        return self._rendered(row, turns, chat, spans, trained, 0)
 
     def _without_untrained(
         self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation,
@@ -187,7 +187,7 @@ class Formatter:
 
     def _rendered(
         self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation,
-        spans: list[tuple[int, int]] | None, trained: Sequence[bool | None], learnt: list[dict[str, Any]],
+        spans: list[tuple[int, int]] | None, trained: Sequence[bool | None], first: int,
     ) -> Rendered:  # fmt: skip
         tools = tools_of(row)
         words = self._chat_template.words(tools)
@@ -198,7 +198,7 @@ class Formatter:
         if tools and not all(name in chat.text for name in names_of(tools)):
             unused |= {"tools (the chat template does not show them)"}
         return Rendered(
-            chat.text, add_special_tokens=False, spans=spans, is_rewritten=is_rewritten(chat.text, learnt),
+            chat.text, add_special_tokens=False, spans=spans, is_rewritten=is_rewritten(chat, turns, first),
             unused=unused,
         )  # fmt: skip
 

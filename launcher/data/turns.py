@@ -100,17 +100,41 @@ def refuse_swallowed_turns(turns: list[dict[str, Any]], chat: Conversation, i: i
             )
 
 
-def is_rewritten(text: str, turns: list[dict[str, Any]]) -> bool:
-    """Whether some of an assistant's words are missing from the text: some templates drop `<think>` parts."""
-    at = 0  # most templates keep the order: then no part of the text is searched twice
-    for turn in turns:
+def is_rewritten(chat: Conversation, turns: list[dict[str, Any]], first: int = 0) -> bool:
+    """Whether some of what an assistant says is missing where the template prints it: some drop `<think>` parts, some
+    the calls of tools. The same words elsewhere do not count: the name of a tool also stands where it is offered.
+
+    Args:
+        first: of the turns that are asked about.
+    """
+    at = 0  # most templates keep the order: then no part of a text without turns is searched twice
+    for turn, pieces in list(zip(turns, chat.turns, strict=True))[first:]:
         if turn["role"] != "assistant":
             continue
-        words = [turn.get("reasoning_content") or "", text_of_content(turn.get("content") or "", "content")]
-        words += [call["function"]["name"] for call in turn.get("tool_calls") or []]
-        for part in filter(None, map(str.strip, words)):
-            found = text.find(part, at)
-            if found < 0 and part not in text:
+        own = "".join(chat.text[start:end] for start, end in pieces)
+        for part in filter(None, map(str.strip, _words_of(turn))):
+            if own:
+                if part not in own:
+                    return True
+                continue
+            found = chat.text.find(part, at)
+            if found < 0 and part not in chat.text:
                 return True
             at = max(at, found)
     return False
+
+
+def _words_of(turn: dict[str, Any]) -> Iterator[str]:
+    yield turn.get("reasoning_content") or ""
+    yield text_of_content(turn.get("content") or "", "content")
+    for call in turn.get("tool_calls") or []:
+        yield call["function"]["name"]
+        yield from _plain_texts(call["function"]["arguments"])
+
+
+def _plain_texts(value: Any) -> Iterator[str]:
+    """The texts in a call's arguments that are the same in every notation."""
+    if isinstance(value, str) and value.isalnum():
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _plain_texts(item)

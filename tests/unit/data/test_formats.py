@@ -142,6 +142,30 @@ def test_messages_when_template_drops_the_reasoning_everywhere(tokenizer: Any) -
     assert encode(tokenizer, chat("hi", "<think>m</think>yo")).is_rewritten
 
 
+def _with_calls(calls: str) -> str:
+    return PLAIN_TEMPLATE.replace("m.content", f"(m.content + {calls} if m.tool_calls else m.content)")
+
+
+@pytest.mark.parametrize(
+    ("template", "is_rewritten"),
+    [
+        ("{{ tools | tojson }}" + PLAIN_TEMPLATE, True),  # offers the tool, drops the call
+        (PLAIN_TEMPLATE, True),
+        ("{{ tools | tojson }}" + _with_calls("m.tool_calls | tojson"), False),
+        (_with_calls("m.tool_calls[0].function.name"), True),  # without its arguments
+    ],
+)  # fmt: skip
+def test_messages_when_template_drops_what_stands_elsewhere_too(
+    tokenizer: Any, template: str, is_rewritten: bool
+) -> None:
+    tokenizer.chat_template = template
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    row = {"messages": [*as_chat("user", "Oslo?"), {"role": "assistant", "content": "", "tool_calls": [call]}],
+           "tools": [tool]}  # fmt: skip
+    assert encode(tokenizer, row, max_length=2000).is_rewritten == is_rewritten
+
+
 def test_messages_when_tokenizer_has_no_template(word_tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"no chat template.*data\.chat_template"):
         encode(word_tokenizer, chat("sky is", "blue"))
