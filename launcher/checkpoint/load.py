@@ -201,14 +201,15 @@ def load_trained_state(
         for key in states.specs:
             slot, _, param = key.partition(".")
             slots.setdefault(param, set()).add(slot)
-        scalars = _scalars_by_param(saved)
+        scalars, kinds = _by_param(saved, "scalars"), _by_param(saved, "tensors")
         for segment in state.segments:
             for extent in segment.extents:
                 _read_master(segment, extent, infos[extent.param], weights, states)
             first = next(p.name for p in state.params if p.group == segment.group)
             names = sorted({e.param for e in segment.extents}) or [first]
             found = {n: slots.get(n, set()) for n in names}
-            _load_optimizer_state(segment, states, found, infos, scalars.get(names[0], {}))
+            own = {k: scalar_of(segment, v, kinds[names[0]].get(k)) for k, v in scalars.get(names[0], {}).items()}
+            _load_optimizer_state(segment, states, found, infos, own)
         for name, weight in state.forward.items():
             weights.read_into(name, infos[name].shape, 0, weight.view(-1))
         for entry in (*state.frozen, *persistent_buffers(module, rank=0)):
@@ -330,12 +331,8 @@ def _read_master(
         weights.read_into(info.name, info.shape, extent.start, target)
 
 
-def _scalars_by_param(saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for group in saved["groups"]:
-        for name in group["params"]:
-            found[name] = group["scalars"]
-    return found
+def _by_param(saved: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    return {name: group.get(key, {}) for group in saved["groups"] for name in group["params"]}
 
 
 def _load_optimizer_state(
@@ -364,15 +361,22 @@ def _load_optimizer_state(
                 )
             states.read_into(stored.name, extent.start, tensor.view(-1)[extent.offset : extent.offset + extent.numel])
         state[slot] = tensor
-    for name, value in scalars.items():
-        state[name] = _scalar(segment, value)
+    state.update(scalars)
 
 
-def _scalar(segment: Segment, value: float | int) -> Any:
-    # torch's own optimizers, and classes derived from them, count in tensors; others (DeepSpeed's) in ints.
-    kinds = {c.__module__ for c in type(segment.optimizer).__mro__ if c is not torch.optim.Optimizer}
-    if not any(kind.startswith("torch.optim") for kind in kinds):
-        return value
+def scalar_of(segment: Segment, value: float | int, kind: dict[str, Any] | None) -> Any:
+    """A state with one value per tensor, as the optimizer of a segment has it.
+
+    Args:
+        kind: of the tensor that it was, see `group_state.tensor_kinds`; None where it was a number, or is not known.
+    """
+    # torch's own optimizers, and classes derived from them, count in tensors; DeepSpeed's in ints.
+    classes = {c.__module__ for c in type(segment.optimizer).__mro__ if c is not torch.optim.Optimizer}
+    if not any(name.startswith("torch.optim") for name in classes):
+        if kind is None or any(name.startswith("deepspeed") for name in classes):
+            return value
+        place = "cpu" if kind["is_on_host"] else segment.key.device
+        return torch.tensor(value, dtype=TORCH_DTYPES[kind["dtype"]], device=place)
     group = segment.optimizer.param_groups[segment.group]
     device = segment.key.device if group.get("fused") or group.get("capturable") else "cpu"
     return torch.tensor(float(value), dtype=torch.float32, device=device)

@@ -109,18 +109,32 @@ def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer treats every element for itself, so that its state means the same however it is cut.
 
     Adafactor does not: it keeps rows and columns of a matrix, and scales by the norm of whatever it is given. Found by
-    letting a new optimizer of the class make one step with a small matrix.
+    letting new optimizers of the class make one step, one with a small matrix and one with two flat pieces of it.
     """
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-    probe = torch.nn.Parameter(torch.ones(2, 3))
-    probe.grad = torch.ones(2, 3)
+    matrix = torch.tensor([[0.01, -0.02, 0.03], [-0.04, 0.05, 0.06]])
+    cuts = [2, matrix.numel() - 2]
     try:
-        probed = type(optimizer)([{**settings, "params": [probe]}])  # type: ignore[call-arg]
-        probed.step()
-    except (TypeError, ValueError, RuntimeError):
+        whole, sizes = _probed(type(optimizer), settings, [matrix])
+        again, _ = _probed(type(optimizer), settings, [matrix])
+        pieces, _ = _probed(type(optimizer), settings, list(matrix.view(-1).split(cuts)))
+    except Exception:  # of whatever kind: it is the user's own class
         return True  # one that cannot be tried out, DeepSpeed's among them
-    sizes = [v.numel() for v in probed.state[probe].values() if isinstance(v, Tensor) and v.dim()]
-    return all(size == probe.numel() for size in sizes)
+    start = matrix.view(-1)
+    is_same = bool((whole - pieces).norm() <= 1e-3 * (whole - start).norm())
+    is_random = not again.equal(whole)  # then only the sizes tell
+    return (is_same or is_random) and all(size == matrix.numel() for size in sizes)
+
+
+def _probed(make: Any, settings: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Parameters after one step, laid end to end, and the sizes of the states that are no scalars."""
+    params = [torch.nn.Parameter(tensor.clone()) for tensor in tensors]
+    optimizer = make([{**settings, "params": params}])
+    for p in params:
+        p.grad = p.detach() * 0.1
+    optimizer.step()
+    sizes = [v.numel() for p in params for v in optimizer.state[p].values() if isinstance(v, Tensor) and v.dim()]
+    return torch.cat([p.detach().view(-1) for p in params]), sizes
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,46 +61,12 @@ def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.opt
         )
     except (TypeError, ValueError) as error:
         raise ConfigError([f"optim.name={optim.name} refuses its arguments: {error}. See optim.kwargs"]) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError([
+            f"optim.name={optim.name} makes no torch.optim.Optimizer but {type(optimizer).__module__}."
+            f"{type(optimizer).__qualname__}. Derive it from that class. Example: torch.optim.AdamW"
+        ])  # fmt: skip
     return optimizer
-
-
-_FLAT = torch.Size([64])
-"""DeepSpeed gives an optimizer flat pieces of its groups."""
-
-
-def try_optimizer(config: RunConfig, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """One update, by another instance that gets a few small parameters, so that what fails does so before the first
-    step. Of every class but torch's and DeepSpeed's. Collective, as an optimizer may be.
-
-    Args:
-        optimizer: as it was built, before DeepSpeed wraps it.
-
-    Raises:
-        Exception: whatever it raises.
-    """
-    if type(optimizer).__module__.partition(".")[0] in ("torch", "deepspeed"):
-        return
-    if config.strategy.is_offloaded:
-        device = torch.device("cpu")
-    groups = []
-    for group in optimizer.param_groups:
-        shapes = [_FLAT] if config.strategy.zero_stage else _smallest_shapes(group["params"])
-        tensors = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
-        groups.append({"params": tensors, "weight_decay": group.get("weight_decay", 0.0)})
-    trial = make_optimizer(config, groups)
-    for group in groups:
-        for tensor in group["params"]:
-            tensor.grad = torch.full_like(tensor, 1e-3)
-    trial.step()
-    trial.state_dict()
-
-
-def _smallest_shapes(parameters: Sequence[torch.Tensor]) -> Iterable[torch.Size]:
-    """One of each number of dimensions."""
-    found: dict[int, torch.Size] = {}
-    for parameter in sorted(parameters, key=torch.numel):
-        found.setdefault(parameter.dim(), parameter.shape)
-    return found.values()
 
 
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}

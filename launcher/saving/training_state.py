@@ -18,6 +18,7 @@ from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.processes import Processes
 from launcher.base.stored import StoredTensors
 from launcher.checkpoint import rng
+from launcher.checkpoint.group_state import GroupState, tensor_kinds
 from launcher.checkpoint.load import load_masters, load_trained_state, set_masters, set_rows
 from launcher.checkpoint.segments import TrainedState, collect, read_scalars
 from launcher.checkpoint.snapshot import SnapshotPlan, plan_snapshot
@@ -73,6 +74,7 @@ class TrainingState:
         self.settings: dict[str, Any] = {}
         self.origin: str | None = None  # origin_id of the explicit path that this run started from
         self.trained: TrainedState = collect(model, optimizer, rank=processes.rank, world_size=processes.world_size)
+        self._groups = GroupState(self.trained.optimizer)
         self._encoded_history: list[str] = []
         self._planned: tuple[object, SnapshotPlan] | None = None
 
@@ -113,7 +115,10 @@ class TrainingState:
         """The small files of this process at the current step, by path relative to the checkpoint."""
         texts = {}
         if not self._config.checkpoint.save_only_model:
-            texts[f"state/rng-{self._processes.rank:05d}.json"] = json.dumps(rng.capture())
+            own: dict[str, Any] = rng.capture()
+            if any(moved := self._groups.moved()):  # under ZeRO an optimizer may find something else on each process
+                own["optimizer_groups"] = moved
+            texts[f"state/rng-{self._processes.rank:05d}.json"] = json.dumps(own)
         if self._processes.is_main:
             texts["trainer_state.json"] = self._trainer_state_text()
             if not self._config.checkpoint.save_only_model:
@@ -148,14 +153,18 @@ class TrainingState:
             for info in self.trained.params:
                 if info.group == i:
                     by_scalars.setdefault(json.dumps(own.get(info.name, shared)), []).append(info.name)
+            kinds = tensor_kinds([s for s in segments if s.group == i])
             settings = {
                 k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, list, tuple)) and k != "params"
             }
             groups += [
-                {"group": i, "params": names, "scalars": json.loads(s), "settings": settings}
+                {"group": i, "params": names, "scalars": json.loads(s), "settings": settings, "tensors": kinds}
                 for s, names in by_scalars.items()
             ]
-        return {"name": self._config.optim.name, "groups": groups, "partition": self.trained.partition}
+        return {
+            "name": self._config.optim.name, "groups": groups, "partition": self.trained.partition,
+            "moved": self._groups.moved(),
+        }  # fmt: skip
 
     def _scaler_state(self) -> dict[str, Any] | None:
         loss_scaler = _deepspeed.loss_scaler(self._optimizer_inner())
@@ -212,6 +221,7 @@ class TrainingState:
             self.trained, self._module, folder, state["optimizer"],
             weights_stem=weights_stem(self._config), stored=self._stored, listed=listed,
         )  # fmt: skip
+        self._groups.load(state["optimizer"].get("moved", []))
         _deepspeed.refresh_forward_weights(self._optimizer_inner())
         self._load_scaler(state["scaler"])
         self._schedule.load(state["scheduler"], state["step"])
@@ -224,7 +234,10 @@ class TrainingState:
         rng_path = path.state_dir / f"rng-{self._processes.rank:05d}.json"
         is_saved = rng_path.relative_to(folder).as_posix() in listed
         if is_saved and state["world_size"] == self._processes.world_size:
-            rng.restore(files.read_json(rng_path, within=folder))
+            own = files.read_json(rng_path, within=folder)
+            rng.restore(own)
+            if "optimizer_groups" in own:
+                self._groups.load(own["optimizer_groups"])
 
     def _load_scaler(self, state: dict[str, Any] | None) -> None:
         if state is None:

@@ -32,7 +32,7 @@ from launcher.model.build import build_model, static_files
 from launcher.model.compile import compile_layers
 from launcher.model.identity import agreed_identity
 from launcher.model.loss import build_loss
-from launcher.model.optim import Schedule, build_optimizer, try_optimizer
+from launcher.model.optim import Schedule, build_optimizer
 from launcher.model.positions import check_positions
 from launcher.model.quantization import try_quantised
 from launcher.model.stop_tokens import end_generation_with
@@ -51,6 +51,7 @@ from launcher.train.evaluator_process import EvaluatorProcess
 from launcher.train.loop import Run
 from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
 from launcher.train.recorder import MainRecorder, NoRecorder, Recorder, note_undone
+from launcher.train.rehearsal import try_optimizer
 from launcher.train.run_settings import DAY, of_one_day, write_settings
 from launcher.train.spikes import ROLLBACKS, Spikes, idle_settings, known_rollbacks
 from launcher.train.step import TrainStep
@@ -204,7 +205,7 @@ def build_run(
     processes.on_main(lambda: write_settings(config, paths))  # not those of a start that was just refused
     statics = static_files(built, tokenizer) if processes.is_main else {}
     optimizer = build_optimizer(config, built.module)
-    try_optimizer(config, optimizer, accelerator.device)
+    notices += try_optimizer(config, optimizer, accelerator.device)
     schedule = Schedule(config, optimizer, total_steps)
     model, optimizer = accelerator.prepare(built.module, optimizer)
     state = TrainingState(

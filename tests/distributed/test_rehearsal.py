@@ -129,3 +129,30 @@ def test_a_run_ends_before_its_first_step_when_its_optimizer_fails(
     assert (report["kind"], report["training_began"]) == ("ArithmeticError", False)
     assert report["message"] == f"of {dims} dimensions"
     assert "test_rehearsal.py" in report["where"]
+
+
+class Prodigy(torch.optim.Optimizer):
+    """As prodigyopt and D-Adaptation: the estimate of the distance is in the groups, and each process's own."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "d": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                parameter.sub_(parameter.grad, alpha=group["lr"] * group["d"])
+                group["d"] += float(parameter.grad.norm())
+
+
+@pytest.mark.parametrize(("strategy", "count"), [("single", 1), ("zero2", 2)])
+def test_weights_are_equal_after_a_resume_when_the_optimizer_keeps_its_state_in_its_groups(
+    lab: Lab, tmp_path: Path, strategy: str, count: int
+) -> None:
+    more = (f"optim.name={_HERE}.Prodigy", "train.max_steps=6", "checkpoint.save_steps=3")
+    run = lab.run(tmp_path, strategy, count, *more)
+    (tmp_path / "checkpoint-6").rename(tmp_path / "kept")
+    run.run_state.unlink()
+    lab.run(tmp_path, strategy, count, *more)
+    assert different(tmp_path / "kept", run.checkpoint_dir(6)) == []
+    assert "no checkpoint holds" not in log_text(tmp_path)
