@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from launcher.base import files
 from launcher.config.packages import is_in_container, is_installed
 from launcher.config.schema import did_you_mean
-from launcher.config.settings import RunConfig
+from launcher.config.settings import RunConfig, is_local_path
 
 _TRUTH = ("true", "false")
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -31,6 +33,8 @@ _OFF = "or model.quantization=null"
 
 def quantization_problems(config: RunConfig) -> Iterator[str]:
     wanted = config.model.quantization
+    if own := _local_quantization(config):
+        yield from quantised_base_problems(config, own)
     if not wanted:
         return
     for name, value in wanted.items():
@@ -50,6 +54,58 @@ def quantization_problems(config: RunConfig) -> Iterator[str]:
     else:
         yield from _without_effect(wanted, bits[0])
     yield from _contradictions(config)
+
+
+def _local_quantization(config: RunConfig) -> dict[str, Any]:
+    """What the config.json of a folder says of weights that bitsandbytes has quantised; others may be turned back into
+    plain ones as they are loaded (FP8, MXFP4)."""
+    name = config.model.model_name_or_path
+    if not name or not is_local_path(name):
+        return {}
+    found = files.read_json_or(Path(name).expanduser() / "config.json", {})
+    own = found.get("quantization_config") if isinstance(found, dict) else None
+    is_ours = isinstance(own, dict) and any(own.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    return own if isinstance(own, dict) and is_ours else {}
+
+
+def quantised_base_problems(config: RunConfig, own: Mapping[str, Any]) -> Iterator[str]:
+    """Of a model whose weights come quantised.
+
+    Args:
+        own: its quantization_config.
+    """
+    model, wanted = config.model, config.model.quantization
+    what = f"model.model_name_or_path={model.model_name_or_path} is quantised already"
+    if not wanted and not model.is_adapter:
+        yield (
+            f"{what}: its weights stay as they are, only an adapter is trained. Set model/peft=lora, or name the model "
+            "that it was made of"
+        )
+    if not wanted and config.strategy.zero_stage:
+        yield f"{what}, and strategy={config.strategy.name} cannot spread such weights. Set strategy=ddp"
+    if not wanted and config.train.torch_compile:
+        yield f"{what}, and such layers are no operations that are compiled. Set train.torch_compile=false"
+    if model.merge_at_end:
+        yield (
+            f"{what}: what model.merge_at_end=true adds to it would be rounded away. Set model.merge_at_end=false, "
+            "and merge into the model that it was made of: "
+            "launcher export RUN DIR --format safetensors --merge --base MODEL"
+        )
+    yield from differing_from_base(config, own)
+
+
+def differing_from_base(config: RunConfig, own: Mapping[str, Any]) -> Iterator[str]:
+    """What is asked for otherwise than the weights come; transformers passes over it in silence."""
+    different = [
+        f"{key}={value} (it has {own.get(key, _DEFAULTS.get(key))})" for key, value in config.model.quantization.items()
+        if key not in DUMPED and value is not None and value != own.get(key, _DEFAULTS.get(key))
+    ]  # fmt: skip
+    if different:
+        yield (
+            f"model.quantization: {', '.join(different)}, but model.model_name_or_path="
+            f"{config.model.model_name_or_path} is quantised already: its own settings count. "
+            "Set model.quantization=null"
+        )
 
 
 def _value_problem(name: str, value: Any) -> str | None:

@@ -138,7 +138,11 @@ def _load(config: RunConfig, tokenizer: Any, checkpoint: Path | None) -> Any:
             refuse_giant(model_config.to_dict(), checkpoint)
         if checkpoint is None and settings.model_name_or_path:
             return AutoModelForCausalLM.from_pretrained(
-                name, revision=settings.revision, config=model_config, **arguments, **quantization_arguments(config)
+                name,
+                revision=settings.revision,
+                config=model_config,
+                **arguments,
+                **quantization_arguments(config, model_config),
             )
         # From scratch each process initialises the whole model and DeepSpeed partitions it afterwards, so that the
         # first weights are the same under every strategy.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from launcher.base.errors import ConfigError
-from launcher.config.quantization_rules import DUMPED
+from launcher.config.quantization_rules import DUMPED, differing_from_base, quantised_base_problems
 from launcher.config.settings import RunConfig
 from launcher.model import _transformers
 from launcher.model._bitsandbytes import is_quantised
@@ -22,13 +22,20 @@ _LARGE = 0.25
 """A share of the weights of the layers that is worth a word where it stays as it was."""
 
 
-def quantization_arguments(config: RunConfig) -> dict[str, Any]:
+def quantization_arguments(config: RunConfig, model_config: Any = None) -> dict[str, Any]:
     """What `from_pretrained` needs beside the rest. It computes in `model.dtype` unless told otherwise (bitsandbytes'
     own default is float32).
 
+    Args:
+        model_config: transformers' config of the model, whose weights may come quantised.
+
     Raises:
-        ConfigError: transformers refuses the settings.
+        ConfigError: transformers refuses the settings, or the weights come quantised otherwise.
     """
+    if own := _as_dict(getattr(model_config, "quantization_config", None)):
+        if problems := list(differing_from_base(config, own)):
+            raise ConfigError(problems)
+        return {}
     wanted = {key: value for key, value in config.model.quantization.items() if key not in ("quant_method", *DUMPED)}
     if not wanted:
         return {}
@@ -52,9 +59,12 @@ def check_quantised(config: RunConfig, model: Any) -> list[str]:
 
     Raises:
         ConfigError: nothing was, a name to be left out is none of the model's, or a tied head was quantised without
-            the embedding that it is tied to.
+            the embedding that it is tied to; or the weights came quantised, and that cannot be trained as it is asked.
     """
-    if not config.model.quantization:
+    if not is_quantised_model(model):  # some are turned back into plain weights as they are loaded
+        return []
+    if model.hf_quantizer.pre_quantized:
+        _check_base(config, model)
         return []
     layers = {name: part for name, part in model.named_modules() if _transformers.is_linear(part)}
     if problems := [*_unknown_names(config, list(layers)), *_lone_heads(config, model, layers)]:
@@ -75,6 +85,27 @@ def check_quantised(config: RunConfig, model: Any) -> list[str]:
         f"{_KEY}: {share:.0%} of the weights of the layers stay {config.model.dtype}, such as {largest}: bitsandbytes "
         "takes linear layers alone, and these are none, or left out"
     ]
+
+
+def is_quantised_model(model: Any) -> bool:
+    """Whether a model's weights are quantised, by us or as they came."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def _as_dict(quantization: Any) -> dict[str, Any]:
+    """A quantization_config as a config.json has it; transformers keeps it as one of two things."""
+    return dict(quantization if isinstance(quantization, dict) else quantization.to_dict()) if quantization else {}
+
+
+def _check_base(config: RunConfig, model: Any) -> None:
+    problems = list(quantised_base_problems(config, _as_dict(model.config.quantization_config)))
+    if not model.hf_quantizer.is_trainable:
+        problems.append(
+            f"model.model_name_or_path={config.model.model_name_or_path} is quantised in a way that transformers does "
+            f"not train ({type(model.hf_quantizer).__name__}). Name the model that it was made of"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _unknown_names(config: RunConfig, layers: list[str]) -> Iterator[str]:
@@ -133,9 +164,9 @@ def try_quantised(config: RunConfig, model: Any, accelerator: Any, vocab_size: i
     Raises:
         ConfigError: the pass fails.
     """
-    if not config.model.quantization:
-        return
     device, module = accelerator.device, accelerator.unwrap_model(model)
+    if not is_quantised_model(module):
+        return
     trained = [param for param in module.parameters() if param.requires_grad]
     devices = [device] if device.type == "cuda" else []
     was_training = module.training
@@ -148,13 +179,23 @@ def try_quantised(config: RunConfig, model: Any, accelerator: Any, vocab_size: i
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # bitsandbytes' kernels raise whatever torch does
-        wanted = config.model.quantization
-        storage = wanted.get("bnb_4bit_quant_storage", "uint8") not in (None, "uint8")
-        cure = f"Leave out {_KEY}.bnb_4bit_quant_storage" if storage else f"Set {_KEY}=null, or another kind of it"
-        values = ", ".join(f"{name}={value}" for name, value in wanted.items())
+        says = f"{type(error).__name__}{f': {error!s:.300}' if str(error) else ''}"
+        what, cure = _named(config)
         raise ConfigError([
-            f"{_KEY} ({values}) cannot be trained with model.dtype={config.model.dtype} on {device.type}: bitsandbytes "
-            f"says {type(error).__name__}{f': {error!s:.300}' if str(error) else ''}. {cure}"
+            f"{what} cannot be trained with model.dtype={config.model.dtype} on {device.type}: it ends with {says}. "
+            f"{cure}"
         ]) from error  # fmt: skip
     finally:
         module.train(was_training)
+
+
+def _named(config: RunConfig) -> tuple[str, str]:
+    """(what is quantised, what to do where that cannot be trained)."""
+    wanted = config.model.quantization
+    if not wanted:
+        what = f"model.model_name_or_path={config.model.model_name_or_path}, which is quantised already,"
+        return what, "Name the model that it was made of"
+    what = f"{_KEY} ({', '.join(f'{name}={value}' for name, value in wanted.items())})"
+    if wanted.get("bnb_4bit_quant_storage") not in (None, "uint8"):
+        return what, f"Leave out {_KEY}.bnb_4bit_quant_storage"
+    return what, f"Set {_KEY}=null, or another kind of it"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.base.errors import ConfigError
 from launcher.config.compose import compose
@@ -111,3 +111,45 @@ def test_the_trial_leaves_nothing_behind(folders: dict[str, Path], model: str, m
     assert torch.equal(torch.get_rng_state(), random_state) and not built.module.training
     assert all(param.grad is None for param in built.module.parameters())
     assert all(torch.equal(v, before[k]) for k, v in built.module.state_dict().items() if k in before)
+
+
+@pytest.fixture(scope="module")
+def quantised(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights are stored in 4 bits, as many on the Hub are."""
+    folder = tmp_path_factory.mktemp("quantised")
+    own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(folders["llama"], quantization_config=own).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model/peft=none",), r"is quantised already: .*only an adapter is trained\. Set model/peft=lora"),
+        (("strategy=zero2",), r"is quantised already, and strategy=zero2 cannot spread.*Set strategy=ddp"),
+        (("strategy=zero3",), r"strategy=zero3 cannot spread"),
+        (("train.torch_compile=true",), r"Set train\.torch_compile=false"),
+        (("model.merge_at_end=true",), r"would be rounded away\. Set model\.merge_at_end=false.*--base MODEL"),
+        ((f"{Q}load_in_8bit=true",), r"load_in_8bit=True \(it has False\).*its own settings count"),
+        ((f"{Q}load_in_4bit=true", f"{Q}bnb_4bit_quant_type=fp4"), r"bnb_4bit_quant_type=fp4 \(it has nf4\)"),
+    ],
+)
+def test_what_a_base_that_is_quantised_already_cannot_do_is_refused(
+    quantised: Path, overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = () if "model/peft=none" in overrides else ("model/peft=lora",)
+    arguments = [f"model.model_name_or_path={quantised}", "data=arithmetic", *lora, *overrides]
+    with pytest.raises(ConfigError, match=message):
+        compose(arguments)
+    if "strategy=zero3" in overrides:
+        return
+    monkeypatch.setattr("launcher.config.quantization_rules._local_quantization", lambda config: {})  # as on the Hub
+    with pytest.raises(ConfigError, match=message):
+        build_model(compose(arguments), byte_tokenizer())
+
+
+def test_an_adapter_is_trained_on_a_base_that_is_quantised_already(quantised: Path) -> None:
+    for more in ((), NF4):
+        config, built = build(quantised, *more)
+        try_quantised(config, built.module, Accelerator(cpu=True), 260)
+        assert built.module.get_base_model().is_quantized and built.notices == []
