@@ -67,11 +67,12 @@ def where_raised(error: BaseException) -> tuple[str, bool]:
 def make_report(error: BaseException, *, rank: int, training_began: bool, step: int | None) -> Report:
     """Describes what ended this rank. `step`: how many steps it had done."""
     where, is_users_code = where_raised(error)
+    message = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
     return Report(
         rank=rank, host=host(), time=time.time(), attempt=os.environ.get(ATTEMPT),
         exit_code=error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
         kind=type(error).__name__, is_ours=isinstance(error, LauncherError),
-        message=redacted(str(error)) or type(error).__name__, training_began=training_began, step=step,
+        message=redacted(message), training_began=training_began, step=step,
         where=where, is_users_code=is_users_code,
         traceback=redacted("".join(traceback.format_exception(error))).splitlines(),
     )  # fmt: skip

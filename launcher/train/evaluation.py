@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from launcher.train.watchdog import Watchdog
 
 Metric = Callable[[EvalContext], dict[str, float]]
 """What `eval.metric._target_` makes."""
+_TAKEN = {"eval_loss", "eval_runtime_s"}
+_MUST = 'must give numbers by name, such as {"accuracy": 0.5}, and gave'
 
 
 class Evaluator:
@@ -40,6 +43,9 @@ class Evaluator:
         self._model, self._tokenizer, self._data = model, tokenizer, data
         self._loss, self._watchdog, self._total_steps = loss, watchdog, total_steps
         self._metric = build_metric(config)
+        self.notices: list[str] = []
+        """What is to be said; whoever says it clears them."""
+        self._is_told = False
         self.samples: list[dict[str, Any]] = []
         """What the metric showed of the last evaluation, on this process."""
 
@@ -92,13 +98,22 @@ class Evaluator:
         first step. Another instance, since the one that evaluates must not have seen anything. Collective.
 
         Raises:
-            ConfigError: it gives no numbers by name, or not the one that `checkpoint.metric_for_best_model` names.
+            ConfigError: see `_named`, or it does not give the one that `checkpoint.metric_for_best_model` names.
             Exception: whatever the metric raises.
         """
         metric, num_rows = build_metric(self._config), self._config.eval.num_sanity_rows
         if metric is None or not num_rows:
             return
-        values, checkpoint = self._measure(metric, num_rows=num_rows), self._config.checkpoint
+        checkpoint = self._config.checkpoint
+        try:
+            values = self._measure(metric, num_rows=num_rows)
+        except Exception as error:
+            if not isinstance(error, ConfigError):
+                error.add_note(
+                    f"The metric was tried on the first {num_rows} rows of each process. Where it takes more: "
+                    f"eval.num_sanity_rows={num_rows * 16}, or 0 to leave that out"
+                )
+            raise
         self.samples = []
         if checkpoint.load_best_model_at_end and checkpoint.metric_key not in {"eval_loss", *values}:
             raise ConfigError([
@@ -116,14 +131,50 @@ class Evaluator:
         with torch.no_grad(), uncompiled(self._config):
             found = metric(self._context(num_rows))
         self._model.train()
+        for parameter in self._model.parameters():
+            parameter.grad = None  # of a metric that looks at gradients: they are not the next step's
         self._watchdog.alive()
-        try:
-            return {f"eval_{name}": float(value) for name, value in found.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ConfigError([
-                f"eval.metric._target_={self._config.eval.metric['_target_']} must give numbers by name, such as "
-                f'{{"accuracy": 0.5}}, and gave {found!r:.200}'
-            ]) from error  # fmt: skip
+        return self._agreed(self._named(found))
+
+    def _named(self, found: Any) -> dict[str, float]:
+        """What this process's metric gave, as it stands in eval lines.
+
+        Raises:
+            ConfigError: it is no numbers by name, or has a name that is taken.
+        """
+        target = f"eval.metric._target_={self._config.eval.metric['_target_']}"
+        if found is None and not self._processes.is_main:
+            return {}
+        if not isinstance(found, Mapping):
+            raise ConfigError(
+                [f'{target} must give numbers by name, such as {{"accuracy": 0.5}}, and gave {found!r:.200}']
+            )
+        values = {}
+        for name, value in found.items():
+            key = str(name) if str(name).startswith("eval_") else f"eval_{name}"
+            if key in _TAKEN:
+                raise ConfigError(
+                    [f"{target} gave {name}, which is what the evaluation itself gives. Name it otherwise"]
+                )
+            try:
+                values[key] = float(value.item() if hasattr(value, "item") else value)
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+                raise ConfigError([f"{target} {_MUST} {name}={value!r:.200}"]) from error
+        return values
+
+    def _agreed(self, mine: dict[str, float]) -> dict[str, float]:
+        """The main process's values, on all: a schedule and early stopping follow from them."""
+        each: list[dict[str, float]] = self._processes.gather(mine)
+        for rank, other in enumerate(each[1:], start=1):
+            odd = [k for k in other if k not in each[0] or not _are_close(other[k], each[0][k])]
+            if odd and not self._is_told:
+                self._is_told, name = True, odd[0]
+                self.notices.append(
+                    f"WARNING eval.metric._target_={self._config.eval.metric['_target_']} gave {name}="
+                    f"{each[0].get(name, 'nothing')} on process 0 and {other[name]} on process {rank}; process 0's is "
+                    "taken. What each finds of its share of the rows is to be added up: context.sum_over_processes"
+                )
+        return each[0]
 
     def _context(self, num_rows: int | None) -> EvalContext:
         rows = self._data.eval_rows
@@ -135,6 +186,11 @@ class Evaluator:
             sum_over_processes=self._processes.sum, batch_size=self._config.eval.per_device_eval_batch_size,
             show=lambda **sample: self.samples.append(sample),
         )  # fmt: skip
+
+
+def _are_close(a: float, b: float) -> bool:
+    """Kernels of several devices may round otherwise."""
+    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
 
 
 def build_metric(config: RunConfig) -> Metric | None:

@@ -152,6 +152,7 @@ def rehearse(run: Run) -> None:
         return
     with run.recorder.during("evaluation"):
         run.evaluator.try_metric()
+    say_notices(run)
 
 
 def catch_up(run: Run) -> None:
@@ -288,6 +289,7 @@ def maybe_evaluate(run: Run, *, by_clock: bool = False) -> None:
     with run.recorder.during("evaluation"):
         values = run.evaluator.evaluate()
         run.recorder.sampled(run.step, run.evaluator.samples)
+    say_notices(run)
     run.last_eval_s = round(time.monotonic() - started, 3)
     run.window.started += run.last_eval_s  # tokens_per_second is of training
     epoch = round(run.state.progress.epoch, 6)
@@ -303,6 +305,13 @@ def maybe_evaluate(run: Run, *, by_clock: bool = False) -> None:
             f"{', '.join(sorted(values))}"
         )
     run.saver.evaluated(metric)
+
+
+def say_notices(run: Run) -> None:
+    """What the evaluation has to say."""
+    for notice in run.evaluator.notices:
+        run.recorder.say(notice)
+    run.evaluator.notices.clear()
 
 
 def note_gain(run: Run, metric: float) -> None:

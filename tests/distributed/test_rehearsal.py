@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,31 @@ class Generated:
 class Broken:
     def __call__(self, context: EvalContext) -> dict[str, float]:
         raise KeyError(context.rows[0]["no such column"])
+
+
+class Shares:
+    """Of this process's rows alone; and it leaves gradients behind."""
+
+    def __call__(self, context: EvalContext) -> dict[str, Any]:
+        with torch.enable_grad():
+            ids = torch.ones(1, 4, dtype=torch.long, device=context.device)
+            context.model(ids, labels=ids).loss.backward()
+        return {"eval_share": np.array([float(context.rank)])}
+
+
+class MainOnly:
+    def __call__(self, context: EvalContext) -> dict[str, Any] | None:
+        return {"share": torch.tensor([0.0])} if context.rank == 0 else None
+
+
+class Taken:
+    def __call__(self, context: EvalContext) -> dict[str, float]:
+        return {"loss": 0.5}
+
+
+class Nested:
+    def __call__(self, context: EvalContext) -> dict[str, Any]:
+        return {"rouge": {"1": 0.5}}
 
 
 class Number:
@@ -98,6 +124,7 @@ def test_a_run_ends_before_its_first_step_when_its_metric_fails(lab: Lab, tmp_pa
     report = read_reports(run.logs_dir)[0]
     assert (report["kind"], report["is_users_code"]) == ("KeyError", True)
     assert "test_rehearsal.py" in report["where"] and "no such column" in report["message"]
+    assert "first 4 rows of each process" in report["message"] and "eval.num_sanity_rows=64" in report["message"]
     assert files.read_json(run.run_state)["state"] == "failed"
 
 
@@ -107,6 +134,8 @@ def test_a_run_ends_before_its_first_step_when_its_metric_fails(lab: Lab, tmp_pa
         ("Number", "loss", ["must give numbers by name", "gave 0.5"]),
         ("Mute", "accuracy", ["checkpoint.metric_for_best_model=accuracy", "(nothing)", "eval.num_sanity_rows=0"]),
         ("Mute", "loss", []),
+        ("Taken", "loss", ["gave loss, which is what the evaluation itself gives"]),
+        ("Nested", "loss", ["gave rouge={'1': 0.5}"]),
     ],
 )
 def test_what_a_metric_gives_is_checked_when_it_is_tried(
@@ -116,6 +145,18 @@ def test_what_a_metric_gives_is_checked_when_it_is_tried(
     more = _evaluated(tmp_path, target, f"checkpoint.metric_for_best_model={best}")
     assert lab.run_codes(tmp_path, "single", 1, *more) == [2 if told else 0]
     assert all(words in log_text(tmp_path) for words in told)
+
+
+def test_what_the_main_process_measures_holds_when_a_metric_gives_each_process_its_own(
+    lab: Lab, tmp_path: Path
+) -> None:
+    more = _evaluated(tmp_path, "checkpoint.metric_for_best_model=share", "eval.eval_steps=4")
+    each = lab.run(tmp_path / "each", "ddp", 2, *more, f"eval.metric._target_={_HERE}.Shares")
+    main = lab.run(tmp_path / "main", "ddp", 2, *more, f"eval.metric._target_={_HERE}.MainOnly")
+    assert different(each.checkpoint_dir(10), main.checkpoint_dir(10)) == [], "no gradient of the metric is trained on"
+    assert {line["eval_share"] for run in (each, main) for line in lines(run, "eval_loss").values()} == {0.0}
+    assert log_text(each.root).count("gave eval_share=0.0 on process 0 and 1.0 on process 1") == 1
+    assert "WARNING" not in log_text(main.root)
 
 
 @pytest.mark.parametrize(("strategy", "count", "dims"), [("single", 1, "[1, 2]"), ("zero2", 2, "[1]")])
