@@ -137,23 +137,6 @@ class Counting(Own):
         self.num_done += 1
 
 
-class Lookahead(Wrapped):
-    """Slow weights in an attribute, used every fifth update."""
-
-    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0) -> None:
-        super().__init__(params, lr, weight_decay)
-        self.slow = [[p.detach().clone() for p in g["params"]] for g in self.param_groups]
-        self.num_done = 0
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        super().step()
-        self.num_done += 1
-        for group, slow in zip(self.param_groups, self.slow if self.num_done % 5 == 0 else [], strict=False):
-            for p, q in zip(group["params"], slow, strict=True):
-                p.copy_(q.lerp_(p, 0.5))
-
-
 class Listed(Own):
     def apply(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         past = self.state[p].setdefault("past", [])
@@ -222,7 +205,7 @@ def test_nothing_is_said_when_an_optimizer_wraps_one_of_torch() -> None:
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("Counting", "such as attributes of its own"), ("Lookahead", "attributes"), ("Listed", "among it past")],
+    [("Counting", "such as attributes of its own"), ("Listed", "among it past")],
 )
 def test_what_no_checkpoint_holds_is_told_when_an_optimizer_is_tried(name: str, told: str) -> None:
     (notice,) = _tried(name)
