@@ -22,8 +22,8 @@ _FLAT = (64,)
 _LARGEST = (64, 48, 8, 8, 8)
 """Of a tensor that is tried: enough to see what an optimizer makes of its dimensions."""
 _NUM_BEFORE, _NUM_AFTER = 1, 1
-"""Updates before the state is carried over as a checkpoint would, and after it. No more: one's own optimizer may mean to
-do something at its fifth. So what acts only every few updates is not seen."""
+"""Updates before the state is carried over as a checkpoint would, and after it. No more: one's own optimizer may mean
+to do something at its fifth. So what acts only every few updates is not seen."""
 
 
 class _Trial:
