@@ -32,7 +32,7 @@ def quantization_arguments(config: RunConfig, model_config: Any = None) -> dict[
     Raises:
         ConfigError: transformers refuses the settings, or the weights come quantised otherwise.
     """
-    if own := _as_dict(getattr(model_config, "quantization_config", None)):
+    if own := own_quantization(model_config):
         if problems := list(differing_from_base(config, own)):
             raise ConfigError(problems)
         return {}
@@ -92,13 +92,15 @@ def is_quantised_model(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def _as_dict(quantization: Any) -> dict[str, Any]:
-    """A quantization_config as a config.json has it; transformers keeps it as one of two things."""
-    return dict(quantization if isinstance(quantization, dict) else quantization.to_dict()) if quantization else {}
+def own_quantization(model_config: Any) -> dict[str, Any]:
+    """The quantization_config that a model comes with; empty: its weights are plain. transformers keeps it as one of
+    two things."""
+    own = getattr(model_config, "quantization_config", None)
+    return dict(own if isinstance(own, dict) else own.to_dict()) if own else {}
 
 
 def _check_base(config: RunConfig, model: Any) -> None:
-    problems = list(quantised_base_problems(config, _as_dict(model.config.quantization_config)))
+    problems = list(quantised_base_problems(config, own_quantization(model.config)))
     if not model.hf_quantizer.is_trainable:
         problems.append(
             f"model.model_name_or_path={config.model.model_name_or_path} is quantised in a way that transformers does "

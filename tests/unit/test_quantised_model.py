@@ -15,6 +15,7 @@ from launcher.base.errors import ConfigError
 from launcher.config.compose import compose
 from launcher.data.tokenizer import byte_tokenizer
 from launcher.model.build import build_model
+from launcher.model.memory.empty import build_empty
 from launcher.model.quantization import try_quantised
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="an optional package")
@@ -153,3 +154,13 @@ def test_an_adapter_is_trained_on_a_base_that_is_quantised_already(quantised: Pa
         config, built = build(quantised, *more)
         try_quantised(config, built.module, Accelerator(cpu=True), 260)
         assert built.module.get_base_model().is_quantized and built.notices == []
+
+
+def test_memory_of_a_base_that_is_quantised_already_is_that_of_one_that_is_being(
+    quantised: Path, folders: dict[str, Path]
+) -> None:
+    def num_bytes(folder: Path, *more: str) -> float:
+        config = compose([f"model.model_name_or_path={folder}", "data=arithmetic", "model/peft=lora", *more])
+        return sum(param.num_bytes for param in build_empty(config, byte_tokenizer()).params)
+
+    assert num_bytes(quantised) == num_bytes(folders["llama"], *NF4) < num_bytes(folders["llama"])

@@ -17,6 +17,7 @@ from launcher.model import _transformers
 from launcher.model.build import build_model_config, saved_dtype
 from launcher.model.lora import adapter_folder, adapter_key, with_lora
 from launcher.model.optim import fused_arguments, is_decayed, norm_names
+from launcher.model.quantization import own_quantization
 
 _PROBE = (2, 3, 5, 7, 11)
 """Sides of the tensors that an optimizer is tried on: different, so that a state's sides tell what they are of."""
@@ -75,7 +76,10 @@ def build_empty(config: RunConfig, tokenizer: Any) -> EmptyModel:
     model_config, dtype = build_model_config(config, tokenizer, None), saved_dtype(config)
     attention = config.model.attn_implementation
     wanted = {} if "flash" in attention or attention == "auto" else {"attn_implementation": attention}
-    quantised = _quantised_bytes(config.model.quantization)
+    brought = own_quantization(model_config)
+    if not (brought.get("load_in_4bit") or brought.get("load_in_8bit")):
+        brought = {}  # others are turned back into plain weights as they are loaded, or refused
+    quantised = _quantised_bytes(config.model.quantization or brought)
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
     with _transformers.no_zero_init(), _transformers.no_init_weights(), torch.device("meta"):
