@@ -90,6 +90,19 @@ def _teach_masks() -> None:
     masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
 
 
+@contextlib.contextmanager
+def plain_experts() -> Iterator[None]:
+    """Experts run as one product after the other: without values torch knows the grouped kernel in bfloat16 alone."""
+    from transformers.integrations import moe
+
+    before = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = before
+
+
 def stored_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of every parameter and persistent buffer after `from_pretrained(dtype=…)`, by its name in memory.
 

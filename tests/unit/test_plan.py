@@ -135,10 +135,30 @@ def test_sizes_are_read_when_people_write_them() -> None:
 
 
 def test_an_architecture_is_named_when_it_cannot_run_without_values() -> None:
+    settings = ("model.config.model_type=mamba", "model.config.hidden_size=64", "model.config.num_hidden_layers=2")
+    with pytest.raises(UserError, match="mamba cannot be planned"):
+        _memory(*settings).plan("single")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_are_planned_when_torch_has_their_kernel_in_one_dtype_only(dtype: str) -> None:
     settings = [f"model.config.{key}=64" for key in ("hidden_size", "intermediate_size")]
     heads = ("model.config.num_attention_heads=4", "model.config.num_key_value_heads=2")
-    with pytest.raises(UserError, match="mixtral cannot be planned"):
-        _memory("model.config.model_type=mixtral", "model.config.num_hidden_layers=2", *settings, *heads).plan("single")
+    mixtral = ("model.config.model_type=mixtral", "model.config.num_hidden_layers=2", f"model.dtype={dtype}")
+    plan = _memory(*mixtral, *settings, *heads).plan("single")
+    assert plan.parts.activations > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("model_type=t5", "t5 is no causal language model"),
+        ("hidden_size=0", "no llama can be made of this model.config"),
+    ],
+)
+def test_a_config_is_named_when_no_model_can_be_made_of_it(setting: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        _memory("model.config.model_type=llama", f"model.config.{setting}").plan("single")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from launcher.base.errors import UserError
 from launcher.base.targets import Targets
+from launcher.model._transformers import plain_experts
 from launcher.model.fused_head import AfterHead, chunk_positions, chunks_of, maybe_fuse_head
 from launcher.model.loss import summed_loss
 
@@ -185,7 +186,7 @@ class ActivationModel:
         if (owner := self._layers.owner) is not None:
             hooks.append(owner.register_forward_hook(lambda *_: in_layers.append(tracker.peak)))
         try:
-            with tracker, _StaticShapes(), self._precision(), chunks_of(self._layers.kind):
+            with tracker, _StaticShapes(), self._precision(), chunks_of(self._layers.kind), plain_experts():
                 loss = summed_loss(self._called, inputs, is_fused=self._layers.is_fused).loss_sum
                 loss.backward()
                 del loss

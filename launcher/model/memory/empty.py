@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launcher.base.errors import UserError
 from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.config.settings import RunConfig
 from launcher.model import _transformers
@@ -62,6 +63,20 @@ class EmptyModel:
         return [param for param in self.params if not param.is_trained]
 
 
+def _built(model_config: Any, dtype: torch.dtype, arguments: Mapping[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    kind = model_config.model_type
+    try:
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **arguments)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(f"{kind} is no causal language model of transformers") from error
+        raise UserError(f"no {kind} can be made of this model.config: {type(error).__name__}: {error}") from error
+    model.tie_weights()
+    return model
+
+
 def build_empty(config: RunConfig, tokenizer: Any) -> EmptyModel:
     """The model of a config, from its config.json alone.
 
@@ -69,10 +84,8 @@ def build_empty(config: RunConfig, tokenizer: Any) -> EmptyModel:
         tokenizer: only used for a model from scratch whose `model.config` names no vocabulary.
 
     Raises:
-        UserError: the model's config cannot be read. ConfigError: settings are refused.
+        UserError: the model's config cannot be read, or no model can be made of it. ConfigError: settings are refused.
     """
-    from transformers import AutoModelForCausalLM
-
     model_config, dtype = build_model_config(config, tokenizer, None), saved_dtype(config)
     attention = config.model.attn_implementation
     wanted = {} if "flash" in attention or attention == "auto" else {"attn_implementation": attention}
@@ -83,8 +96,7 @@ def build_empty(config: RunConfig, tokenizer: Any) -> EmptyModel:
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
     with _transformers.no_zero_init(), _transformers.no_init_weights(), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), dtype=dtype, **wanted)
-        model.tie_weights()
+        model = _built(copy.deepcopy(model_config), dtype, wanted)
     dtypes = dict(_transformers.stored_dtypes(model, dtype))
     stored: StoredTensors = _transformers.stored_tensors(model)
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
