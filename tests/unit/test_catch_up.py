@@ -27,6 +27,7 @@ class CountedEvaluator(Evaluator):
     def __init__(self, config: RunConfig, state: Any) -> None:
         self._config, self._total_steps, self._state = config, 100, state
         self._data: Any = SimpleNamespace(eval=[1], train=[1] * 64)
+        self.notices = []
 
     def evaluate(self) -> dict[str, float]:
         EVALUATIONS.append(self._state.step)
