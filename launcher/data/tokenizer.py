@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ConfigError
+from launcher.base.internet import why_unreachable
 from launcher.config.settings import RunConfig, expanded, is_local_path
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -175,10 +177,13 @@ def _load(config: RunConfig, name: str) -> Any:
 
     model = config.model
     revision = model.revision if name == model.model_name_or_path else None
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    unreachable = None if is_offline or Path(expanded(name)).is_dir() else why_unreachable()
     try:
         return AutoTokenizer.from_pretrained(
-            expanded(name), revision=revision, trust_remote_code=model.trust_remote_code
-        )
+            expanded(name), revision=revision, trust_remote_code=model.trust_remote_code,
+            local_files_only=unreachable is not None,
+        )  # fmt: skip
     except Exception as error:  # whatever files that are cut off or of another kind make of it
         keys = ("tokenizer_name_or_path", "model_name_or_path")
         key = next((k for k in keys if getattr(model, k) == name), "adapter_name_or_path")
@@ -187,6 +192,11 @@ def _load(config: RunConfig, name: str) -> Any:
             reason = f"{type(error).__name__}: {reason}"
         if re.search("sentencepiece|tiktoken", str(error), re.I) and find_spec("sentencepiece") is None:
             reason += "; a tokenizer.model of SentencePiece needs: pip install sentencepiece protobuf"
+        if unreachable is not None:
+            raise ConfigError([
+                f"model.{key}={name} is no folder here and not in the cache, and {unreachable}. Name a folder, or run "
+                f"`launcher prefetch model.{key}={name} …` where there is internet, with the same HF_HOME"
+            ]) from error  # fmt: skip
         raise ConfigError(
             [
                 f"model.{key}={name}: no tokenizer can be loaded ({reason}). It must be a folder with tokenizer files "
