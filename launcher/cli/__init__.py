@@ -13,7 +13,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from launcher import __version__
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, OutputError, UserError
@@ -77,17 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LauncherError as error:
         if isinstance(error, OutputError):
             _give_up_output()
-        with contextlib.suppress(OSError):
+        with _telling():
             _show(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("launcher: interrupted", file=sys.stderr)
+        with _telling():
+            print("launcher: interrupted", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:  # `launcher status | head`
         _give_up_output()
         return EXIT_FAILED
     except Exception as error:
-        print(f"launcher: {_unexpected(error)}", file=sys.stderr)
+        with _telling():
+            print(f"launcher: {_unexpected(error)}", file=sys.stderr)
         return EXIT_FAILED
 
 
@@ -100,6 +102,17 @@ def _run(arguments: list[str]) -> int:
         raise
     sys.stdout.flush()
     return code
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """What cannot be shown does not change the exit code: the interpreter flushes stderr at exit, and where that fails
+    it exits with 120."""
+    try:
+        yield
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
 
 
 def _give_up_output() -> None:

@@ -95,7 +95,9 @@ def test_output_that_cannot_be_written_is_told_when_its_disk_is_full(
     )
 
 
-def test_exit_code_is_the_same_when_an_error_cannot_be_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_exit_code_is_the_same_when_an_error_cannot_be_shown(tmp_path: Path, unbuffered: dict[str, str]) -> None:
+    env = {key: value for key, value in environment().items() if key != "PYTHONUNBUFFERED"} | unbuffered
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "launcher.cli", "checkpoints", str(tmp_path / "none")]
-        assert subprocess.run(command, stderr=full, env=environment(), check=False).returncode == 2
+        assert subprocess.run(command, stderr=full, env=env, check=False).returncode == 2

@@ -31,10 +31,18 @@ _SETTINGS = (
 _TIMEOUT_S = 900
 
 
+def _slow_steps(seconds: float) -> str:
+    return f"""launch.env.FAULTS='[{{"kind": "sleep", "seconds": {seconds}}}]'"""
+
+
 class TrainingRun:
+    """A job in the working directory, whose steps take long enough for something to happen between them."""
+
     def __init__(self, cluster: Cluster, root: Path, *overrides: str) -> None:
         self.cluster, self.root = cluster, root
-        assert cli.main(["submit", *_SETTINGS, f"output_dir={root}", *overrides]) == 0
+        shutil.copy(faulty.__file__, "faulty.py")  # part of the code that a job takes along
+        paced = ("optim.name=faulty.FaultyAdamW", _slow_steps(0.3))
+        assert cli.main(["submit", *_SETTINGS, *paced, f"output_dir={root}", *overrides]) == 0
         self.job_id = (root / "slurm" / "job_id").read_text().strip()
 
     def run_json(self) -> dict[str, Any]:
@@ -145,7 +153,6 @@ def test_run_on_one_node_continues_when_it_gets_sigterm(
 
 _LIMIT_S, _STEP_S = 180, 2.0
 """60 steps of 2 s do not fit between the start and the stop, a minute before the limit of three minutes."""
-_SLOW_STEPS = f"""launch.env.FAULTS='[{{"kind": "sleep", "seconds": {_STEP_S}}}]'"""
 _NO_SQUEUE = "launch.setup=['unset SLURM_JOB_END_TIME', 'squeue() { echo no answer >&2; return 1; }']"
 
 
@@ -205,17 +212,16 @@ class LimitedRun:
 def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LimitedRun]]:
     """An undisturbed run, then both ways to stop for the limit at once: their time is mostly sleep."""
     folder = tmp_path_factory.mktemp("limited")
-    shutil.copy(faulty.__file__, folder / "faulty.py")  # part of the code that a job takes along
     with talking_to(cluster, folder):
 
         def submit(name: str, *overrides: str) -> LimitedRun:
-            return LimitedRun(TrainingRun(cluster, folder / name, "optim.name=faulty.FaultyAdamW", *overrides))
+            return LimitedRun(TrainingRun(cluster, folder / name, *overrides))
 
         runs = {"undisturbed": submit("undisturbed")}
         runs["undisturbed"].run.wait_completed()
         limit = f"launch.sbatch.time='00:{_LIMIT_S // 60:02}:00'"
-        runs["end_time"] = submit("end_time", limit, _SLOW_STEPS)
-        runs["backstop"] = submit("backstop", limit, _SLOW_STEPS, _NO_SQUEUE)
+        runs["end_time"] = submit("end_time", limit, _slow_steps(_STEP_S))
+        runs["backstop"] = submit("backstop", limit, _slow_steps(_STEP_S), _NO_SQUEUE)
         both = (runs["end_time"], runs["backstop"])
         wait_for(
             lambda: all([run.look() for run in both]), _TIMEOUT_S, lambda: "".join(run.run.log() for run in both), 0.5
