@@ -11,7 +11,10 @@ _WAIT_S = 3.0
 
 
 def why_unreachable() -> str | None:
-    """Host and reason where no connection to the Hub can be made; None where one can, or a proxy stands between."""
+    """Host and reason where no connection to the Hub can be made; None where one can, where a proxy stands between, or
+    offline."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return None
     address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     if address.hostname is None or urllib.request.getproxies():
         return None

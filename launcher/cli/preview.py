@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.base.errors import EXIT_DONE, UserError
+from launcher.base.text import printable
 from launcher.cli.arguments import find_own_modules, parse_settings
 from launcher.cli.train import as_argv
 from launcher.config.compose import compose_arguments
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _visible(text: str) -> str:
     """The text with what a terminal would obey written out, as in a string of Python."""
-    return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
+    return _UNSEEN.sub(lambda found: printable(found[0]), text)
 
 
 def _show(row: PreviewRow, parts: list[tuple[str, bool]]) -> None:

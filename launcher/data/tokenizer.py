@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,8 +176,7 @@ def _load(config: RunConfig, name: str) -> Any:
 
     model = config.model
     revision = model.revision if name == model.model_name_or_path else None
-    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    unreachable = None if is_offline or Path(expanded(name)).is_dir() else why_unreachable()
+    unreachable = None if Path(expanded(name)).is_dir() else why_unreachable()
     try:
         return AutoTokenizer.from_pretrained(
             expanded(name), revision=revision, trust_remote_code=model.trust_remote_code,

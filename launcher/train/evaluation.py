@@ -118,7 +118,7 @@ class Evaluator:
         if checkpoint.load_best_model_at_end and checkpoint.metric_key not in {"eval_loss", *values}:
             raise ConfigError([
                 f"checkpoint.metric_for_best_model={checkpoint.metric_for_best_model} is not among what "
-                f"eval.metric._target_={self._config.eval.metric['_target_']} gave for {num_rows} rows of each process "
+                f"{self._name_of_metric} gave for {num_rows} rows of each process "
                 f"({', '.join(sorted(values)) or 'nothing'}), nor is it loss. Name one of them in "
                 "checkpoint.metric_for_best_model; or where it takes more rows, set eval.num_sanity_rows=0"
             ])  # fmt: skip
@@ -142,13 +142,11 @@ class Evaluator:
         Raises:
             ConfigError: it is no numbers by name, or has a name that is taken.
         """
-        target = f"eval.metric._target_={self._config.eval.metric['_target_']}"
+        target = self._name_of_metric
         if found is None and not self._processes.is_main:
             return {}
         if not isinstance(found, Mapping):
-            raise ConfigError(
-                [f'{target} must give numbers by name, such as {{"accuracy": 0.5}}, and gave {found!r:.200}']
-            )
+            raise ConfigError([f"{target} {_MUST} {found!r:.200}"])
         values = {}
         for name, value in found.items():
             key = str(name) if str(name).startswith("eval_") else f"eval_{name}"
@@ -170,11 +168,15 @@ class Evaluator:
             if odd and not self._is_told:
                 self._is_told, name = True, odd[0]
                 self.notices.append(
-                    f"WARNING eval.metric._target_={self._config.eval.metric['_target_']} gave {name}="
+                    f"WARNING {self._name_of_metric} gave {name}="
                     f"{each[0].get(name, 'nothing')} on process 0 and {other[name]} on process {rank}; process 0's is "
                     "taken. What each finds of its share of the rows is to be added up: context.sum_over_processes"
                 )
         return each[0]
+
+    @property
+    def _name_of_metric(self) -> str:
+        return f"eval.metric._target_={self._config.eval.metric['_target_']}"
 
     def _context(self, num_rows: int | None) -> EvalContext:
         rows = self._data.eval_rows
