@@ -204,7 +204,7 @@ def test_best_is_the_foregrounds_when_a_run_was_killed(
 ) -> None:
     """And goes on with another number of processes."""
     run = RunPaths(tmp_path / "run")
-    metric = planned(tmp_path, 1, 1, 1)
+    metric = planned(tmp_path, 1, 7, 1)  # the second wait is long enough to be told of
     conditions: dict[str, Callable[[], bool]] = {
         "while it evaluates": (tmp_path / "calls").is_file,
         "result": run.evaluation(5).is_file,

@@ -120,7 +120,7 @@ def test_a_run_ends_before_its_first_step_when_its_metric_fails(lab: Lab, tmp_pa
     if background == "true":  # there it harms nothing
         assert codes == [0, 0] and max(lines(run)) == 10
         return
-    assert codes[0] == 1 and not lines(run)
+    assert 1 in codes and not lines(run)  # the rank that ends first takes the other down
     report = read_reports(run.logs_dir)[0]
     assert (report["kind"], report["is_users_code"]) == ("KeyError", True)
     assert "test_rehearsal.py" in report["where"] and "no such column" in report["message"]
@@ -165,7 +165,7 @@ def test_a_run_ends_before_its_first_step_when_its_optimizer_fails(
 ) -> None:
     codes = lab.run_codes(tmp_path, strategy, count, f"optim.name={_HERE}.BrokenAdamW")
     run = RunPaths(tmp_path)
-    assert codes[0] == 1 and not lines(run)
+    assert 1 in codes and not lines(run)  # the rank that ends first takes the other down
     report = read_reports(run.logs_dir)[0]
     assert (report["kind"], report["training_began"]) == ("ArithmeticError", False)
     assert report["message"] == f"of {dims} dimensions"

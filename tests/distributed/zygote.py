@@ -36,6 +36,7 @@ class Zygote:
 
     def __init__(self, log: Path, env: Mapping[str, str] | None = None) -> None:
         self._stderr = log.open("ab")
+        self._running: list[int] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.distributed.zygote"], cwd=ROOT, env=environment() | dict(env or {}),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, start_new_session=True,
@@ -52,22 +53,28 @@ class Zygote:
         self, argv: Sequence[str], num_processes: int, log: Path, env: dict[str, str] | None = None,
         folders: Sequence[Path] = (),
     ) -> list[int]:  # fmt: skip
-        """Starts the ranks; the caller must `wait` before the next start. Returns their pids.
+        """Starts the ranks and returns their pids; those of a start that nobody waited for (its test failed) are ended.
 
         Args:
             folders: the working directory of each rank, where they are to differ.
         """
+        if self._running:
+            for pid in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.wait()
         request = {"argv": list(argv), "num_processes": num_processes, "log": str(log), "env": env or {}}
         request["folders"] = [str(folder) for folder in folders]
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
-        pids: list[int] = self._read()["pids"]
-        return pids
+        self._running = self._read()["pids"]
+        return list(self._running)
 
     def wait(self) -> list[int]:
         """The ranks' exit codes (negative: signal). A rank that fails takes the others down, as an agent would."""
         codes: list[int] = self._read()["codes"]
+        self._running = []
         return codes
 
     def run(self, argv: Sequence[str], num_processes: int, log: Path, env: dict[str, str] | None = None) -> list[int]:
