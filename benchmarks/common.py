@@ -199,8 +199,10 @@ class Record:
 
 
 def start_command(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """A command in a session of its own, offline, on one thread for each process; it dies with the benchmark."""
+    """A command in a session of its own, offline, on one thread for each process; it dies with the benchmark. Modules
+    are compiled once, as anywhere: without their bytecode every process of ours would compile ours anew."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment |= {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("w") as output:
         return subprocess.Popen(

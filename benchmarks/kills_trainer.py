@@ -27,7 +27,7 @@ def main() -> None:
         return {"input_ids": padded.clamp(min=0), "labels": padded, "attention_mask": (padded != -100).long()}
 
     arguments = TrainingArguments(
-        output_dir=spec["folder"], max_steps=spec["num_steps"], per_device_train_batch_size=4, save_strategy="steps",
+        output_dir=spec["folder"], max_steps=spec["num_steps"], per_device_train_batch_size=2, save_strategy="steps",
         save_steps=spec["save_steps"], save_total_limit=1, logging_steps=10, report_to=[], disable_tqdm=True,
         learning_rate=5e-5, use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip

@@ -57,6 +57,7 @@ def ours(spec: dict[str, Any]) -> None:
     def step() -> dict[str, float]:
         with _counted_syncs() as syncs:
             sums = run.train_step.run(run.step)
+            run.train_step.update(sums)
         run.state.progress.step += 1
         return {"tokens": sums.num_tokens, "loss": sums.loss_sum / sums.num_labelled, **_device_facts(), **syncs}
 

@@ -15,7 +15,7 @@ from launcher.data import StepSampler
 from launcher.model.loss import build_loss
 from launcher.model.optim import Schedule, build_optimizer
 from launcher.train.accelerator import build_accelerator
-from launcher.train.step import TrainStep
+from launcher.train.step import StepSums, TrainStep
 
 _NUM_ROWS = 40
 FORMS = ("padded", "packed", "flat")
@@ -41,6 +41,13 @@ class Rows:
 
     def num_tokens(self, ids: np.ndarray) -> int:
         return sum(len(tokens) for i in ids for tokens, _ in self.segments(int(i)))
+
+
+def train(step: TrainStep, number: int) -> StepSums:
+    """The step after step `number`, as the loop makes it."""
+    sums = step.run(number)
+    step.update(sums)
+    return sums
 
 
 def build_step(

@@ -76,11 +76,20 @@ class Processes:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Adds up each value over all processes (float64). Collective."""
+        return self.begin_sum(values)()
+
+    def begin_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """As `sum`, but the other processes are waited for in what it returns. Collective; no other may be between."""
         if self.world_size == 1:
-            return list(values)
+            return lambda: list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self._group)
-        return list(tensor.tolist())
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+
+        def wait() -> list[float]:
+            work.wait()
+            return list(tensor.tolist())
+
+        return wait
 
     def barrier(self) -> None:
         """Collective."""

@@ -12,6 +12,7 @@ from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.base.output import survive_closed_output
 from launcher.cli.arguments import parse_settings
 from launcher.config.compose import Arguments, compose_arguments
+from launcher.config.handed_on import hand_on
 from launcher.config.rules import cache_problems, notices
 from launcher.config.settings import RunConfig, to_dict
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"launcher: {notice}", file=sys.stderr)
     from launcher.agent import supervise as agent
 
+    hand_on(config, as_argv(arguments))
     return agent.run(config, as_argv(arguments))
 
 
@@ -70,7 +72,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:
 
 
 def as_argv(arguments: Arguments) -> list[str]:
-    """The arguments of launcher.train, which composes them once more on every process."""
+    """The arguments of launcher.train."""
     options = [("--config-dir", arguments.config_dir), ("--config-file", arguments.config_file)]
     return [*arguments.overrides, *(text for name, value in options if value for text in (name, value))]
 

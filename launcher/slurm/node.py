@@ -32,6 +32,7 @@ from launcher.base.output import survive_closed_output
 from launcher.base.paths import RunPaths
 from launcher.base.secrets import redacted
 from launcher.config.compose import compose_arguments
+from launcher.config.handed_on import hand_on
 from launcher.config.settings import RunConfig
 
 _ANSWER_S = 20.0
@@ -47,7 +48,9 @@ def main() -> int:
         num_restarts=_num_restarts(paths, given.start), note_restart=lambda n: _note_restart(paths, given.start, n),
     )  # fmt: skip
     try:
-        verdict = supervise(_of_this_node(compose_arguments(arguments), given), arguments, caller)
+        config = compose_arguments(arguments)
+        hand_on(config, arguments)
+        verdict = supervise(_of_this_node(config, given), arguments, caller)
     except MachinesError as error:
         return _lost(str(error))
     except StoppedEarlyError:

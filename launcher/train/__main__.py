@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from launcher.config.compose import compose_arguments
+from launcher.config.handed_on import take_over
 from launcher.train import rank_setup
+
+if TYPE_CHECKING:
+    from launcher.config.settings import RunConfig
 
 
 def main() -> None:
     rank_setup.before_imports()
     try:
-        config = compose_arguments(sys.argv[1:])
+        config = take_over(sys.argv[1:]) or _compose()
         rank_setup.check_agent(config, sys.argv[1:])
         from launcher.agent import out_of_memory
         from launcher.base.processes import Processes
@@ -53,6 +57,12 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # the process group's and CUDA's destructors can hang; everything of ours is closed
+
+
+def _compose() -> RunConfig:
+    from launcher.config.compose import compose_arguments
+
+    return compose_arguments(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,12 +179,14 @@ def train(run: Run) -> Agreement:
         sums = run.train_step.leave_out()
     else:
         sums = run.train_step.run(run.step, run.spikes.limit)
+    answer = ask(run, sums, time.monotonic() - started)
+    run.train_step.update(sums)
     progress.step += 1
     progress.epoch = run.train_step.epoch_after(run.step)
     run.window.grad_norm = run.window.grad_norm if sums.is_left_out else sums.grad_norm
     run.last_step_s = time.monotonic() - started
     progress.seconds_since_eval += run.last_step_s
-    agreed = agree(run, sums)
+    agreed = answer()
     if sums.is_spike and run.spikes.found(sums.mean_loss):
         run.window, agreed.went_back = Window(), True
         return agreed
@@ -197,26 +200,39 @@ def train(run: Run) -> Agreement:
     return agreed
 
 
-def agree(run: Run, sums: StepSums) -> Agreement:
-    """The loop's one all-reduce per step: losses, requests to stop, whether to save, how the save in flight stands."""
+def ask(run: Run, sums: StepSums, step_s: float) -> Callable[[], Agreement]:
+    """The loop's one all-reduce per step: losses, requests to stop, whether to save, how the save in flight stands. It
+    is under way while the weights are updated. Collective.
+
+    Args:
+        step_s: how long the step has taken so far.
+
+    Returns:
+        Waits for what the processes agree on.
+    """
+    step = run.step + 1
     undone, failed = run.saver.checkpointer.status()
-    eval_s = run.last_eval_s if run.evaluator.is_due(run.step) or is_eval_due_by_clock(run) else 0.0
+    by_clock = is_eval_due_by_clock(run, step_s)
+    eval_s = run.last_eval_s if run.evaluator.is_due(step) or by_clock else 0.0
     save_s = run.saver.expected_s() if run.stop.knows_end else 0.0
-    code, is_asked = run.stop.votes(save_s, run.last_step_s + eval_s)
-    due = run.saver.is_due(run.step)
-    eval_due = run.processes.is_main and is_eval_due_by_clock(run)
-    mine = [sums.loss_sum, sums.router_loss, sums.num_tokens, code, is_asked, due, eval_due]
-    agreed = run.processes.sum([*mine, undone, failed, run.background.num_judged()])
-    loss, router, tokens, main_code, num_asked, is_due, is_eval_due, num_undone, num_failed, num_judged = agreed
-    stop_code = int(main_code) or (1 if num_asked else 0)
-    return Agreement(
-        loss, router, tokens, stop_code, bool(is_due), bool(is_eval_due), num_undone, num_failed, num_judged
-    )
+    code, is_asked = run.stop.votes(save_s, max(run.last_step_s, step_s) + eval_s)
+    due = run.saver.is_due(step)
+    mine = [sums.loss_sum, sums.router_loss, sums.num_tokens, code, is_asked, due, run.processes.is_main and by_clock]
+    answer = run.processes.begin_sum([*mine, undone, failed, run.background.num_judged()])
+
+    def agreement() -> Agreement:
+        loss, router, tokens, main_code, num_asked, is_due, is_eval_due, num_undone, num_failed, num_judged = answer()
+        stop_code = int(main_code) or (1 if num_asked else 0)
+        return Agreement(
+            loss, router, tokens, stop_code, bool(is_due), bool(is_eval_due), num_undone, num_failed, num_judged
+        )
+
+    return agreement
 
 
-def is_eval_due_by_clock(run: Run) -> bool:
+def is_eval_due_by_clock(run: Run, step_s: float) -> bool:
     every_s = run.config.eval.eval_every_s
-    return every_s is not None and run.evaluator.is_on and run.state.progress.seconds_since_eval >= every_s
+    return every_s is not None and run.evaluator.is_on and run.state.progress.seconds_since_eval + step_s >= every_s
 
 
 def counts(run: Run, agreed: Agreement, sums: StepSums) -> bool:

@@ -30,7 +30,7 @@ class StepSums:
     num_tokens: int
     grad_norm: float
     is_applied: bool
-    """Whether the weights changed: not where the gradient norm is not finite (fp16's loss scaling skips some)."""
+    """Whether the update is applied: not where the gradient norm is not finite (fp16's loss scaling skips some)."""
     mean_loss: float = 0.0
     """Over all processes; only where a limit was given."""
     is_spike: bool = False
@@ -38,7 +38,7 @@ class StepSums:
 
 
 class TrainStep:
-    """Trains the model on the samples of one step after another.
+    """Trains the model on the samples of one step after another: `run` or `leave_out`, and then `update`.
 
     Args:
         before_update: called when the gradients are there and the state has not changed yet.
@@ -60,11 +60,11 @@ class TrainStep:
     def leave_out(self) -> StepSums:
         """A step that trains on nothing; the schedule counts it."""
         self._before_update()
-        self.schedule.step()
         return StepSums(0.0, 0.0, 0, 0, 0.0, is_applied=False, is_left_out=True)
 
     def run(self, step: int, spike_limit: float | None = None) -> StepSums:
-        """The step that follows `step`. Collective.
+        """The clipped gradients of the step that follows `step`. Under ZeRO they are applied as
+        well: DeepSpeed clips and applies in one call. Collective.
 
         Args:
             spike_limit: where the mean loss is above, the update is not applied.
@@ -100,9 +100,22 @@ class TrainStep:
                         total = total * torch.where(mean_loss > spike_limit, math.nan, 1.0).to(total.dtype)
                     self._backward(total, is_last=is_last)
         self._before_update()
-        sums, is_applied = self._update([loss_sum, router_loss, mean_loss])
+        sums, is_applied = self._clip([loss_sum, router_loss, mean_loss])
         is_spike = spike_limit is not None and sums[2] > spike_limit
         return StepSums(sums[0], sums[1], num_labelled, num_tokens, sums[3], is_applied, sums[2], is_spike)
+
+    def update(self, sums: StepSums) -> None:
+        """Applies the gradients, where they are finite, and counts the step in the schedule: applied or not, so that
+        the rate follows from the step alone. Collective.
+
+        Args:
+            sums: of this step.
+        """
+        if not (self._config.strategy.zero_stage or sums.is_left_out):
+            if sums.is_applied or self.accelerator.scaler is not None:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.schedule.step()
 
     def _casts_kept(self, num_micro_batches: int) -> Any:
         """Autocast keeps its copies of the weights from micro-batch to micro-batch: none of them changes before the
@@ -139,28 +152,22 @@ class TrainStep:
         else:
             self.accelerator.backward(loss)
 
-    def _update(self, sums: list[torch.Tensor]) -> tuple[list[float], bool]:
-        """Clips and applies; a non-finite gradient norm leaves the weights as they are.
+    def _clip(self, sums: list[torch.Tensor]) -> tuple[list[float], bool]:
+        """Clips, and under ZeRO applies; a non-finite gradient norm leaves the weights as they are.
 
         Args:
             sums: scalars of the device (fp64) that are to be known as well: the host waits once in a step, here.
 
         Returns:
-            Their values and the norm before clipping, and whether the step was applied.
+            Their values and the norm before clipping, and whether the step is applied.
         """
         if self._config.strategy.zero_stage:
             self.model.step()
             found = _read([*sums, self.model.get_global_grad_norm()])
-            is_applied = not getattr(self.model.optimizer, "overflow", False)
-        else:
-            limit = self._config.train.max_grad_norm or math.inf
-            found = _read([*sums, self.accelerator.clip_grad_norm_(self.model.parameters(), limit)])
-            is_applied = math.isfinite(found[-1])
-            if is_applied or self.accelerator.scaler is not None:
-                self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.schedule.step()  # counts steps, applied or not, so that the rate follows from the step alone
-        return found, is_applied
+            return found, not getattr(self.model.optimizer, "overflow", False)
+        limit = self._config.train.max_grad_norm or math.inf
+        found = _read([*sums, self.accelerator.clip_grad_norm_(self.model.parameters(), limit)])
+        return found, math.isfinite(found[-1])
 
 
 def _read(values: list[Any]) -> list[float]:

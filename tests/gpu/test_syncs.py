@@ -11,7 +11,7 @@ import torch
 
 from launcher.model import attention, cuda_attention
 from launcher.train import step as step_module
-from tests.one_step import build_step
+from tests.one_step import build_step, train
 
 
 @contextmanager
@@ -39,8 +39,8 @@ def test_host_waits_once_in_a_step(form: str, name: str, monkeypatch: pytest.Mon
             return read_all(values)
 
     step = build_step(form, name, "model.dtype=bfloat16")
-    step.run(0)  # the optimizer gets its states, kernels are chosen
+    train(step, 0)  # the optimizer gets its states, kernels are chosen
     monkeypatch.setattr(step_module, "_read", read)
     with sync_is("error"):
-        sums = step.run(1)
+        sums = train(step, 1)
     assert reads == [3] and sums.loss_sum > 0 and sums.is_applied

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.train.step import TrainStep
-from tests.one_step import FORMS, build_step
+from tests.one_step import FORMS, build_step, train
 
 _BF16 = ("model.dtype=bfloat16", "train.mixed_precision=bf16")
 
@@ -41,7 +41,7 @@ class _Casts(TorchDispatchMode):
 
 def _trained(step: TrainStep, num_steps: int) -> list[torch.Tensor]:
     for number in range(num_steps):
-        assert step.run(number).is_applied
+        assert train(step, number).is_applied
     return [parameter.detach().clone() for parameter in step.model.parameters()]
 
 
@@ -61,8 +61,8 @@ def test_each_weight_is_cast_once_in_a_step(num_micro: int, overrides: tuple[str
     step = build_step("padded", "sdpa", *_BF16, size, *overrides)
     layers = [p for name, p in step.model.named_parameters() if "_proj" in name or "lm_head" in name]
     assert len(layers) == 15
-    step.run(0)
+    train(step, 0)
     with _Casts({tuple(p.shape) for p in layers}) as casts:
-        step.run(1)
+        train(step, 1)
     assert casts.count == len(layers) * (num_micro if overrides else 1)
     assert not torch.is_autocast_enabled("cpu")

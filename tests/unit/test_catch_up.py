@@ -48,7 +48,7 @@ def run_at(step: int, history: list[dict[str, Any]]) -> Any:
     )  # fmt: skip
     return SimpleNamespace(
         config=config, step=step, total_steps=100, state=state, evaluator=CountedEvaluator(config, state), saver=saver,
-        window=loop.Window(), recorder=NoRecorder(), last_eval_s=0.0,
+        window=loop.Window(), recorder=NoRecorder(), last_step_s=0.0, last_eval_s=0.0,
         background=SimpleNamespace(is_on=False, begin=lambda: None, num_judged=lambda: 0),
         train_step=SimpleNamespace(schedule=SimpleNamespace(evaluated=lambda metric: None)),
     )  # fmt: skip
@@ -107,10 +107,13 @@ def trained(clock: Clock, progress: ProgressState, num_steps: int, step_s: float
         return sums
 
     run.train_step = SimpleNamespace(
-        run=step, epoch_after=lambda step: step / 100, schedule=SimpleNamespace(evaluated=lambda metric: None)
+        run=step,
+        update=lambda sums: None,
+        epoch_after=lambda step: step / 100,
+        schedule=SimpleNamespace(evaluated=lambda metric: None),
     )
     run.spikes = SimpleNamespace(limit=None, is_left_out=lambda step: False, applied=lambda loss: None)
-    run.processes = SimpleNamespace(is_main=True, sum=lambda values: values)
+    run.processes = SimpleNamespace(is_main=True, begin_sum=lambda values: lambda: values)
     run.stop = SimpleNamespace(knows_end=False, votes=lambda save_s, step_s: (0, 0))
     run.saver._processes = run.processes
     run.saver.checkpointer = SimpleNamespace(status=lambda: (0, 0))

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from launcher.checkpoint.segments import collect, read_scalars
 from launcher.train import step as step_module
-from tests.one_step import FORMS, build_step
+from tests.one_step import FORMS, build_step, train
 
 _ASKING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select", "aten::equal")
 
@@ -50,11 +50,11 @@ def test_host_reads_the_device_once_in_a_step(form: str, attention: str, monkeyp
 
     read_all = step_module._read
     step = build_step(form, attention)
-    step.run(0)
+    train(step, 0)
     monkeypatch.setattr(step_module, "to_device", on_the_host)
     monkeypatch.setattr(step_module, "_read", read)
     with _Waits() as waits:
-        sums = step.run(1)
+        sums = train(step, 1)
     assert waits.found == [] and reads == [4]
     assert sums.loss_sum > 0 and sums.grad_norm > 0 and sums.is_applied
 
@@ -80,7 +80,7 @@ def test_step_reads_a_norm_of_the_host_beside_sums_of_the_device() -> None:
 
 def test_optimizer_scalars_are_read_together() -> None:
     step = build_step("padded", "sdpa")
-    step.run(0)
+    train(step, 0)
     state = collect(step.model, step.optimizer, rank=0, world_size=1)
     with _Waits() as waits:
         found = read_scalars(state.segments)

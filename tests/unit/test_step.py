@@ -1,0 +1,89 @@
+"""A step: its gradients, then what the processes agree on beside the update."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.train import loop
+from launcher.train.step import StepSums, TrainStep
+from tests.one_step import build_step, train
+from tests.unit.test_catch_up import LiveRun, run_at
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator_state() -> Iterator[None]:
+    """Accelerate has one precision per process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _everything(step: TrainStep) -> list[torch.Tensor]:
+    state = copy.deepcopy(step.optimizer.state_dict()["state"])
+    moments = [value for one in state.values() for value in one.values() if isinstance(value, torch.Tensor)]
+    return [*(parameter.detach().clone() for parameter in step.model.parameters()), *moments]
+
+
+def _is_same(before: list[torch.Tensor], step: TrainStep) -> bool:
+    after = _everything(step)
+    return len(before) == len(after) and all(map(torch.equal, before, after))
+
+
+def test_nothing_changes_before_the_update() -> None:
+    step = build_step("padded", "sdpa")
+    train(step, 0)
+    before, rate = _everything(step), step.schedule.learning_rate
+    sums = step.run(1)
+    assert sums.is_applied and _is_same(before, step) and step.schedule.learning_rate == rate
+    step.update(sums)
+    assert not _is_same(before, step) and step.schedule.learning_rate != rate
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["spike", "left out"])
+def test_update_only_counts_the_step_when_there_is_nothing_to_apply(kind: str) -> None:
+    step = build_step("padded", "sdpa")
+    train(step, 0)
+    before, rate = _everything(step), step.schedule.learning_rate
+    sums = step.leave_out() if kind == "left out" else step.run(1, 1e-9)
+    assert not sums.is_applied and (sums.is_spike, math.isnan(sums.grad_norm)) == ((kind == "spike"),) * 2
+    step.update(sums)
+    assert _is_same(before, step) and step.schedule.learning_rate != rate
+    train(step, 2)
+    assert not _is_same(before, step)
+
+
+@pytest.mark.parametrize("is_left_out", [False, True])
+def test_processes_agree_while_they_update(is_left_out: bool) -> None:
+    """Each has asked before it updates, and waits for the others after."""
+    events: list[str] = []
+    run = LiveRun(**{key: value for key, value in vars(run_at(19, [])).items() if key != "step"})
+    asked: list[float] = []
+
+    def begin_sum(values: Sequence[float]) -> Any:
+        events.append("asked")
+        asked[:] = values
+        return lambda: events.append("agreed") or values
+
+    run.train_step = SimpleNamespace(
+        run=lambda number, limit: events.append("gradients") or StepSums(1.0, 0.0, 8, 8, 1.0, is_applied=True),
+        leave_out=lambda: events.append("left out") or StepSums(0.0, 0.0, 0, 0, 0.0, False, is_left_out=True),
+        update=lambda sums: events.append("update"), epoch_after=lambda step: step / 100,
+    )  # fmt: skip
+    run.spikes = SimpleNamespace(limit=None, is_left_out=lambda step: is_left_out, applied=lambda loss: None)
+    run.processes = SimpleNamespace(is_main=True, begin_sum=begin_sum)
+    run.stop = SimpleNamespace(knows_end=False, votes=lambda save_s, step_s: (0, 0))
+    run.saver._processes = run.processes
+    run.saver.checkpointer = SimpleNamespace(status=lambda: (0, 0))
+    agreed = loop.train(run)
+    assert events == ["left out" if is_left_out else "gradients", "asked", "update", "agreed"]
+    assert run.step == 20 and agreed.is_save_due, "it is asked about the step that is being made"
