@@ -137,10 +137,7 @@ def as_text(found: dict[str, Any]) -> str:
         values = (plain.text(1, 0), killed.text(1, 0), Spread.of(ratios).text(1, 2), Spread.of(kills).text(1, 0))
         rows.append([name, *values])
     head = ["", "undisturbed, s", "with kills, s", "ratio", "kills"]
-    mean_s = Spread.of([r["mean_s_between_kills"] for r in found["rounds"]]).text(1, 1)
-    return (
-        f"{found['machine']}\n\nA kill every {mean_s} s on average; {found['num_steps']} steps.\n\n{table(head, rows)}"
-    )
+    return table(head, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,7 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         found = measure(Path(name), arguments.pairs, arguments.steps, arguments.mean_s)
-    report("kills", found, as_text(found), arguments.json)
+    mean_s = Spread.of([r["mean_s_between_kills"] for r in found["rounds"]]).text(1, 1)
+    head = f"{found['machine']}\n\nA kill every {mean_s} s on average; {found['num_steps']} steps."
+    report("kills", found, f"{head}\n\n{as_text(found)}", arguments.json)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def test_tokens_per_second_are_those_of_the_record(readme: str, dtype: str, row:
         ("throughput", "speed.md"),
         ("start", "speed.md"),
         ("safety", "speed.md"),
+        ("kills", "speed.md"),
         ("step_overhead", "speed.md"),
         ("large", "scale.md"),
     ],
