@@ -34,8 +34,9 @@ def hand_on(config: RunConfig, arguments: Sequence[str], env: MutableMapping[str
 def take_over(arguments: Sequence[str], env: MutableMapping[str, str] = os.environ) -> RunConfig | None:
     """The settings of the process that started this one, if it composed them from these arguments. The environment
     loses them: programs that the user's code starts are not to find them."""
-    text = env.pop(COMPOSED, None)
-    if text is None:
-        return None
-    handed = json.loads(text)
-    return parse_config(handed["settings"]) if handed["arguments"] == list(arguments) else None
+    text = env.pop(COMPOSED, "null")
+    with contextlib.suppress(TypeError, ValueError, KeyError, ConfigError):  # nobody's but ours counts
+        handed = json.loads(text)
+        if handed["arguments"] == list(arguments):
+            return parse_config(handed["settings"])
+    return None

@@ -42,6 +42,14 @@ def test_nothing_is_taken_over_when_the_arguments_are_others() -> None:
     assert take_over(["seed=2"], env) is None
 
 
+@pytest.mark.parametrize(
+    "text", ["", "nonsense", "null", "[]", "{}", '{"arguments": []}', '{"arguments": [], "settings": {"sed": 1}}']
+)
+def test_nothing_is_taken_over_when_the_variable_holds_something_else(text: str) -> None:
+    env = {COMPOSED: text}
+    assert take_over([], env) is None and env == {}
+
+
 @pytest.mark.parametrize("value", [{1: 2}, {"a": float}, {"a": "x" * 200_000}])
 def test_settings_are_composed_anew_when_the_environment_cannot_hold_them(value: dict[Any, Any]) -> None:
     config = compose_arguments([])
