@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("syscalls.c")
@@ -18,7 +19,7 @@ def library() -> Path:
     source = _SOURCE.read_bytes()
     made = Path(tempfile.gettempdir()) / f"launcher-syscalls-{os.getuid()}-{hashlib.sha256(source).hexdigest()[:16]}.so"
     if not made.exists():
-        half = made.with_suffix(f".{os.getpid()}")
+        half = made.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         command = ["g++", "-x", "c", "-O1", "-shared", "-fPIC", "-o", str(half), str(_SOURCE), "-ldl", "-lpthread"]
         subprocess.run(command, check=True)
         half.rename(made)
