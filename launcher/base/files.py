@@ -169,7 +169,10 @@ def list_files(folder: Path) -> list[str]:
 def read_bytes(path: Path, max_bytes: int, *, within: Path | None = None) -> bytes:
     """The content of a file that has no business being longer than `max_bytes`."""
     with open_read(path, within=within) as file:
-        data = file.read(max_bytes + 1)
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, max_bytes) + 1)  # memory for all of max_bytes would take longer than the reading
+        if len(data) > size:  # it has grown, or is of a kind that tells no size
+            data += file.read(max_bytes + 1 - len(data))
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"is longer than {max_bytes:,} bytes", str(path))
     return data

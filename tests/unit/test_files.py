@@ -244,3 +244,23 @@ def test_lines_are_the_same_backwards(run: Path, monkeypatch: pytest.MonkeyPatch
         assert list(json_lines.read_backwards(path)) == list(json_lines.read(path))[::-1]
     assert list(json_lines.read_backwards(path, "step")) == [{"step": 3, "a": 1}, {"step": 1}]
     assert list(json_lines.read_backwards(run / "none.jsonl")) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 300_000])
+def test_content_is_read_whole_or_refused_when_it_is_longer_than_allowed(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * size)
+    if size <= 1000:
+        assert files.read_bytes(path, 1000) == b"x" * size
+        return
+    with pytest.raises(OSError, match="longer than 1,000 bytes"):
+        files.read_bytes(path, 1000)
+
+
+def test_content_is_read_whole_when_a_file_tells_no_size() -> None:
+    path = Path("/proc/self/maps")
+    assert path.stat().st_size == 0
+    text = files.read_bytes(path, 2**24)
+    assert len(text) > 1000 and text.endswith(b"\n")
+    with pytest.raises(OSError, match="longer than 100 bytes"):
+        files.read_bytes(path, 100)
