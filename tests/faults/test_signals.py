@@ -22,7 +22,7 @@ from tests.distributed.zygote import ROOT
 from tests.faults.launches import Launch, launched
 from tests.faults.own_agent import OwnAgent
 
-_STEPS = 30
+_STEPS = 50
 _HELD_S = 4.0
 _SOON_S = 20.0
 """From a signal to the exit: what a busy machine needs for a step and a save, and much less than any time limit."""
