@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -41,6 +42,16 @@ class Rows:
 
     def num_tokens(self, ids: np.ndarray) -> int:
         return sum(len(tokens) for i in ids for tokens, _ in self.segments(int(i)))
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator_state() -> Iterator[None]:
+    """Accelerate has one precision per process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(step: TrainStep, number: int) -> StepSums:

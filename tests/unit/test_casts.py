@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,19 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.train.step import TrainStep
-from tests.one_step import FORMS, build_step, train
+from tests.one_step import FORMS, build_step, own_accelerator_state, train
+
+__all__ = ["own_accelerator_state"]
 
 _BF16 = ("model.dtype=bfloat16", "train.mixed_precision=bf16")
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator_state() -> Iterator[None]:
-    """Accelerate has one precision per process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class _Casts(TorchDispatchMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,18 +13,10 @@ import torch
 
 from launcher.train import loop
 from launcher.train.step import StepSums, TrainStep
-from tests.one_step import build_step, train
+from tests.one_step import build_step, own_accelerator_state, train
 from tests.unit.test_catch_up import LiveRun, run_at
 
-
-@pytest.fixture(autouse=True)
-def own_accelerator_state() -> Iterator[None]:
-    """Accelerate has one precision per process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+__all__ = ["own_accelerator_state"]
 
 
 def _everything(step: TrainStep) -> list[torch.Tensor]:
@@ -67,11 +59,9 @@ def test_processes_agree_while_they_update(is_left_out: bool) -> None:
     """Each has asked before it updates, and waits for the others after."""
     events: list[str] = []
     run = LiveRun(**{key: value for key, value in vars(run_at(19, [])).items() if key != "step"})
-    asked: list[float] = []
 
     def begin_sum(values: Sequence[float]) -> Any:
         events.append("asked")
-        asked[:] = values
         return lambda: events.append("agreed") or values
 
     run.train_step = SimpleNamespace(
