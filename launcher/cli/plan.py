@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from launcher.agent.command import num_processes
+from launcher.base.collector import no_collections
 from launcher.base.device_memory import parse_bytes
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.cli.arguments import find_own_modules, parse_settings
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     count = options.num_processes or num_processes(config)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     find_own_modules()
-    with contextlib.redirect_stdout(sys.stderr), _no_collections():  # what libraries print is no part of the JSON
+    with contextlib.redirect_stdout(sys.stderr), no_collections():  # what libraries print is no part of the JSON
         from launcher.saving.plan import make_plan
 
         plan = make_plan(
@@ -58,20 +58,6 @@ def main(argv: Sequence[str]) -> int:
 
     show(config, plan)
     return EXIT_DONE
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Importing torch and transformers makes a million objects that stay, and the collector looks through all of them
-    again and again, at the end of the process too: a quarter of the CPU time of a plan."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_on:
-            gc.enable()
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:

@@ -9,6 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from launcher.base.collector import no_collections
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from launcher.config.handed_on import take_over
 from launcher.train import rank_setup
@@ -20,21 +21,24 @@ if TYPE_CHECKING:
 def main() -> None:
     rank_setup.before_imports()
     try:
-        config = take_over(sys.argv[1:]) or _compose()
-        rank_setup.check_agent(config, sys.argv[1:])
-        from launcher.agent import out_of_memory
-        from launcher.base.processes import Processes
-        from launcher.train import sizing
-        from launcher.train.accelerator import build_accelerator
-        from launcher.train.build import build_run, open_output_dir
-        from launcher.train.early_stop import EarlyStop
-        from launcher.train.finish import finish, interrupted
-        from launcher.train.loop import fit
+        with no_collections():
+            config = take_over(sys.argv[1:]) or _compose()
+            rank_setup.check_agent(config, sys.argv[1:])
+            import transformers.modeling_utils  # noqa: F401  # takes longest of what the build imports
 
-        asked = out_of_memory.asked_for(config, int(os.environ.get("WORLD_SIZE", 1)))
-        config = sizing.settle(config)
-        accelerator = build_accelerator(config)
-        processes = Processes()
+            from launcher.agent import out_of_memory
+            from launcher.base.processes import Processes
+            from launcher.train import sizing
+            from launcher.train.accelerator import build_accelerator
+            from launcher.train.build import build_run, open_output_dir
+            from launcher.train.early_stop import EarlyStop
+            from launcher.train.finish import finish, interrupted
+            from launcher.train.loop import fit
+
+            asked = out_of_memory.asked_for(config, int(os.environ.get("WORLD_SIZE", 1)))
+            config = sizing.settle(config)
+            accelerator = build_accelerator(config)
+            processes = Processes()
         sizing.check_agreement(config, processes)
         paths, lock = open_output_dir(config, processes)
         early = EarlyStop(paths, processes, lock)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import evaluations, manifest
+from launcher.base.collector import no_collections
 from launcher.base.errors import DamagedCheckpointError
 from launcher.base.evaluations import Evaluation
 from launcher.base.files import read_json_or
@@ -81,20 +82,21 @@ def alone(config: RunConfig) -> RunConfig:
 
 def build(config: RunConfig, paths: RunPaths, step: int) -> Callable[[int], Evaluation]:
     """The model as training builds it, without an optimizer, and what evaluates the checkpoint of a step with it."""
-    import time
+    with no_collections():
+        import time
 
-    import torch
+        import torch
 
-    from launcher.base.processes import Processes
-    from launcher.checkpoint.load import load_weights
-    from launcher.data import build_data, build_vocabulary, stop_clock, template_date
-    from launcher.model.attention import settle_attention, unwrapped
-    from launcher.model.build import build_model, weights_stem
-    from launcher.model.loss import build_loss
-    from launcher.model.stop_tokens import end_generation_with
-    from launcher.train.accelerator import build_accelerator
-    from launcher.train.evaluation import Evaluator
-    from launcher.train.watchdog import Watchdog
+        from launcher.base.processes import Processes
+        from launcher.checkpoint.load import load_weights
+        from launcher.data import build_data, build_vocabulary, stop_clock, template_date
+        from launcher.model.attention import settle_attention, unwrapped
+        from launcher.model.build import build_model, weights_stem
+        from launcher.model.loss import build_loss
+        from launcher.model.stop_tokens import end_generation_with
+        from launcher.train.accelerator import build_accelerator
+        from launcher.train.evaluation import Evaluator
+        from launcher.train.watchdog import Watchdog
 
     accelerator, processes = build_accelerator(config), Processes()
     vocabulary = build_vocabulary(config)
