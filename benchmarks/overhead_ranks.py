@@ -22,7 +22,7 @@ def main() -> None:
         run.watchdog.alive()
         agreed = loop.train(run)
         run.recorder.advance(run.step, run.state.progress.epoch, run.hub.status)
-        run.saver.follow(agreed.num_undone, agreed.num_failed)
+        run.saver.follow(*agreed.save)
         loop.log(run, agreed)
         loop.maybe_evaluate(run, by_clock=agreed.is_eval_due)
         with run.recorder.during("save"):

@@ -35,7 +35,7 @@ class Bench:
 
     def step(self) -> None:
         agreed = self.loop.train(self.run)
-        self.run.saver.follow(agreed.num_undone, agreed.num_failed)
+        self.run.saver.follow(*agreed.save)
 
     def usual(self) -> list[float]:
         """The steps right before what is measured, with nothing in the background."""

@@ -70,7 +70,7 @@ def _measure(work_dir: Path, name: str | None, times: int) -> None:
 
     def step() -> None:
         agreed = loop.train(run)
-        run.saver.follow(agreed.num_undone, agreed.num_failed)
+        run.saver.follow(*agreed.save)
 
     found: dict[str, Any] = {"call": [], "stall": [], "write": [], "during": [], "usual": [], "copy": []}
 

@@ -71,6 +71,11 @@ class Processes:
         return self.rank == 0
 
     @property
+    def is_one_machine(self) -> bool:
+        """Whether all of them are known to be on one."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) >= self.world_size
+
+    @property
     def is_local_main(self) -> bool:
         return self.local_rank == 0
 

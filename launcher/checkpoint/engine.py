@@ -5,6 +5,10 @@ over all processes that the loop's one all-reduce per step brings:
 
     IDLE → WRITING: every writer puts its ranges into `.tmp-checkpoint-N` → HASHING: every writer reads its share of the
     files back → COMMITTING: the main process's writer writes the manifest and renames → IDLE
+
+Steps can take long, and a kill costs what no save has yet. So the writers of one machine do not wait for the phases:
+they go on by themselves (`writer`, "Ahead"), and once the main process's has committed, the save has ended, in any
+phase.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from __future__ import annotations
 import base64
 import enum
 import math
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +26,7 @@ from typing import Any
 
 import torch
 
+from launcher.base import files, manifest
 from launcher.base.device_memory import free_host_bytes
 from launcher.base.errors import CheckpointWriteError
 from launcher.base.lock import Fence
@@ -31,6 +38,8 @@ from launcher.checkpoint.save_result import SaveResult
 from launcher.checkpoint.snapshot import HostCopies, SnapshotPlan
 from launcher.checkpoint.writer_client import InlineWriter, SnapshotBuffer, WriterClient, WriterDied
 
+_LOOK_S = 0.002
+"""How often a thread asks whether the copies from a device are done: waiting for it would burn a core."""
 _MARGIN_BYTES = 16 * 2**20
 """Kept free for metrics, logs and the manifest."""
 
@@ -49,6 +58,8 @@ class _InFlight:
     stall_s: float
     sizes: dict[str, int]
     commit: dict[str, Any]
+    was_taken: bool
+    """Whether something had the checkpoint's name before."""
     hashed: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -80,6 +91,8 @@ class Checkpointer:
         self._stream: torch.cuda.Stream | None = None
         self._host_copies = HostCopies()
         self._unsent: dict[str, Any] | None = None
+        self._sending = threading.Lock()
+        self._num_saves = 0
         self._flight: _InFlight | None = None
         self._own_work_done = True
         self._own_error: str | None = None
@@ -154,17 +167,11 @@ class Checkpointer:
         started = time.monotonic()
         plan, folder = self.plan, self._temporary(target)
         self._own_error, self._own_work_done = None, False
+        self._num_saves += 1
         main = self._processes.is_main
-        try:
-            self._reserve(plan)
-            self._writer.start()
-            if not self._low_memory:
-                self._snapshot(plan)
-        except (OSError, MemoryError, WriterDied) as error:
-            self._own_error = f"no snapshot could be taken: {error}"
         sizes = {f.path: f.num_bytes for f in plan.files}
         heads = {f.path: base64.b64encode(f.header).decode() for f in plan.files if f.path in plan.heads}
-        self._unsent = {
+        command = {
             "cmd": "write", "step": step, "dir": str(folder), "files": sizes, "heads": heads, "ranges": plan.ranges,
             "texts": {**texts, **plan.texts}, "statics": main,
         }  # fmt: skip
@@ -174,12 +181,29 @@ class Checkpointer:
             "fence": self._fence,
         }  # fmt: skip
         self.phase = Phase.WRITING
-        self._flight = _InFlight(step, started, 0.0, sizes, commit)
+        self._flight = _InFlight(step, started, 0.0, sizes, commit, files.is_taken(target))
+        try:
+            self._reserve(plan)
+            self._writer.start()
+            if not self._low_memory:
+                self._unsent = {**command, "ahead": self._ahead(sizes, commit)}
+                self._snapshot(plan, self._unsent)
+        except (OSError, MemoryError, WriterDied) as error:
+            self._own_error = f"no snapshot could be taken: {error}"
         if self._low_memory:
-            command, self._unsent = self._unsent, None
             self._write_in_pieces(plan, command)
         self._flight.stall_s = time.monotonic() - started
         return self._flight.stall_s
+
+    def _ahead(self, sizes: dict[str, int], commit: dict[str, Any]) -> dict[str, Any] | None:
+        """What the writer needs to go on by itself, where all writers see the same files at once: on one machine."""
+        if not self._processes.is_one_machine or isinstance(self._writer, InlineWriter):
+            return None
+        rank, world_size = self._processes.rank, self._processes.world_size
+        return {
+            "identity": f"{os.getppid()}-{self._num_saves}", "rank": rank, "world_size": world_size,
+            "files": deal_out(sizes, world_size)[rank], "commit": commit if self._processes.is_main else None,
+        }  # fmt: skip
 
     def _write_in_pieces(self, plan: SnapshotPlan, command: dict[str, Any]) -> None:
         """Returns when this process's part is written, or has failed: the state does not change before."""
@@ -203,8 +227,8 @@ class Checkpointer:
         name = target.name if target.name.startswith(".tmp-") else f".tmp-{target.name}"
         return target.with_name(name if self._attempt == 1 and name != target.name else f"{name}.{self._attempt}")
 
-    def _snapshot(self, plan: SnapshotPlan) -> None:
-        """Begins the copies; `finish_snapshot` waits for them.
+    def _snapshot(self, plan: SnapshotPlan, command: dict[str, Any]) -> None:
+        """Begins the copies, and has `command` sent behind them; `finish_snapshot` waits for them.
 
         Why they see the state of this step, and all of it: what a forward pass may change is copied in the call, on
         the stream of the training. The side stream begins behind everything that is queued there (the last update, and
@@ -214,41 +238,57 @@ class Checkpointer:
         """
         live, waiting = plan.copies[: plan.num_live], plan.copies[plan.num_live :]
         snapshot.take(live, self._buffer.tensor)
-        self._host_copies.begin([c for c in waiting if c.source().device.type == "cpu"], self._buffer.tensor)
-        if not self._cuda:
+        if self._cuda:
+            self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                on_device = [c for c in waiting if c.source().device.type != "cpu"]
+                snapshot.take(on_device, self._buffer.tensor, self._stream)
+        on_host = [c for c in waiting if c.source().device.type == "cpu"]
+        self._host_copies.begin(on_host, self._buffer.tensor, then=lambda: self._copied(command))
+
+    def _copied(self, command: dict[str, Any]) -> None:
+        """By the thread that copies: sends as soon as all copies are done, in the midst of a step."""
+        if isinstance(self._writer, InlineWriter):  # writes in the thread that calls it
             return
-        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            on_device = [c for c in waiting if c.source().device.type != "cpu"]
-            snapshot.take(on_device, self._buffer.tensor, self._stream)
+        while self._stream is not None and not self._stream.query():
+            time.sleep(_LOOK_S)
+        self._send_snapshot(command)
 
     def finish_snapshot(self) -> None:
-        """Waits for the copies and sends them to the writer. The loop calls it before each optimizer step: until then
-        the state cannot change, so the copies run beside the next forward and backward."""
-        if self._unsent is None or self._flight is None:
+        """Waits for the copies and has them sent to the writer. The loop calls it before each optimizer step: until
+        then the state cannot change, so the copies run beside the next forward and backward."""
+        if self.phase is not Phase.WRITING or self._flight is None:
             return
         started = time.monotonic()
         self._host_copies.finish()
         if self._stream is not None:
             self._stream.synchronize()
         self._flight.stall_s += time.monotonic() - started
-        command, self._unsent = self._unsent, None
-        if self._own_error is None:
-            self._try_send(command)
+        if self._unsent is not None:
+            self._send_snapshot(self._unsent)
+
+    def _send_snapshot(self, command: dict[str, Any]) -> None:
+        """Sends it once, whoever comes first."""
+        with self._sending:
+            if self._unsent is command:
+                self._unsent = None
+                if self._own_error is None:
+                    self._try_send(command)
 
     def _try_send(self, command: dict[str, Any]) -> None:
         try:
             self._writer.send(command)
-        except WriterDied as error:
+        except (OSError, WriterDied) as error:
             self._own_error = str(error)
 
     # ------------------------------------------------------------------ progress of the save in flight
 
-    def status(self, timeout_s: float = 0.0) -> tuple[int, int]:
-        """(1 while this process works on its part of the phase, 1 if it failed), to be summed over all processes."""
+    def status(self, timeout_s: float = 0.0) -> tuple[int, int, int]:
+        """(1 while this process works on its part of the phase, 1 if it failed, 1 where it has committed), to be summed
+        over all processes."""
         if self.phase is Phase.IDLE and not self._num_outstanding:
-            return 0, 0
+            return 0, 0, 0
         if self.phase is Phase.WRITING and self._unsent is not None and timeout_s:
             self.finish_snapshot()
         try:
@@ -262,7 +302,8 @@ class Checkpointer:
         for answer in answers:
             self._take(answer)
         has_failed = self._own_error is not None
-        return int(not self._own_work_done and not has_failed), int(has_failed)
+        is_committed = self._flight is not None and "bytes" in self._flight.commit
+        return int(not self._own_work_done and not has_failed), int(has_failed), int(is_committed)
 
     @property
     def is_stuck(self) -> bool:
@@ -285,31 +326,43 @@ class Checkpointer:
             return
         elif event == "failed":
             self._own_error = answer["error"]
+        elif event == "committed":
+            flight.commit["bytes"] = answer["bytes"]
+            self._own_work_done = True
         else:
             self._own_work_done = True
             if event == "hashed":
                 flight.hashed = answer["entries"]
-            elif event == "committed":
-                flight.commit["bytes"] = answer["bytes"]
 
-    def advance(self, num_undone: float, num_failed: float) -> SaveResult | None:
+    def advance(self, num_undone: float, num_failed: float, num_committed: float) -> SaveResult | None:
         """Moves to the next phase when all processes are ready; gives the result when a save has ended.
 
         Args:
-            num_undone, num_failed: `status()` summed over all processes.
+            num_undone, num_failed, num_committed: `status()` summed over all processes.
         """
         flight = self._flight
         if flight is None:
             return None
         main = self._processes.is_main
+        if num_committed:  # whatever became of a writer since: it is whole and has its name
+            self._end()
+            return SaveResult(
+                flight.step, flight.stall_s, time.monotonic() - flight.started, flight.commit.get("bytes", 0)
+            )
         if num_undone:  # also after a failure elsewhere: a writer that still works would put files back
             return None
         if num_failed:
-            errors = [e for e in self._processes.gather(self._own_error) if e]
+            with self._sending:  # nothing is sent any more
+                self._unsent = None
+            errors, there = zip(*self._processes.gather(self._how_it_failed()), strict=True)
+            if any(there):
+                self._end()
+                return SaveResult(flight.step, flight.stall_s, time.monotonic() - flight.started, max(there))
             if main:
-                self._outstanding({"cmd": "discard", "step": flight.step, "dir": flight.commit["dir"]})
+                where = {key: flight.commit[key] for key in ("dir", "target")}
+                self._outstanding({"cmd": "discard", "step": flight.step, **where})
             self._end()
-            return SaveResult(flight.step, flight.stall_s, error=errors[0] if errors else "unknown")
+            return SaveResult(flight.step, flight.stall_s, error=next((e for e in errors if e), "unknown"))
         if self.phase is Phase.WRITING:
             self.phase = Phase.HASHING
             share = deal_out(flight.sizes, self._processes.world_size)[self._processes.rank]
@@ -324,6 +377,15 @@ class Checkpointer:
         self._end()
         write_s = time.monotonic() - flight.started
         return SaveResult(flight.step, flight.stall_s, write_s, flight.commit.get("bytes", 0))
+
+    def _how_it_failed(self) -> tuple[str | None, int]:
+        """The error, and the bytes of the checkpoint if it is there all the same: the main process's writer may have
+        died between its commit and its answer."""
+        flight = self._flight
+        may_be_there = flight is not None and self._processes.is_main and not flight.was_taken
+        if flight is None or not may_be_there or files.is_taken(Path(flight.commit["dir"])):
+            return self._own_error, 0
+        return self._own_error, manifest.bytes_of(Path(flight.commit["target"]))
 
     def _begin(self, command: dict[str, Any]) -> None:
         self._own_work_done = False
@@ -355,15 +417,14 @@ class Checkpointer:
         """
         result = None
         while self.phase is not Phase.IDLE and result is None:
-            undone, failed = self.status(timeout_s=0.2)
-            asked = [undone, failed, self.is_stuck, is_urgent()]
-            num_undone, num_failed, num_stuck, num_urgent = self._processes.sum(asked)
+            asked = [*self.status(timeout_s=0.2), self.is_stuck, is_urgent()]
+            *sums, num_stuck, num_urgent = self._processes.sum(asked)
             if num_stuck and not num_urgent:
                 return None
             if num_stuck:
                 self._replace_stuck()
             else:
-                result = self.advance(num_undone, num_failed)
+                result = self.advance(*sums)
             on_wait()
         return result
 

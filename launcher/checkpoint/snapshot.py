@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -310,12 +311,29 @@ class HostCopies:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, initializer=process.use_resting_cores)
         self._left: deque[tuple[Tensor, Tensor]] = deque()
-        self._thread: Future[None] | None = None
+        self._is_begun = False
+        self._is_done = threading.Event()
+        self._error: Exception | None = None
+        self._helping = threading.Lock()
 
-    @torch.no_grad()
-    def begin(self, copies: Iterable[Copy], buffer: Tensor) -> None:
+    def begin(self, copies: Iterable[Copy], buffer: Tensor, then: Callable[[], None]) -> None:
+        """Args: then: what the thread does when everything is copied."""
         self._left.extend(_pieces(copies, buffer, _HOST_COPY_ITEMS))
-        self._thread = self._pool.submit(self._work)
+        self._is_begun = True
+        self._is_done.clear()
+        self._pool.submit(self._work_and, then)
+
+    def _work_and(self, then: Callable[[], None]) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._error = error
+            return
+        finally:
+            self._is_done.set()
+        with self._helping:  # who needs it done may still copy what it took
+            pass
+        then()
 
     @torch.no_grad()
     def _work(self) -> None:
@@ -326,7 +344,10 @@ class HostCopies:
 
     def finish(self) -> None:
         """Returns when everything is copied."""
-        if self._thread is not None:
-            self._work()
-            self._thread.result()
-            self._thread = None
+        if self._is_begun:
+            with self._helping:
+                self._work()
+            self._is_done.wait()
+            self._is_begun = False
+            if self._error is not None:
+                raise self._error

@@ -7,7 +7,8 @@ the snapshot buffer (a memfd) with its rank, takes a JSON command per line on st
     {"cmd": "static", "files": {path: base64}}            (no answer; sent once after each start)
     {"cmd": "write", "step", "dir", "files": {path: total bytes}, "heads": {path: base64},
      "ranges": [[path, file offset, buffer offset, bytes]], "texts": {path: text}, "statics": bool,
-     "piece": number, if it is one of several, of which the first has all but ranges}
+     "piece": number, if it is one of several, of which the first has all but ranges,
+     "ahead": {"identity", "rank", "world_size", "files", "commit"}, see below}
                                                           → {"event": "written", "step", "seconds"}
     {"cmd": "hash", "step", "dir", "files": [path]}       → {"event": "hashed", "step", "entries": [manifest entry]}
     {"cmd": "commit", "step", "dir", "target", "world_size", "zero_stage", "files": [path], "hashed": [manifest entry]}
@@ -19,6 +20,12 @@ the snapshot buffer (a memfd) with its rank, takes a JSON command per line on st
 The last three change what a run keeps; with "fence": {path, id} they are refused where that lock has another id.
 A failure answers {"event": "failed", "step", "error", "errno"}; the writer lives on. It dies with its rank.
 Every answer also says whether the command `is_starved`.
+
+**Ahead.** The processes give these commands step by step of the training, and steps take long. Where all are on one
+machine the writers do what comes next as soon as it can be done: "ahead" holds what `hash` and `commit` will say, and
+`notes` tell that the others are ready too. A commit of this kind is told with {"ahead": true}. The command finds done
+what is done; an error ends it silently, for the command meets it again and tells it.
+
 After a crash at any point only `.tmp-checkpoint-*` and `.tmp-deleted-*` can remain besides whole checkpoints.
 """
 
@@ -28,18 +35,41 @@ import base64
 import contextlib
 import json
 import mmap
+import os
+import select
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.base import block_io, files, manifest
 from launcher.base.lock import is_holder
 from launcher.base.process import die_with_parent, use_resting_cores, yield_cores
+from launcher.checkpoint import notes
+from launcher.checkpoint.notes import Notes
 
 DELETED_PREFIX = ".tmp-deleted-"
 _PATIENCE_S = 5.0
+_LOOK_S, _MAX_LOOK_S = 0.005, 0.25
+"""How often a writer looks for the notes of the others."""
+
+
+@dataclass
+class _Ahead:
+    """A save that is written and may go on."""
+
+    dir: str
+    files: list[str]
+    commit: dict[str, Any] | None
+    """On the main process."""
+    notes: Notes
+    look_s: float = _LOOK_S
+    entries: list[dict[str, Any]] | None = None
+    """Of its share of the files, once it is hashed."""
+    committed: dict[str, Any] | None = None
+    """The answer, once it is."""
 
 
 class Writer:
@@ -49,6 +79,7 @@ class Writer:
         self._buffer = buffer
         self._statics: dict[str, bytes] = {}
         self._edges: dict[Path, list[tuple[memoryview, int]]] = {}
+        self._ahead: _Ahead | None = None
 
     def set_buffer(self, buffer: memoryview) -> None:
         self._buffer = buffer
@@ -60,6 +91,7 @@ class Writer:
     def write(self, command: dict[str, Any]) -> dict[str, Any]:
         """Writes this process's byte ranges and small files into the temporary folder, durable on return."""
         started = time.monotonic()
+        self._ahead = None
         folder = Path(command["dir"])
         root = folder.parent  # no name below it may be a link: others may write to output_dir too
         files.make_dirs(folder / "state", within=root)
@@ -84,6 +116,8 @@ class Writer:
             files.write_file(folder / path, data, within=root)
         for path, text in command["texts"].items():
             files.write_file(folder / path, text.encode(), within=root)
+        if command.get("ahead"):
+            self._ahead = self._begin_ahead(command["dir"], command["ahead"])
         return {"event": "written", "step": command["step"], "seconds": time.monotonic() - started}
 
     def hash(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -92,16 +126,25 @@ class Writer:
         Before that its own edges: in their blocks others wrote too, and a file system that keeps such writes of two
         machines apart only by luck must not get a manifest.
         """
-        edges, self._edges = self._edges, {}
-        for path, parts in edges.items():
-            block_io.check_bytes(path, parts, Path(command["dir"]).parent)
-        hashed = manifest.hash_files(Path(command["dir"]), command["files"])
-        return {"event": "hashed", "step": command["step"], "entries": [entry.to_dict() for entry in hashed]}
+        ahead = self._ahead_of(command)
+        entries = ahead.entries if ahead is not None else None
+        if entries is None:
+            edges, self._edges = self._edges, {}
+            for path, parts in edges.items():
+                block_io.check_bytes(path, parts, Path(command["dir"]).parent)
+            entries = [entry.to_dict() for entry in manifest.hash_files(Path(command["dir"]), command["files"])]
+            if ahead is not None:
+                self._tell_hashed(ahead, entries)
+        return {"event": "hashed", "step": command["step"], "entries": entries}
 
     def commit(self, command: dict[str, Any]) -> dict[str, Any]:
         """Main process only, once everything is hashed: manifest last, rename, fsync of the parent."""
         started = time.monotonic()
+        ahead = self._ahead_of(command)
+        if ahead is not None and ahead.committed is not None:
+            return ahead.committed
         folder, target = Path(command["dir"]), Path(command["target"])
+        notes.remove(folder)
         built = manifest.build(
             folder, step=command["step"], world_size=command["world_size"], zero_stage=command["zero_stage"],
             hashed=map(manifest.FileEntry.from_dict, command["hashed"]),
@@ -141,10 +184,68 @@ class Writer:
         return {"event": "retained", "step": command["step"]}
 
     def discard(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Removes the temporary folder of a save that failed."""
+        """Removes the temporary folder of a save that failed, or what became of it ahead."""
         _check_fence(command)  # else it may be another run's of that name
-        files.remove_tree(Path(command["dir"]))
+        folder, ahead = Path(command["dir"]), self._ahead_of(command)
+        self._ahead = None
+        if ahead is not None and ahead.committed is not None:
+            hidden = folder.with_name(f"{DELETED_PREFIX}{folder.name}")
+            files.rename(Path(command["target"]), hidden)
+            folder = hidden
+        files.remove_tree(folder)
         return {"event": "discarded", "step": command["step"]}
+
+    # ------------------------------------------------------------------ ahead of the commands
+
+    @property
+    def look_s(self) -> float | None:
+        """In how many seconds to `go_ahead`, unless there is a command before; None: not at all."""
+        ahead = self._ahead
+        if ahead is None or ahead.committed is not None or (ahead.commit is None and ahead.entries is not None):
+            return None
+        return ahead.look_s
+
+    def go_ahead(self) -> list[dict[str, Any]]:
+        """Does what comes next of the save that was written, if every writer is ready for it; gives its answers."""
+        ahead = self._ahead
+        assert ahead is not None
+        ahead.look_s = min(ahead.look_s * 1.5, _MAX_LOOK_S)
+        try:
+            if ahead.entries is None and ahead.notes.of_all("written") is not None:
+                self.hash({"dir": ahead.dir, "files": ahead.files, "step": -1})
+            if ahead.entries is None or ahead.commit is None:
+                return []
+            shares = ahead.notes.of_all("hashed")
+            if shares is None:
+                return []
+            hashed = [entry for share in shares for entry in json.loads(share)]
+            committed = self.commit({**ahead.commit, "hashed": hashed})
+        except (OSError, ValueError):
+            self._ahead = None
+            return []
+        ahead.committed = committed
+        return [{**committed, "ahead": True}]
+
+    def _ahead_of(self, command: dict[str, Any]) -> _Ahead | None:
+        return self._ahead if self._ahead is not None and self._ahead.dir == command["dir"] else None
+
+    def _begin_ahead(self, folder: str, what: dict[str, Any]) -> _Ahead | None:
+        left = Notes(Path(folder), what["identity"], what["rank"], what["world_size"])
+        try:
+            left.begin()
+            left.leave("written")
+        except OSError:
+            return None
+        return _Ahead(folder, what["files"], what["commit"], left)
+
+    def _tell_hashed(self, ahead: _Ahead, entries: list[dict[str, Any]]) -> None:
+        ahead.entries, ahead.look_s = entries, _LOOK_S
+        try:
+            ahead.notes.leave("hashed", json.dumps(entries))
+        except OSError:
+            self._ahead = None
+
+    # ------------------------------------------------------------------ commands
 
     def execute(self, command: dict[str, Any]) -> list[dict[str, Any]]:
         """Runs one command and gives its answers; failures become an answer too."""
@@ -219,18 +320,42 @@ def main() -> None:
     else:
         yield_cores()
     buffer = memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
-    writer = Writer(buffer)
+    writer, commands = Writer(buffer), _Commands()
     waited = _waited_for_core_s()
-    for line in sys.stdin:
-        command = json.loads(line)
-        if command["cmd"] == "read":
-            command = json.loads(Path(command["path"]).read_bytes())  # /proc/PID/fd/N of our own rank, a link
-        answers = writer.execute(command)
+    while (line := commands.next(writer.look_s)) is not None:
+        if line:
+            command = json.loads(line)
+            if command["cmd"] == "read":
+                command = json.loads(Path(command["path"]).read_bytes())  # /proc/PID/fd/N of our own rank, a link
+            answers = writer.execute(command)
+        else:
+            answers = writer.go_ahead()
+        if not answers:
+            continue
         waited, waited_before = _waited_for_core_s(), waited
         for answer in answers:
             answer["is_starved"] = waited - waited_before > _PATIENCE_S
             sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()
+
+
+class _Commands:
+    """The lines of stdin."""
+
+    def __init__(self) -> None:
+        self._pending = b""
+
+    def next(self, timeout_s: float | None) -> bytes | None:
+        """The next line; empty where none came in time, None at the end."""
+        while b"\n" not in self._pending:
+            if timeout_s is not None and not select.select([0], [], [], timeout_s)[0]:
+                return b""
+            chunk = os.read(0, 1 << 16)
+            if not chunk:
+                return None
+            self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
 
 
 if __name__ == "__main__":

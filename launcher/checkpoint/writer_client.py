@@ -11,6 +11,7 @@ import select
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,10 @@ class Activity:
 
 
 class WriterClient:
-    """Sends commands to a writer process and collects its answers without waiting."""
+    """Sends commands to a writer process and collects its answers without waiting.
+
+    Commands come from two threads: the one that trains, and the one that makes the copies of a save.
+    """
 
     def __init__(self, buffer: SnapshotBuffer, statics: dict[str, bytes]) -> None:
         self._buffer = buffer
@@ -139,29 +143,32 @@ class WriterClient:
         self._activity: Activity | None = None
         self._killed: list[subprocess.Popen[bytes]] = []  # that may not be gone yet
         self._priority = self._own_priority = "idle"  # of the next process, of the one that runs
+        self._lock = threading.RLock()
 
     def start(self) -> None:
         """Starts the process if none runs (at the first save, after a death, or when the buffer is a new one), or anew
         where the last one hardly got a core."""
-        if self._process is not None and self._process.poll() is None and self._own_priority == self._priority:
-            return
-        self.stop()
-        self._own_priority = self._priority
-        command = [
-            sys.executable, "-m", "launcher.checkpoint.writer", str(self._buffer.fd), str(self._buffer.size),
-            self._priority,
-        ]  # fmt: skip
-        self._process = subprocess.Popen(
-            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            pass_fds=[self._buffer.fd] if self._buffer.size else [],
-            process_group=0,  # torchrun signals the group of a rank, before a starting writer has learned to ignore it
-        )  # fmt: skip
-        assert self._process.stdout is not None and self._process.stdin is not None
-        os.set_blocking(self._process.stdout.fileno(), False)
-        os.set_blocking(self._process.stdin.fileno(), False)
-        self._activity, self._num_unanswered = Activity(self._process.pid), 0
-        encoded = {path: base64.b64encode(data).decode() for path, data in self._statics.items()}
-        self.send({"cmd": "static", "files": encoded})
+        with self._lock:
+            is_kept = self._own_priority == self._priority or self._num_unanswered > 0  # answers would be lost
+            if self._process is not None and self._process.poll() is None and is_kept:
+                return
+            self.stop()
+            self._own_priority = self._priority
+            command = [
+                sys.executable, "-m", "launcher.checkpoint.writer", str(self._buffer.fd), str(self._buffer.size),
+                self._priority,
+            ]  # fmt: skip
+            self._process = subprocess.Popen(
+                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                pass_fds=[self._buffer.fd] if self._buffer.size else [],
+                process_group=0,  # torchrun signals a rank's, before a starting writer has learned to ignore it
+            )  # fmt: skip
+            assert self._process.stdout is not None and self._process.stdin is not None
+            os.set_blocking(self._process.stdout.fileno(), False)
+            os.set_blocking(self._process.stdin.fileno(), False)
+            self._activity, self._num_unanswered = Activity(self._process.pid), 0
+            encoded = {path: base64.b64encode(data).decode() for path, data in self._statics.items()}
+            self.send({"cmd": "static", "files": encoded})
 
     @property
     def pid(self) -> int | None:
@@ -169,19 +176,21 @@ class WriterClient:
 
     def send(self, command: dict[str, Any]) -> None:
         """Returns at once, however long the writer takes to read it. Raises WriterDied where the process is gone."""
-        assert self._process is not None and self._process.stdin is not None
-        line = json.dumps(command).encode() + b"\n"
-        if len(line) > _PIPE_BYTES:
-            line = json.dumps({"cmd": "read", "path": self._in_memory(line)}).encode() + b"\n"
-        if self._activity is not None and not self._num_unanswered:
-            self._activity.restart()
-        try:
-            is_taken = self._process.stdin.write(line) is not None
-        except OSError as error:
-            raise WriterDied(self._death()) from error
-        if not is_taken:
-            raise WriterDied(f"the writer process {self._process.pid} reads no more commands")
-        self._num_unanswered += command["cmd"] != "static"
+        with self._lock:
+            if self._process is None or self._process.stdin is None:
+                raise WriterDied("the writer process was ended")
+            line = json.dumps(command).encode() + b"\n"
+            if len(line) > _PIPE_BYTES:
+                line = json.dumps({"cmd": "read", "path": self._in_memory(line)}).encode() + b"\n"
+            if self._activity is not None and not self._num_unanswered:
+                self._activity.restart()
+            try:
+                is_taken = self._process.stdin.write(line) is not None
+            except OSError as error:
+                raise WriterDied(self._death()) from error
+            if not is_taken:
+                raise WriterDied(f"the writer process {self._process.pid} reads no more commands")
+            self._num_unanswered += command["cmd"] != "static"
 
     def _in_memory(self, line: bytes) -> str:
         """Keeps a command in memory for the writer to open.
@@ -210,7 +219,8 @@ class WriterClient:
                 self._pending += chunk
         *lines, self._pending = self._pending.split(b"\n")
         answers = [json.loads(line) for line in lines]
-        self._num_unanswered -= len(answers)
+        with self._lock:
+            self._num_unanswered -= sum("ahead" not in answer for answer in answers)
         if any(answer["is_starved"] for answer in answers):
             self._priority = "nice"
         if not answers and self._process.poll() is not None:
@@ -237,12 +247,13 @@ class WriterClient:
     def kill(self) -> None:
         """Ends the process and hardly waits, since a training step does: one that hangs in a file system dies when
         that answers, and does nothing more."""
-        if self._process is None:
-            return
-        self._process.kill()
-        self._killed.append(self._process)
-        self._reap(0.1)
-        self._forget()
+        with self._lock:
+            if self._process is None:
+                return
+            self._process.kill()
+            self._killed.append(self._process)
+            self._reap(0.1)
+            self._forget()
 
     def _reap(self, timeout_s: float) -> None:
         """Collects those that were killed and are gone within `timeout_s`."""
@@ -259,21 +270,22 @@ class WriterClient:
 
     def stop(self) -> None:
         """Lets the process finish what it was told and end; one that is stuck is killed."""
-        if self._process is None:
-            return
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        self._num_unanswered += 1  # by its end
-        if self._activity is not None:
-            self._activity.restart()
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.5)
-                break
-            if self.standstill_s() > self.patience_s():
-                return self.kill()
-        self._forget()
+        with self._lock:
+            if self._process is None:
+                return
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+            self._num_unanswered += 1  # by its end
+            if self._activity is not None:
+                self._activity.restart()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(0.5)
+                    break
+                if self.standstill_s() > self.patience_s():
+                    return self.kill()
+            self._forget()
 
     def _forget(self) -> None:
         assert self._process is not None

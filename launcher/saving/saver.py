@@ -216,7 +216,7 @@ class Saver:
         if result is not None:
             self._ended(result)
 
-    def follow(self, num_undone: float, num_failed: float) -> None:
+    def follow(self, num_undone: float, num_failed: float, num_committed: float) -> None:
         """Moves the save in flight on, with what the processes agreed on (sums of `checkpointer.status`)."""
         if not self._is_reserved and self.is_on:  # the optimizer has its state now
             self.checkpointer.reserve()
@@ -225,7 +225,7 @@ class Saver:
                 self._outlet.say(notice)
             for notice in self.checkpointer.notices:
                 self._outlet.say(notice)
-        result = self.checkpointer.advance(num_undone, num_failed)
+        result = self.checkpointer.advance(num_undone, num_failed, num_committed)
         if result is not None:
             self._ended(result)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,8 +79,8 @@ class Agreement:
     is_save_due: bool
     is_eval_due: bool
     """By the clock."""
-    num_undone: float
-    num_failed: float
+    save: Sequence[float]
+    """How the save in flight stands: sums of `checkpointer.status`."""
     num_judged: float
     """Checkpoints that were evaluated in the background since the last step."""
     went_back: bool = False
@@ -105,7 +105,7 @@ def fit(run: Run) -> str | None:
             catch_up(run)
             continue
         run.recorder.advance(run.step, run.state.progress.epoch, run.hub.status)
-        run.saver.follow(agreed.num_undone, agreed.num_failed)
+        run.saver.follow(*agreed.save)
         log(run, agreed)
         if agreed.num_judged:
             run.background.take()
@@ -211,21 +211,18 @@ def ask(run: Run, sums: StepSums, step_s: float) -> Callable[[], Agreement]:
         Waits for what the processes agree on.
     """
     step = run.step + 1
-    undone, failed = run.saver.checkpointer.status()
     by_clock = is_eval_due_by_clock(run, step_s)
     eval_s = run.last_eval_s if run.evaluator.is_due(step) or by_clock else 0.0
     save_s = run.saver.expected_s() if run.stop.knows_end else 0.0
     code, is_asked = run.stop.votes(save_s, max(run.last_step_s, step_s) + eval_s)
     due = run.saver.is_due(step)
     mine = [sums.loss_sum, sums.router_loss, sums.num_tokens, code, is_asked, due, run.processes.is_main and by_clock]
-    answer = run.processes.begin_sum([*mine, undone, failed, run.background.num_judged()])
+    answer = run.processes.begin_sum([*mine, *run.saver.checkpointer.status(), run.background.num_judged()])
 
     def agreement() -> Agreement:
-        loss, router, tokens, main_code, num_asked, is_due, is_eval_due, num_undone, num_failed, num_judged = answer()
+        loss, router, tokens, main_code, num_asked, is_due, is_eval_due, *save, num_judged = answer()
         stop_code = int(main_code) or (1 if num_asked else 0)
-        return Agreement(
-            loss, router, tokens, stop_code, bool(is_due), bool(is_eval_due), num_undone, num_failed, num_judged
-        )
+        return Agreement(loss, router, tokens, stop_code, bool(is_due), bool(is_eval_due), save, num_judged)
 
     return agreement
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,8 +24,10 @@ NUMEL = 300_000
 class FakeProcesses:
     """One of `world_size` processes; the test itself sums over them."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+    _gathered: ClassVar[list[Any]] = []
+
+    def __init__(self, rank: int, world_size: int, is_one_machine: bool) -> None:
+        self.rank, self.world_size, self.is_one_machine = rank, world_size, is_one_machine
         self.members: list[Checkpointer] = []
 
     @property
@@ -37,11 +40,13 @@ class FakeProcesses:
         return [float(value) for value in values]
 
     def gather(self, value: Any) -> list[Any]:
+        if isinstance(value, tuple):  # of a save that failed; the main process asks first
+            if self.is_main:
+                self._gathered[:] = [m._how_it_failed() for m in self.members]
+            return list(self._gathered)
         if not self.is_main:
             return [value]
-        if isinstance(value, list):
-            return [m._flight.hashed for m in self.members if m._flight is not None]
-        return [m._own_error for m in self.members]
+        return [m._flight.hashed for m in self.members if m._flight is not None]
 
 
 class Group:
@@ -49,11 +54,11 @@ class Group:
 
     def __init__(
         self, root: Path, world_size: int, *, is_async: bool = True, hang_timeout_s: float = 600.0,
-        fence: Fence | None = None, low_memory: bool = False,
+        fence: Fence | None = None, low_memory: bool = False, is_one_machine: bool = True,
     ) -> None:  # fmt: skip
         self.paths = RunPaths(root)
         self.tensor = torch.arange(NUMEL, dtype=torch.float32)
-        processes = [FakeProcesses(rank, world_size) for rank in range(world_size)]
+        processes = [FakeProcesses(rank, world_size, is_one_machine) for rank in range(world_size)]
         self.members = processes[0].members = [
             Checkpointer(
                 processes[rank], lambda rank=rank: self._plan(rank, world_size),  # type: ignore[arg-type,misc]
@@ -83,8 +88,8 @@ class Group:
 
     def tick(self) -> SaveResult | None:
         """What the loop's all-reduce does at the end of each step."""
-        undone, failed = map(sum, zip(*(m.status() for m in self.members), strict=True))
-        results = [m.advance(undone, failed) for m in self.members]
+        sums = list(map(sum, zip(*(m.status() for m in self.members), strict=True)))
+        results = [m.advance(*sums) for m in self.members]
         return results[0]
 
     def finish(self, seconds: float = 60.0) -> SaveResult:
@@ -97,5 +102,6 @@ class Group:
     def close(self) -> None:
         for member in self.members:
             if member.writer_pid not in (None, os.getpid()):
-                os.kill(member.writer_pid, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member.writer_pid, signal.SIGCONT)
             member.close()
