@@ -83,6 +83,15 @@ class FakeSave:
         }  # fmt: skip
         return [write, hashing, commit] if rank == 0 else [write]
 
+    def write_ahead(self, paths: RunPaths, step: int, rank: int) -> dict[str, Any]:
+        """The first of the commands, with all that a writer needs to go on by itself; the main one hashes."""
+        write, *rest = self.commands(paths, step, rank)
+        ahead = {
+            "identity": "1", "rank": rank, "world_size": self.world_size,
+            "files": rest[0]["files"] if rest else [], "commit": rest[1] if rest else None,
+        }  # fmt: skip
+        return {**write, "ahead": ahead}
+
     def _ranges(self, rank: int) -> list[list[Any]]:
         """Path, file offset, buffer offset, bytes: the buffer lies as the blocks of the files do, for direct writes."""
         ranges, position = [], 0

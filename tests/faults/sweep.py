@@ -90,6 +90,38 @@ def save_of(world_size: int, layout: str, rank: int, *, is_second: bool = False)
     return Scenario(f"save-{layout}-{world_size}-rank-{rank}{'-again' * is_second}", prepare, act, check)
 
 
+def save_ahead(world_size: int, rank: int) -> Scenario:
+    """One process writes last, and from there on the writers of all go ahead of the commands, which come later."""
+    fake, plain = FakeSave(world_size), save_of(world_size, "small", rank)
+    writers: dict[int, Writer] = {}
+
+    def prepare(paths: RunPaths) -> None:
+        for step in (BEST, OLD):
+            fake.save(paths, step)
+        for one in range(world_size):
+            writers[one] = fake.writer(one, STEP)
+            if one != rank:
+                writers[one].execute(fake.write_ahead(paths, STEP, one))
+
+    def act(paths: RunPaths) -> None:
+        written = writers[rank].execute(fake.write_ahead(paths, STEP, rank))
+        events = [answer["event"] for answer in written]
+        for writer in (*writers.values(), writers[0]):
+            events += [answer["event"] for answer in writer.go_ahead()] if writer.look_s is not None else []
+        if "failed" not in events:  # what the processes agree on
+            _, hashing, commit = fake.commands(paths, STEP, 0)
+            hashed = writers[0].execute(hashing)[0]
+            commit = {**commit, "hashed": hashed.get("entries", [])}
+            events.append(writers[0].execute(commit)[0]["event"] if hashed["event"] == "hashed" else "failed")
+        if events[-1] == "committed":
+            retain(paths)
+        else:
+            where = {"dir": str(paths.temporary_dir(STEP)), "target": str(paths.checkpoint_dir(STEP))}
+            writers[0].execute({"cmd": "discard", "step": STEP, **where})
+
+    return Scenario(f"save-ahead-{world_size}-rank-{rank}", prepare, act, plain.check)
+
+
 def whole(paths: RunPaths, fake: FakeSave) -> Iterator[str]:
     for step, folder in paths.checkpoint_dirs():
         yield from (f"{folder.name}: {problem}" for problem in fake.problems(folder, step))
@@ -295,6 +327,7 @@ def scenarios() -> dict[str, Scenario]:
         for world_size in (1, 2, 3, 4) for layout in ("small", "direct", "sharded") for rank in range(world_size)
     ]  # fmt: skip
     made += [save_of(n, "sharded", rank, is_second=True) for n in (1, 2, 3, 4) for rank in range(n)]
+    made += [save_ahead(n, rank) for n in (1, 2, 3) for rank in range(n)]
     made += [publication(n, is_temporary=is_temporary) for n in (1, 2) for is_temporary in (False, True)]
     made += [push("all_checkpoints"), push("every_save"), push("checkpoint")]
     made += [resume(n) for n in (1, 2, 3, 4)]

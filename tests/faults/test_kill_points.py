@@ -25,13 +25,21 @@ _SAVES = [
     for rank in range(n)
 ]  # fmt: skip
 _AGAIN = [f"save-sharded-{n}-rank-{rank}-again" for n in (1, 2, 3, 4) for rank in range(n)]
+_AHEAD = [f"save-ahead-{n}-rank-{rank}" for n in (1, 2, 3) for rank in range(n)]
 _OTHERS = [
     *(f"publish-{kind}-{n}" for kind in ("copy", "temporary") for n in (1, 2)),
     *(f"push-{strategy}" for strategy in ("all_checkpoints", "every_save", "checkpoint")),
     *(f"resume-{n}" for n in (1, 2, 3, 4)),
 ]
-ALL = [*_SAVES, *_AGAIN, *_OTHERS]
-FEW = ["save-small-2-rank-0", "save-small-2-rank-1", "publish-copy-1", "push-all_checkpoints", "resume-1"]
+ALL = [*_SAVES, *_AGAIN, *_AHEAD, *_OTHERS]
+FEW = [
+    "save-small-2-rank-0",
+    "save-small-2-rank-1",
+    "save-ahead-2-rank-0",
+    "publish-copy-1",
+    "push-all_checkpoints",
+    "resume-1",
+]
 
 
 @pytest.fixture
@@ -88,5 +96,5 @@ def test_nothing_is_lost_by_3072_kills_at_all_operations(folder: Path) -> None:
 @pytest.mark.parametrize("error", ["ENOSPC", "EDQUOT", "EIO", "EROFS"])
 def test_a_run_goes_on_or_ends_with_a_named_error_at_all_operations(folder: Path, error: str) -> None:
     """Once (the disk recovers), and from there on until the process has ended."""
-    names = [n for n in ALL if "-small-" in n or n in _OTHERS]
+    names = [n for n in ALL if "-small-" in n or n in (*_AHEAD, *_OTHERS)]
     assert len(sweep(folder, [f"once:{error}", f"from_here:{error}"], 3, names)) >= 500
