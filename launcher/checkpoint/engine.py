@@ -53,6 +53,8 @@ class Phase(enum.Enum):
 
 @dataclass
 class _InFlight:
+    number: int
+    """Of the save: a step may be saved again, and an answer about the save before may still be on its way."""
     step: int
     started: float
     stall_s: float
@@ -172,16 +174,16 @@ class Checkpointer:
         sizes = {f.path: f.num_bytes for f in plan.files}
         heads = {f.path: base64.b64encode(f.header).decode() for f in plan.files if f.path in plan.heads}
         command = {
-            "cmd": "write", "step": step, "dir": str(folder), "files": sizes, "heads": heads, "ranges": plan.ranges,
-            "texts": {**texts, **plan.texts}, "statics": main,
+            "cmd": "write", "save": self._num_saves, "step": step, "dir": str(folder), "files": sizes, "heads": heads,
+            "ranges": plan.ranges, "texts": {**texts, **plan.texts}, "statics": main,
         }  # fmt: skip
         commit = {
-            "cmd": "commit", "step": step, "dir": str(folder), "target": str(target),
+            "cmd": "commit", "save": self._num_saves, "step": step, "dir": str(folder), "target": str(target),
             "world_size": self._processes.world_size, "zero_stage": self._zero_stage, "files": list(sizes),
             "fence": self._fence,
         }  # fmt: skip
         self.phase = Phase.WRITING
-        self._flight = _InFlight(step, started, 0.0, sizes, commit, files.is_taken(target))
+        self._flight = _InFlight(self._num_saves, step, started, 0.0, sizes, commit, files.is_taken(target))
         try:
             self._reserve(plan)
             self._writer.start()
@@ -265,13 +267,12 @@ class Checkpointer:
         if self._stream is not None:
             self._stream.synchronize()
         self._flight.stall_s += time.monotonic() - started
-        if self._unsent is not None:
-            self._send_snapshot(self._unsent)
+        self._send_snapshot(self._unsent)
 
-    def _send_snapshot(self, command: dict[str, Any]) -> None:
-        """Sends it once, whoever comes first."""
+    def _send_snapshot(self, command: dict[str, Any] | None) -> None:
+        """Sends it once, whoever comes first; it is on its way when this returns."""
         with self._sending:
-            if self._unsent is command:
+            if command is not None and self._unsent is command:
                 self._unsent = None
                 if self._own_error is None:
                     self._try_send(command)
@@ -279,8 +280,8 @@ class Checkpointer:
     def _try_send(self, command: dict[str, Any]) -> None:
         try:
             self._writer.send(command)
-        except (OSError, WriterDied) as error:
-            self._own_error = str(error)
+        except Exception as error:  # whatever it is: nobody listens to the thread that copies
+            self._own_error = str(error) or repr(error)
 
     # ------------------------------------------------------------------ progress of the save in flight
 
@@ -322,7 +323,7 @@ class Checkpointer:
         event, flight = answer["event"], self._flight
         if event in ("retained", "discarded") or answer.get("cmd") in ("retain", "discard"):
             self._num_outstanding -= 1
-        elif flight is None or answer["step"] != flight.step:
+        elif flight is None or answer["save"] != flight.number:
             return
         elif event == "failed":
             self._own_error = answer["error"]
@@ -366,7 +367,8 @@ class Checkpointer:
         if self.phase is Phase.WRITING:
             self.phase = Phase.HASHING
             share = deal_out(flight.sizes, self._processes.world_size)[self._processes.rank]
-            self._begin({"cmd": "hash", "step": flight.step, "dir": flight.commit["dir"], "files": share})
+            told = {key: flight.commit[key] for key in ("save", "step", "dir")}
+            self._begin({"cmd": "hash", **told, "files": share})
             return None
         if self.phase is Phase.HASHING:
             self.phase = Phase.COMMITTING
@@ -385,7 +387,12 @@ class Checkpointer:
         may_be_there = flight is not None and self._processes.is_main and not flight.was_taken
         if flight is None or not may_be_there or files.is_taken(Path(flight.commit["dir"])):
             return self._own_error, 0
-        return self._own_error, manifest.bytes_of(Path(flight.commit["target"]))
+        target = Path(flight.commit["target"])
+        try:
+            files.fsync_dir(target.parent)  # its name, too
+        except OSError:
+            return self._own_error, 0
+        return self._own_error, manifest.bytes_of(target)
 
     def _begin(self, command: dict[str, Any]) -> None:
         self._own_work_done = False
@@ -400,9 +407,11 @@ class Checkpointer:
 
     def _outstanding(self, command: dict[str, Any]) -> None:
         """Something to do behind everything else, whose failure fails no save: the next start cleans up as well."""
+        self.status()  # a new writer knows nothing of the death of the one before
         self._num_outstanding += 1
         try:
-            self._writer.start()  # where it died
+            if not self._writer.is_alive:
+                self._writer.start()
             self._writer.send({**command, "fence": self._fence})
         except (OSError, WriterDied):
             self._num_outstanding = 0

@@ -19,7 +19,7 @@ the snapshot buffer (a memfd) with its rank, takes a JSON command per line on st
 
 The last three change what a run keeps; with "fence": {path, id} they are refused where that lock has another id.
 A failure answers {"event": "failed", "step", "error", "errno"}; the writer lives on. It dies with its rank.
-Every answer also says whether the command `is_starved`.
+Every answer also says whether the command `is_starved`, and holds the command's "save", the number of the save.
 
 **Ahead.** The processes give these commands step by step of the training, and steps take long. Where all are on one
 machine the writers do what comes next as soon as it can be done: "ahead" holds what `hash` and `commit` will say, and
@@ -129,9 +129,9 @@ class Writer:
         ahead = self._ahead_of(command)
         entries = ahead.entries if ahead is not None else None
         if entries is None:
-            edges, self._edges = self._edges, {}
-            for path, parts in edges.items():
+            for path, parts in self._edges.items():
                 block_io.check_bytes(path, parts, Path(command["dir"]).parent)
+            self._edges = {}  # only now: what failed ahead has to fail again
             entries = [entry.to_dict() for entry in manifest.hash_files(Path(command["dir"]), command["files"])]
             if ahead is not None:
                 self._tell_hashed(ahead, entries)
@@ -224,7 +224,7 @@ class Writer:
             self._ahead = None
             return []
         ahead.committed = committed
-        return [{**committed, "ahead": True}]
+        return [{**committed, "save": ahead.commit.get("save"), "ahead": True}]
 
     def _ahead_of(self, command: dict[str, Any]) -> _Ahead | None:
         return self._ahead if self._ahead is not None and self._ahead.dir == command["dir"] else None
@@ -249,6 +249,9 @@ class Writer:
 
     def execute(self, command: dict[str, Any]) -> list[dict[str, Any]]:
         """Runs one command and gives its answers; failures become an answer too."""
+        return [{**answer, "save": command.get("save")} for answer in self._execute(command)]
+
+    def _execute(self, command: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             match command["cmd"]:
                 case "static":

@@ -150,7 +150,7 @@ class WriterClient:
         where the last one hardly got a core."""
         with self._lock:
             is_kept = self._own_priority == self._priority or self._num_unanswered > 0  # answers would be lost
-            if self._process is not None and self._process.poll() is None and is_kept:
+            if self.is_alive and is_kept:
                 return
             self.stop()
             self._own_priority = self._priority
@@ -174,6 +174,10 @@ class WriterClient:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def send(self, command: dict[str, Any]) -> None:
         """Returns at once, however long the writer takes to read it. Raises WriterDied where the process is gone."""
         with self._lock:
@@ -182,7 +186,8 @@ class WriterClient:
             line = json.dumps(command).encode() + b"\n"
             if len(line) > _PIPE_BYTES:
                 line = json.dumps({"cmd": "read", "path": self._in_memory(line)}).encode() + b"\n"
-            if self._activity is not None and not self._num_unanswered:
+            is_first = not self._num_unanswered or command["cmd"] == "write"  # what went ahead leaves answers unread
+            if self._activity is not None and is_first:
                 self._activity.restart()
             try:
                 is_taken = self._process.stdin.write(line) is not None
@@ -308,6 +313,7 @@ class InlineWriter:
         self._writer.execute({"cmd": "static", "files": encoded})
         self._answers: list[dict[str, Any]] = []
         self.pid: int | None = os.getpid()
+        self.is_alive = True
 
     def start(self) -> None:
         self._writer.set_buffer(self._buffer.view())

@@ -128,6 +128,57 @@ def test_nothing_goes_ahead_without_the_part_of_a_writer_that_died(make: Callabl
     assert _names(group.paths.root) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_what_is_told_late_of_a_save_does_not_count_for_the_next_of_the_same_step(make: Callable[[int], Group]) -> None:
+    """A run that went back to before a spike while a save was under way comes to its step again."""
+    group = make(1)
+    (member,) = group.members
+    group.save(20)
+    _until(group.paths.checkpoint_dir(20).exists)
+    while member.phase is not Phase.HASHING:  # the commit is told, and not heard of
+        member.advance(0, 0, 0)
+    member.advance(0, 0, 1)
+    time.sleep(0.3)  # so that its answers lie there
+    files.remove_tree(group.paths.checkpoint_dir(20))
+    group.tensor += 1
+    group.save(20)
+    assert group.finish().error is None
+    assert manifest.verify(group.paths.checkpoint_dir(20)) == []
+
+
+def test_an_older_checkpoint_that_may_go_does_not_hide_a_death(make: Callable[[int], Group]) -> None:
+    group = make(1)
+    (member,) = group.members
+    group.save(1)
+    assert group.finish().error is None
+    assert member.writer_pid is not None
+    os.kill(member.writer_pid, signal.SIGSTOP)
+    group.save(2)
+    os.kill(member.writer_pid, signal.SIGKILL)
+    time.sleep(0.2)
+    member.expire([group.paths.root / "checkpoint-0"])
+    assert group.finish(10.0).error is not None
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
+def test_a_save_that_cannot_be_sent_has_failed(make: Callable[[int], Group], error: Exception) -> None:
+    group = make(2)
+    group.save(1)
+    assert group.finish().error is None
+    send = group.members[1]._writer.send
+
+    def refuse(command: dict[str, Any]) -> None:
+        if command["cmd"] == "write":
+            raise error
+        send(command)
+
+    group.members[1]._writer.send = refuse  # type: ignore[method-assign]
+    group.save(2)
+    assert group.finish(10.0).error is not None
+    group.members[1]._writer.send = send  # type: ignore[method-assign]
+    group.save(2)
+    assert group.finish().error is None
+
+
 # --------------------------------------------------------------------------- one writer's side, command by command
 
 
@@ -190,6 +241,17 @@ def test_the_commands_find_done_what_was_done_ahead(tmp_path: Path) -> None:
         entries += answer["entries"]
     answer = writers[0].execute({**commands[0]["ahead"]["commit"], "hashed": entries})[0]
     assert answer["event"] == "committed" and answer["bytes"] == ahead[0]["bytes"]
+
+
+def test_a_block_that_lost_bytes_fails_the_command_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, command = Writer(memoryview(b"")), _command(tmp_path, 5, 0, 1)
+    writer.execute(command)
+    (path,) = (Path(command["dir"]) / name for name in command["files"])
+    path.write_bytes(b"HEAD")
+    assert _answers(writer) == [] and writer.look_s is None
+    told = {"cmd": "hash", "step": 5, "dir": command["dir"], "files": list(command["files"])}
+    answer = writer.execute(told)[0]
+    assert answer["event"] == "failed" and "not what was written" in answer["error"]
 
 
 @pytest.mark.parametrize("left", ["another attempt's", "half"])
