@@ -1,7 +1,11 @@
 """The collector stands aside while libraries are imported, and afterwards does not look at what they brought."""
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +51,23 @@ def test_who_had_it_off_keeps_it_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_a_rank_trains_with_a_collector_that_passes_over_its_libraries(tmp_path: Path):
+    script = (
+        "import gc, sys, launcher.train.loop as loop\n"
+        "def fit(run):\n"
+        "    print(gc.isenabled(), gc.get_freeze_count() > 300_000, gc.get_stats()[2]['collections'])\n"
+        "    sys.stdout.flush()\n"
+        "    raise KeyboardInterrupt\n"
+        "loop.fit = fit\n"
+        "from launcher.train.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "strategy=single", "tracker=off", f"output_dir={tmp_path}/run"], text=True,
+        capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    is_on, is_frozen, num_whole = done.stdout.split()
+    assert (is_on, is_frozen) == ("True", "True")
+    assert int(num_whole) <= 3, "all objects were looked through again and again"
