@@ -50,7 +50,7 @@ class Notes:
         self._found.setdefault(kind, {})[self._rank] = text
 
     def of_all(self, kind: str) -> list[str] | None:
-        """What every writer has left, by rank; None until all have. Raises: OSError, e.g. the save was given up."""
+        """What every writer has left, by rank; None until all have. Raises: OSError, also once the save was given up."""
         found = self._found.setdefault(kind, {})
         for rank in range(self._world_size):
             if rank not in found:

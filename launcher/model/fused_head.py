@@ -15,15 +15,11 @@ from torch import Tensor, nn
 from launcher.base.targets import Targets
 
 _CHUNK_POSITIONS = {"cpu": 256, "cuda": 2048}
-_READ_WITHOUT_WAITING = ("cpu",)
-"""Kinds of devices."""
 _LARGEST = 9.9
 """Logits of up to sinh(9.9) = 10,000 are looked at, far beyond any cap."""
 _TOLERANCE = 1e-6
 TARGETS = "fused_head_targets"
 """The keyword of `forward` that asks for the loss instead of logits."""
-DERIVATIVE = "fused_head_derivative"
-"""The keyword for what the loss will be multiplied by: its gradients are then made with it."""
 
 
 def chunk_positions(kind: str) -> int:
@@ -136,7 +132,6 @@ def maybe_fuse_head(
     @functools.wraps(whole)
     def forward(*args: Any, **kwargs: Any) -> Any:
         targets: Targets | None = kwargs.pop(TARGETS, None)
-        derivative: float = kwargs.pop(DERIVATIVE, 1.0)
         if targets is None:
             return whole(*args, **kwargs)
         stand = _Stand(head, lambda hidden: hidden.new_empty((hidden.shape[0], 0, 1)))
@@ -144,7 +139,7 @@ def maybe_fuse_head(
         (hidden,) = stand.given
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
         if is_linear:
-            loss = head(chosen, targets.tokens, derivative)
+            loss = head(chosen, targets.tokens)
         else:  # LoRA on the head: one call, since processes under ZeRO-3 must make the same number of calls
             logits = after.apply_(head(chosen).float().clone())
             loss = nn.functional.cross_entropy(logits, targets.tokens, reduction="sum")
@@ -189,11 +184,11 @@ def _teach_linear(head: nn.Linear, after: AfterHead, *, is_compiled: bool) -> No
     under ZeRO-3."""
     plain, entropy = head.forward, _compiled_cross_entropy() if is_compiled else _cross_entropy
 
-    def forward(hidden: Tensor, targets: Tensor | None = None, derivative: float = 1.0) -> Tensor:
+    def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return plain(hidden)
         loss: Tensor = _FusedHead.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight, head.bias, targets, after, torch.is_grad_enabled(), entropy, derivative
+            hidden, head.weight, head.bias, targets, after, torch.is_grad_enabled(), entropy
         )
         return loss
 
@@ -229,19 +224,14 @@ class _FusedHead(torch.autograd.Function):
     chunk's logits are there, as Liger does (arXiv 2410.10989): three matrix products, none of them twice.
 
     Logits have the dtype that forward has; softmax, loss and the sum of the weight's gradients over chunks are fp32.
-
-    On the CPU gradients are made with the derivative of what the loss is used for, where that is known: a matrix
-    product takes a factor at no cost, and multiplying the weight's gradient later is one more pass over it. Elsewhere
-    the host would have to wait to see that it was the right one.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, needs: bool,
-        entropy: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]], derivative: float,
+        entropy: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
     ) -> Tensor:  # fmt: skip
         kind = hidden.device.type
-        derivative = derivative if kind in _READ_WITHOUT_WAITING else 1.0
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         size = chunk_positions(kind)
         loss = torch.zeros((), dtype=torch.float64 if kind != "mps" else torch.float32, device=hidden.device)
@@ -261,16 +251,13 @@ class _FusedHead(torch.autograd.Function):
                 if grad is None:
                     continue
                 if grad_bias is not None and of_bias is not None:
-                    grad_bias.add_(of_bias, alpha=derivative)
+                    grad_bias += of_bias
                 if grad_hidden is not None:
                     grad_hidden[start : start + size] = torch.mm(grad, used)
                 if needs_weight:
-                    grad_weight = _added(grad_weight, grad, part, derivative)
+                    grad_weight = _added(grad_weight, grad, part)
         if needs_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
-        if grad_hidden is not None and derivative != 1.0:
-            grad_hidden.mul_(derivative)
-        ctx.derivative = derivative
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return loss.float()
@@ -279,18 +266,11 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         scale, (weight_dtype, bias_dtype) = grads[0], ctx.dtypes
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        if ctx.derivative != 1.0:
-            scale = scale / ctx.derivative
-        if scale.device.type not in _READ_WITHOUT_WAITING or float(scale) != 1.0:
-            grad_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
-            for grad in (grad_weight, grad_bias):
-                if grad is not None:
-                    grad.mul_(scale)
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight_dtype),
-            None if grad_bias is None else grad_bias.to(bias_dtype),
-            None, None, None, None, None,
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight.mul_(scale).to(weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(scale).to(bias_dtype),
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -316,13 +296,10 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _kept[id(weight)]
 
 
-def _added(total: Tensor | None, grad_NV: Tensor, hidden_NH: Tensor, factor: float) -> Tensor:
-    """The weight's gradient with one more chunk, times a factor, in fp32."""
-    if grad_NV.dtype == torch.float32:
-        if total is None:
-            return torch.addmm(grad_NV.new_empty(()), grad_NV.t(), hidden_NH, beta=0, alpha=factor)
-        return total.addmm_(grad_NV.t(), hidden_NH, alpha=factor)
-    part = torch.mm(grad_NV.t(), hidden_NH)
+def _added(total: Tensor | None, grad_NV: Tensor, hidden_NH: Tensor) -> Tensor:
+    """The weight's gradient with one more chunk, in fp32."""
     if total is None:
-        return part.float() if factor == 1.0 else part.float().mul_(factor)
-    return total.add_(part, alpha=factor)
+        return torch.mm(grad_NV.t(), hidden_NH).float()
+    if grad_NV.dtype == torch.float32:
+        return total.addmm_(grad_NV.t(), hidden_NH)
+    return total.add_(torch.mm(grad_NV.t(), hidden_NH))

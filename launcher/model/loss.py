@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from launcher.base.targets import targets_of
 from launcher.model import _transformers
-from launcher.model.fused_head import DERIVATIVE, TARGETS, maybe_fuse_head
+from launcher.model.fused_head import TARGETS, maybe_fuse_head
 
 
 class Losses(NamedTuple):
@@ -23,22 +23,19 @@ class Losses(NamedTuple):
     router_loss: Tensor | None
 
 
-def summed_loss(
-    model: nn.Module, batch: Mapping[str, Any], *, is_fused: bool = False, derivative: float = 1.0
-) -> Losses:
+def summed_loss(model: nn.Module, batch: Mapping[str, Any], *, is_fused: bool = False) -> Losses:
     """Forward pass and the summed cross entropy over the labelled positions.
 
     Args:
         batch: input_ids_BT, attention_mask_BT, position_ids_BT where packed, and `targets`, as `data.to_device` gives
             them; or labels_BT (-100: no loss) instead of the latter, which are looked for on the device.
         is_fused: the model was taught to give its loss (`fused_head.maybe_fuse_head`).
-        derivative: what the loss will be multiplied by, if known: saves work, changes nothing.
     """
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "targets", "is_full", "is_packed")}
     targets = targets_of(batch["labels"]) if "labels" in batch else batch["targets"]
     with _transformers.known_masks(batch.get("is_full"), batch.get("is_packed")):
         if is_fused:
-            found = model(**inputs, use_cache=False, **{TARGETS: targets, DERIVATIVE: derivative})
+            found = model(**inputs, use_cache=False, **{TARGETS: targets})
             loss, router_loss = found["loss"], found["aux_loss"]
         else:
             outputs = model(**inputs, use_cache=False)
@@ -49,10 +46,7 @@ def summed_loss(
     return Losses(loss, len(targets.tokens), router_loss if isinstance(router_loss, Tensor) else None)
 
 
-class LossFunction(Protocol):
-    """`summed_loss` of a run's model."""
-
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any], *, derivative: float = 1.0) -> Losses: ...
+LossFunction = Callable[[nn.Module, Mapping[str, Any]], Losses]
 
 
 def build_loss(

@@ -73,7 +73,6 @@ class TrainStep:
         rng.seed_step(config.seed, self._processes.rank, step)
         rows = self._sampler.rows_of_step(step)
         num_labelled = max(1, self._rows.num_labelled_tokens(rows))
-        mean = world_size / num_labelled  # over the labelled tokens of the whole step; processes average gradients
         micro_batches = split_step(rows, self._processes.rank, world_size, config.train.micro_batch_size)
         self.model.train()
         loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -87,8 +86,9 @@ class TrainStep:
                 is_last = i == len(micro_batches) - 1
                 with contextlib.nullcontext() if is_last else self._no_sync():
                     with self.accelerator.autocast():
-                        loss, _, router = self._loss(self.model, batch, derivative=mean)
-                    total = loss * mean
+                        loss, _, router = self._loss(self.model, batch)
+                    # Gradients are averaged over the processes; the mean is over the labelled tokens of the whole step.
+                    total = loss * (world_size / num_labelled)
                     if router is not None:  # a mean over the micro-batch: by its share of the step's tokens
                         share = self._rows.num_tokens(ids) / max(1, self._rows.num_tokens(rows))
                         total = total + router * (world_size * share * self._router_coefficient)

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from launcher.checkpoint.segments import collect, read_scalars
-from launcher.model import fused_head
 from launcher.train import step as step_module
 from tests.one_step import FORMS, build_step, train
 
@@ -54,7 +53,6 @@ def test_host_reads_the_device_once_in_a_step(form: str, attention: str, monkeyp
     train(step, 0)
     monkeypatch.setattr(step_module, "to_device", on_the_host)
     monkeypatch.setattr(step_module, "_read", read)
-    monkeypatch.setattr(fused_head, "_READ_WITHOUT_WAITING", ())
     with _Waits() as waits:
         sums = train(step, 1)
     assert waits.found == [] and reads == [4]
