@@ -55,6 +55,17 @@ def test_seconds_beside_a_push_are_those_of_the_record(readme: str) -> None:
     assert f"steps take {_range(measured['with'], 2)} instead of {_range(measured['without'], 2)}" in readme
 
 
+def test_wall_time_under_kills_is_that_of_the_record(readme: str) -> None:
+    rounds = _record("records/kills.json")["rounds"]
+    ours, trainer = (
+        statistics.median(r["killed"][kind]["seconds"] / r["undisturbed"][kind]["seconds"] for r in rounds)
+        for kind in ("ours", "trainer")
+    )
+    mean_s = round(statistics.median(r["mean_s_between_kills"] for r in rounds))
+    what = f"wall time with a SIGKILL every {mean_s} s, in times of the undisturbed"
+    assert f"| {what} | **{ours:.2f}** | | {trainer:.2f} | |" in readme
+
+
 def test_chats_per_second_are_those_of_the_record(readme: str) -> None:
     rates = _record("records/tokenising.json")["found"][0]["rows_per_second"]
     ours, trl, every_core = (round(statistics.median(rates[key])) for key in ("ours", "trl", "trl, every core"))
