@@ -186,6 +186,8 @@ class Checkpointer:
         self._flight = _InFlight(self._num_saves, step, started, 0.0, sizes, commit, files.is_taken(target))
         try:
             self._reserve(plan)
+            if not self._writer.is_alive:
+                self._num_outstanding = 0
             self._writer.start()
             if not self._low_memory:
                 self._unsent = {**command, "ahead": self._ahead(sizes, commit)}
@@ -380,6 +382,14 @@ class Checkpointer:
         write_s = time.monotonic() - flight.started
         return SaveResult(flight.step, flight.stall_s, write_s, flight.commit.get("bytes", 0))
 
+    def _note_death(self) -> None:
+        """A new writer knows nothing of what the one before had to do."""
+        self.status()  # what it said last
+        self._num_outstanding = 0
+        flight = self._flight
+        if flight is not None and self._own_error is None and "bytes" not in flight.commit:
+            self._own_error = "the writer process ended"
+
     def _how_it_failed(self) -> tuple[str | None, int]:
         """The error, and the bytes of the checkpoint if it is there all the same: the main process's writer may have
         died between its commit and its answer."""
@@ -407,10 +417,12 @@ class Checkpointer:
 
     def _outstanding(self, command: dict[str, Any]) -> None:
         """Something to do behind everything else, whose failure fails no save: the next start cleans up as well."""
-        self.status()  # a new writer knows nothing of the death of the one before
+        is_alive = self._writer.is_alive
+        if not is_alive:
+            self._note_death()
         self._num_outstanding += 1
         try:
-            if not self._writer.is_alive:
+            if not is_alive:
                 self._writer.start()
             self._writer.send({**command, "fence": self._fence})
         except (OSError, WriterDied):

@@ -5,6 +5,7 @@ Standard library only: part of the writer process.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -42,15 +43,17 @@ class Notes:
         """Tells the others. Raises: OSError."""
         if self._world_size > 1:
             path = self._path(kind, self._rank)
-            fd = files.create_exclusive(path, within=self._root)
+            unfinished = path.with_name(f".{path.name}")
+            fd = files.create_exclusive(unfinished, within=self._root)
             try:
-                files.write_at(fd, text.encode() + b"\n", 0, path)
+                files.write_at(fd, text.encode(), 0, path)
             finally:
                 os.close(fd)
+            unfinished.rename(path)  # closed before anybody sees it: NFS keeps what is deleted while it is open
         self._found.setdefault(kind, {})[self._rank] = text
 
     def of_all(self, kind: str) -> list[str] | None:
-        """What every writer has left, by rank; None until all have. Raises: OSError, also once the save was given up."""
+        """What every writer has left, by rank; None until all have. Raises: OSError, if the save was given up."""
         found = self._found.setdefault(kind, {})
         for rank in range(self._world_size):
             if rank not in found:
@@ -59,12 +62,16 @@ class Notes:
                 except FileNotFoundError:
                     self._folder.stat()
                     return None
-                if not text.endswith("\n"):  # half of it
-                    return None
-                found[rank] = text[:-1]
+                found[rank] = text
         return [found[rank] for rank in range(self._world_size)]
 
 
 def remove(folder: Path) -> None:
-    """All notes in the temporary folder of a save; it may have none."""
+    """All notes in the temporary folder of a save; it may have none.
+
+    Raises:
+        OSError: something of them is still there, and must not become part of the checkpoint.
+    """
     files.remove_tree(folder / FOLDER)
+    if files.is_taken(folder / FOLDER):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder / FOLDER))

@@ -145,18 +145,23 @@ def test_what_is_told_late_of_a_save_does_not_count_for_the_next_of_the_same_ste
     assert manifest.verify(group.paths.checkpoint_dir(20)) == []
 
 
-def test_an_older_checkpoint_that_may_go_does_not_hide_a_death(make: Callable[[int], Group]) -> None:
+@pytest.mark.parametrize("has_said", [False, True], ids=["silent", "something else"])
+def test_an_older_checkpoint_that_may_go_does_not_hide_a_death(make: Callable[[int], Group], has_said: bool) -> None:
     group = make(1)
     (member,) = group.members
     group.save(1)
     assert group.finish().error is None
     assert member.writer_pid is not None
+    if has_said:
+        member.expire([group.paths.root / "checkpoint-0"])
+        time.sleep(0.3)  # the answer lies there
     os.kill(member.writer_pid, signal.SIGSTOP)
     group.save(2)
     os.kill(member.writer_pid, signal.SIGKILL)
     time.sleep(0.2)
     member.expire([group.paths.root / "checkpoint-0"])
     assert group.finish(10.0).error is not None
+    member.settle()
 
 
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
@@ -254,15 +259,10 @@ def test_a_block_that_lost_bytes_fails_the_command_too(tmp_path: Path, monkeypat
     assert answer["event"] == "failed" and "not what was written" in answer["error"]
 
 
-@pytest.mark.parametrize("left", ["another attempt's", "half"])
-def test_notes_of_others_do_not_count(tmp_path: Path, left: str) -> None:
+def test_notes_of_another_attempt_do_not_count(tmp_path: Path) -> None:
     writer, command = Writer(memoryview(b"")), _command(tmp_path, 5, 0, 2)
     writer.execute(command)
-    other = Notes(Path(command["dir"]), "0" if left == "another attempt's" else "1", 1, 2)
-    if left == "half":
-        (Path(command["dir"]) / FOLDER / "written-1-1").write_bytes(b"")
-    else:
-        other.leave("written")
+    Notes(Path(command["dir"]), "0", 1, 2).leave("written")
     assert _answers(writer) == [] and writer.look_s is not None
     assert _names(tmp_path) == [".tmp-checkpoint-5"]
 
@@ -275,6 +275,34 @@ def test_a_save_that_was_discarded_does_not_come_back(tmp_path: Path) -> None:
     writers[0].execute({"cmd": "discard", "step": 5, "dir": commands[0]["dir"], "target": str(tmp_path / "no")})
     assert _answers(writers[1]) == [] and writers[1].look_s is None
     assert _names(tmp_path) == []
+
+
+def test_nothing_of_the_notes_gets_into_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS renames what is deleted while somebody has it open."""
+    writers = [Writer(memoryview(b"")), Writer(memoryview(b""))]
+    commands = [_command(tmp_path, 5, rank, 2) for rank in range(2)]
+    for writer, command in zip(writers, commands, strict=True):
+        writer.execute(command)
+    _answers(writers[1])
+    unlink, hidden = os.unlink, ".nfs0001"
+
+    def rename_instead(name: str, *, dir_fd: int | None = None) -> None:
+        if name.startswith("hashed-1-1"):
+            os.rename(name, hidden, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        elif name != hidden:
+            unlink(name, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", rename_instead)
+        assert _answers(writers[0]) == []
+    assert not (tmp_path / "checkpoint-5").exists()
+    entries = []
+    for writer, command in zip(writers, commands, strict=True):
+        told = {"cmd": "hash", "step": 5, "dir": command["dir"], "files": list(command["files"])}
+        entries += writer.execute(told)[0]["entries"]
+    assert writers[0].execute({**commands[0]["ahead"]["commit"], "hashed": entries})[0]["event"] == "committed"
+    folder = tmp_path / "checkpoint-5"
+    assert manifest.verify(folder) == [] and not [p for p in manifest.read(folder).paths if FOLDER in p]
 
 
 def test_an_error_ahead_is_told_by_the_command(tmp_path: Path) -> None:
