@@ -38,22 +38,35 @@ def test_host_copies_are_whole_when_finished_with_and_without_a_spare_core(is_st
             gate.clear()
             copies._pool.submit(gate.wait)
         tensor += repetition
-        copies.begin(plan.copies, buffer)
+        seen: list[torch.Tensor] = []
+        is_told = threading.Event()
+
+        def tell(
+            buffer: torch.Tensor = buffer, seen: list[torch.Tensor] = seen, told: threading.Event = is_told
+        ) -> None:
+            seen.append(_copied(plan, buffer).clone())
+            told.set()
+
+        copies.begin(plan.copies, buffer, tell)
         if is_starved:
             threading.Timer(0.05, gate.set).start()
         copies.finish()
         assert torch.equal(_copied(plan, buffer), tensor)
+        assert is_told.wait(10)
+        assert len(seen) == 1 and torch.equal(seen[0], tensor)
     copies.finish()  # nothing to do
 
 
 def test_a_copy_that_fails_beside_the_training_is_not_lost() -> None:
     copies = HostCopies()
     copies._left.append((torch.zeros(3), torch.zeros(2)))
-    copies._thread = copies._pool.submit(copies._work)
+    told: list[None] = []
+    copies.begin([], torch.zeros(0, dtype=torch.uint8), lambda: told.append(None))
     while copies._left:
         pass
     with pytest.raises(RuntimeError):
         copies.finish()
+    assert told == []
 
 
 def test_what_a_forward_pass_may_change_is_copied_first() -> None:
