@@ -53,8 +53,6 @@ class Phase(enum.Enum):
 
 @dataclass
 class _InFlight:
-    number: int
-    """Of the save: a step may be saved again, and an answer about the save before may still be on its way."""
     step: int
     started: float
     stall_s: float
@@ -183,7 +181,7 @@ class Checkpointer:
             "fence": self._fence,
         }  # fmt: skip
         self.phase = Phase.WRITING
-        self._flight = _InFlight(self._num_saves, step, started, 0.0, sizes, commit, files.is_taken(target))
+        self._flight = _InFlight(step, started, 0.0, sizes, commit, files.is_taken(target))
         try:
             self._reserve(plan)
             if not self._writer.is_alive:
@@ -325,7 +323,7 @@ class Checkpointer:
         event, flight = answer["event"], self._flight
         if event in ("retained", "discarded") or answer.get("cmd") in ("retain", "discard"):
             self._num_outstanding -= 1
-        elif flight is None or answer["save"] != flight.number:
+        elif flight is None or answer["save"] != flight.commit["save"]:  # a step may be saved again
             return
         elif event == "failed":
             self._own_error = answer["error"]
@@ -348,10 +346,7 @@ class Checkpointer:
             return None
         main = self._processes.is_main
         if num_committed:  # whatever became of a writer since: it is whole and has its name
-            self._end()
-            return SaveResult(
-                flight.step, flight.stall_s, time.monotonic() - flight.started, flight.commit.get("bytes", 0)
-            )
+            return self._end_well(flight, flight.commit.get("bytes", 0))
         if num_undone:  # also after a failure elsewhere: a writer that still works would put files back
             return None
         if num_failed:
@@ -359,8 +354,7 @@ class Checkpointer:
                 self._unsent = None
             errors, there = zip(*self._processes.gather(self._how_it_failed()), strict=True)
             if any(there):
-                self._end()
-                return SaveResult(flight.step, flight.stall_s, time.monotonic() - flight.started, max(there))
+                return self._end_well(flight, max(there))
             if main:
                 where = {key: flight.commit[key] for key in ("dir", "target")}
                 self._outstanding({"cmd": "discard", "step": flight.step, **where})
@@ -371,16 +365,16 @@ class Checkpointer:
             share = deal_out(flight.sizes, self._processes.world_size)[self._processes.rank]
             told = {key: flight.commit[key] for key in ("save", "step", "dir")}
             self._begin({"cmd": "hash", **told, "files": share})
-            return None
-        if self.phase is Phase.HASHING:
+        elif self.phase is Phase.HASHING:
             self.phase = Phase.COMMITTING
             hashed = [entry for part in self._processes.gather(flight.hashed) for entry in part]
             if main:
                 self._begin({**flight.commit, "hashed": hashed})
-            return None
+        return None
+
+    def _end_well(self, flight: _InFlight, num_bytes: int) -> SaveResult:
         self._end()
-        write_s = time.monotonic() - flight.started
-        return SaveResult(flight.step, flight.stall_s, write_s, flight.commit.get("bytes", 0))
+        return SaveResult(flight.step, flight.stall_s, time.monotonic() - flight.started, num_bytes)
 
     def _note_death(self) -> None:
         """A new writer knows nothing of what the one before had to do."""
