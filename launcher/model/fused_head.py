@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from launcher.base.targets import Targets
+from launcher.model.cpu_products import product
 
-_CHUNK_POSITIONS = {"cpu": 256, "cuda": 2048}
+_CHUNK_POSITIONS = {"cpu": 1024, "cuda": 2048}
+_PIECE_LOGITS = {"cpu": 2**22, "cuda": 2**40}
+"""Whose softmax is made at once: on the CPU as many as its cache holds (16 MiB in fp32), else those of a chunk."""
 _LARGEST = 9.9
 """Logits of up to sinh(9.9) = 10,000 are looked at, far beyond any cap."""
 _TOLERANCE = 1e-6
@@ -30,12 +33,15 @@ def chunk_positions(kind: str) -> int:
 @contextlib.contextmanager
 def chunks_of(kind: str) -> Iterator[None]:
     """On the CPU, chunks as large as on this kind of device: for a plan of what is needed there."""
-    before = _CHUNK_POSITIONS["cpu"]
-    _CHUNK_POSITIONS["cpu"] = _CHUNK_POSITIONS[kind]
+    sizes = (_CHUNK_POSITIONS, _PIECE_LOGITS)
+    before = [size["cpu"] for size in sizes]
+    for size in sizes:
+        size["cpu"] = size[kind]
     try:
         yield
     finally:
-        _CHUNK_POSITIONS["cpu"] = before
+        for size, value in zip(sizes, before, strict=True):
+            size["cpu"] = value
 
 
 @dataclass(frozen=True)
@@ -197,8 +203,8 @@ def _teach_linear(head: nn.Linear, after: AfterHead, *, is_compiled: bool) -> No
 
 def _cross_entropy(
     given: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, loss_dtype: torch.dtype, *, needs_grad: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The summed loss of logits_NV, the gradient of what the head gave in its dtype, and that of the bias in fp32."""
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of logits_NV, in whose place their gradient is written, and that of the bias in fp32."""
     logits = given.float()
     if bias is not None:
         logits += bias
@@ -206,14 +212,15 @@ def _cross_entropy(
     log_probs = logits.log_softmax(-1)
     loss = -log_probs.gather(1, targets[:, None]).sum(dtype=loss_dtype)
     if not needs_grad:
-        return loss, None, None
+        return loss, None
     if torch.compiler.is_compiling():  # one pass over all of it; an indexed write would make it three
         grad = log_probs.exp() - (torch.arange(logits.shape[1], device=logits.device) == targets[:, None]).float()
     else:
         grad = log_probs.exp_()
         grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
     grad = after.backward_(grad, logits if after.cap is not None else None)
-    return loss, grad.to(given.dtype), None if bias is None else grad.sum(0)
+    given.copy_(grad)
+    return loss, None if bias is None else grad.sum(0)
 
 
 _compiled_cross_entropy = functools.cache(lambda: torch.compile(_cross_entropy, dynamic=True))
@@ -229,11 +236,11 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, needs: bool,
-        entropy: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
+        entropy: Callable[..., tuple[Tensor, Tensor | None]],
     ) -> Tensor:  # fmt: skip
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        size = chunk_positions(kind)
+        size, num_rows = chunk_positions(kind), max(1, _PIECE_LOGITS.get(kind, 2**40) // len(weight))
         loss = torch.zeros((), dtype=torch.float64 if kind != "mps" else torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs and hidden.requires_grad else None
         needs_weight, needs_bias = needs and weight.requires_grad, needs and bias is not None and bias.requires_grad
@@ -244,16 +251,15 @@ class _FusedHead(torch.autograd.Function):
             for start in range(0, len(targets), size):
                 part, chosen = hidden[start : start + size].to(dtype), targets[start : start + size]
                 needs_grad = grad_hidden is not None or needs_weight or needs_bias
-                found, grad, of_bias = entropy(
-                    torch.mm(part, used.t()), bias, chosen, after, loss.dtype, needs_grad=needs_grad
-                )
-                loss += found
-                if grad is None:
-                    continue
-                if grad_bias is not None and of_bias is not None:
-                    grad_bias += of_bias
+                grad = product(part, used.t())  # logits first
+                for low in range(0, len(grad), num_rows):
+                    piece = slice(low, low + num_rows)
+                    found, of_bias = entropy(grad[piece], bias, chosen[piece], after, loss.dtype, needs_grad=needs_grad)
+                    loss += found
+                    if grad_bias is not None and of_bias is not None:
+                        grad_bias += of_bias
                 if grad_hidden is not None:
-                    grad_hidden[start : start + size] = torch.mm(grad, used)
+                    grad_hidden[start : start + size] = product(grad, used)
                 if needs_weight:
                     grad_weight = _added(grad_weight, grad, part)
         if needs_weight and grad_weight is None:
@@ -299,7 +305,7 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _added(total: Tensor | None, grad_NV: Tensor, hidden_NH: Tensor) -> Tensor:
     """The weight's gradient with one more chunk, in fp32."""
     if total is None:
-        return torch.mm(grad_NV.t(), hidden_NH).float()
+        return product(grad_NV.t(), hidden_NH).float()
     if grad_NV.dtype == torch.float32:
         return total.addmm_(grad_NV.t(), hidden_NH)
     return total.add_(torch.mm(grad_NV.t(), hidden_NH))

@@ -14,6 +14,7 @@ import torch
 from launcher.agent import out_of_memory
 from launcher.base import files
 from launcher.base.errors import UserError
+from launcher.base.freed_memory import keep_freed_memory
 from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
 from launcher.base.process import host
@@ -30,6 +31,7 @@ from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpo
 from launcher.model.attention import settle_attention, unwrapped
 from launcher.model.build import build_model, static_files
 from launcher.model.compile import compile_layers
+from launcher.model.cpu_products import use_fast_products
 from launcher.model.identity import agreed_identity
 from launcher.model.loss import build_loss
 from launcher.model.optim import Schedule, build_optimizer
@@ -188,6 +190,8 @@ def build_run(
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
     tell(processes, "building the model")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     built = build_model(
         config, tokenizer, new_token_ids=vocabulary.new_token_ids,
         resumed_from=point.folder if point is not None else None,
@@ -207,6 +211,7 @@ def build_run(
     optimizer = build_optimizer(config, built.module)
     notices += try_optimizer(config, optimizer, accelerator.device)
     schedule = Schedule(config, optimizer, total_steps)
+    use_fast_products(built.module, accelerator.device)
     model, optimizer = accelerator.prepare(built.module, optimizer)
     state = TrainingState(
         config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps, built.stored

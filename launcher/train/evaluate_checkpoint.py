@@ -92,6 +92,7 @@ def build(config: RunConfig, paths: RunPaths, step: int) -> Callable[[int], Eval
         from launcher.data import build_data, build_vocabulary, stop_clock, template_date
         from launcher.model.attention import settle_attention, unwrapped
         from launcher.model.build import build_model, weights_stem
+        from launcher.model.cpu_products import use_fast_products
         from launcher.model.loss import build_loss
         from launcher.model.stop_tokens import end_generation_with
         from launcher.train.accelerator import build_accelerator
@@ -108,6 +109,7 @@ def build(config: RunConfig, paths: RunPaths, step: int) -> Callable[[int], Eval
     refuse_damaged(first)
     built = build_model(config, tokenizer, new_token_ids=vocabulary.new_token_ids, resumed_from=first)
     end_generation_with(built.module, data.end_token_ids)
+    use_fast_products(built.module, accelerator.device)
     model = accelerator.prepare(built.module)
 
     def load(folder: Path) -> None:

@@ -71,6 +71,11 @@ _SINKS = (
 """Parameters beside modules with parameters: their order at the first start and after a resume can differ."""
 _FLAT = "model.config.attention_dropout=0.0"
 """With dropout there is no attention of ours, and no batches without padding."""
+_WIDE = (
+    "model.config={model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 2, "
+    "num_attention_heads: 4, num_key_value_heads: 2}", "data.packing=true", "data.max_length=128",
+)  # fmt: skip
+"""Products large enough for the CPU's own (launcher/model/cpu_products.py)."""
 _CPU_ADAM = "strategy.deepspeed.zero_force_ds_cpu_optimizer=true"
 """DeepSpeed's own Adam of the host, which offload uses where there is a GPU."""
 _OFFLOADED = (_CPU_ADAM, "strategy.deepspeed.zero_optimization={offload_optimizer: {device: cpu}}")
@@ -85,6 +90,9 @@ _LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-lin
         pytest.param("zero2", 2, (_FLAT,), id="zero2-2-flat", marks=pytest.mark.slow),
         pytest.param("zero3", 3, (_FLAT, "data.packing=true", "data.max_length=128"), id="zero3-3-packed",
                      marks=pytest.mark.slow),
+        pytest.param("ddp", 2, _WIDE, id="ddp-2-wide"),
+        pytest.param("zero2", 3, _WIDE, id="zero2-3-wide", marks=pytest.mark.slow),
+        pytest.param("zero3", 3, (*_WIDE, "model.gradient_checkpointing=true"), id="zero3-3-wide"),
         pytest.param("ddp", 4, ("train.per_device_train_batch_size=1", *_MOE), id="ddp-4-moe", marks=pytest.mark.slow),
         pytest.param("ddp", 3, (*_LORA, "model.dtype=bfloat16"), id="ddp-3-lora", marks=pytest.mark.slow),
         pytest.param("zero2", 3, ("model.dtype=bfloat16", *_MOE), id="zero2-3-moe", marks=pytest.mark.slow),
