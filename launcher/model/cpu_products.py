@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 
 _SMALLEST = 2**22
 """Multiplications of a product from which on it is faster, measured on one and two cores."""
-_NARROWEST = 32
-"""Rows or features; thinner ones (a token that is generated, LoRA's rank) are no faster."""
+_FEWEST_ROWS = 4
+"""A token that is generated alone is no product of matrices."""
+_NARROWEST = 24
+"""Features; the backward pass of thinner layers (LoRA's rank) can take twice as long."""
 
 
 @functools.cache
@@ -70,7 +72,7 @@ def _is_ours(given: Tensor, weight: Tensor) -> bool:
     if given.dtype != torch.float32 or weight.dtype != torch.float32 or given.device.type != "cpu" or not is_faster():
         return False
     num_outputs, num_inputs = weight.shape
-    is_wide = min(given.numel() // num_inputs, num_inputs, num_outputs) >= _NARROWEST
+    is_wide = min(num_inputs, num_outputs) >= _NARROWEST and given.numel() >= _FEWEST_ROWS * num_inputs
     return is_wide and given.numel() * num_outputs >= _SMALLEST and _is_dense(given) and _is_dense(weight)
 
 

@@ -31,6 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     monkeypatch.setattr(cpu_products, "is_faster", lambda: True)
     monkeypatch.setattr(cpu_products, "_SMALLEST", 1)
     monkeypatch.setattr(cpu_products, "_NARROWEST", 1)
+    monkeypatch.setattr(cpu_products, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(cpu_products, "_linear", noted)
     yield seen
 
