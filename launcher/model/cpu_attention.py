@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launcher.model.cpu_products import batched_product
-
 NAME = "cpu_blocks"
 """As transformers knows it."""
 _BLOCK = 128
@@ -103,14 +101,13 @@ def _of_rows(
     queries of a head are stacked."""
     rows = _rows(query.shape[0], query.shape[2], mask, borders)
     batch, heads, length, _ = query.shape
-    key, value = key.contiguous(), value.contiguous()
     output = query.new_empty(batch, length, heads, value.shape[-1])
     by_head = output.transpose(1, 2)
     if sum(end - start for _, start, end in rows) < batch * length:
         output.zero_()  # padding
     for index, first, low, end in _blocks(rows, window):
         probs, _ = _probabilities(query[index, :, low:end], key[index, :, first:end], scale, cap, window)
-        mixed = batched_product(probs.to(value.dtype), value[index, :, first:end])
+        mixed = torch.bmm(probs.to(value.dtype), value[index, :, first:end])
         by_head[index, :, low:end] = mixed.view(heads, end - low, -1)
     return output
 
@@ -122,7 +119,6 @@ def _of_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, key_heads = _rows(query.shape[0], query.shape[2], mask, borders), key.shape[1]
     grad, output = grad.transpose(1, 2), output.transpose(1, 2)
-    key, value = key.contiguous(), value.contiguous()
     grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for index, first, low, end in _blocks(rows, window):
         at, keys = (index, slice(None), slice(low, end)), (index, slice(None), slice(first, end))
@@ -131,11 +127,11 @@ def _of_rows_backward(
         out = grad[at].reshape(key_heads, -1, grad.shape[-1])
         mean = (out.float() * output[at].reshape(out.shape)).sum(-1, keepdim=True)
         grad_value[keys] += torch.bmm(probs.to(out.dtype).transpose(1, 2), out)
-        scores = batched_product(out, value[keys].transpose(1, 2)).float().sub_(mean).mul_(probs).mul_(scale)
+        scores = torch.bmm(out, value[keys].transpose(1, 2)).float().sub_(mean).mul_(probs).mul_(scale)
         if slope is not None:
             scores.mul_(slope)
         scores = scores.to(query.dtype)
-        grad_query[at] = batched_product(scores, key[keys]).view(grad_query[at].shape)
+        grad_query[at] = torch.bmm(scores, key[keys]).view(grad_query[at].shape)
         grad_key[keys] += torch.bmm(scores.transpose(1, 2), stacked)
     return grad_query, grad_key, grad_value
 
@@ -147,7 +143,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Tensor:
 
 @_of_rows_backward.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -197,7 +193,8 @@ def _probabilities(
     heads, num_queries, size = query_HLD.shape
     key_heads, num_keys = key_KSD.shape[:2]
     stacked = query_HLD.reshape(key_heads, -1, size)
-    scores = batched_product(stacked, key_KSD.transpose(1, 2), scale).float()
+    unused = stacked.new_empty(1, 1, 1).expand(key_heads, stacked.shape[1], num_keys)
+    scores = torch.baddbmm(unused, stacked, key_KSD.transpose(1, 2), beta=0, alpha=scale).float()
     slope = None
     if cap is not None:
         tanh = scores.div_(cap).tanh_()

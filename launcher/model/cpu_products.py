@@ -3,11 +3,15 @@
 torch gives them to MKL, which chooses its kernels by the maker of the processor: on one that is not Intel's it leaves
 the 512-bit half out (Zen 5, two cores: 210 against 450 GFLOP/s). oneDNN, which torch brings along, goes by what the
 processor says that it can do. The sums have another order, and nothing else differs.
+
+oneDNN makes and keeps code for every shape that it meets, half a megabyte each. So rows are taken in blocks of powers
+of two, and what is left over is torch's.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_SMALLEST_BLOCK = 256
+"""Rows."""
 _SMALLEST = 2**22
-"""Multiplications of a product from which on it is faster, measured on one and two cores."""
-_FEWEST_ROWS = 4
-"""A token that is generated alone is no product of matrices."""
-_NARROWEST = 24
+"""Multiplications of a block from which on it is faster, measured on one and two cores."""
+_NARROWEST = 32
 """Features; the backward pass of thinner layers (LoRA's rank) can take twice as long."""
 
 
@@ -36,18 +40,30 @@ def is_faster() -> bool:
     return not is_of_intel and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """torch.mm."""
-    return _linear(a_MK, b_KN.t()) if _is_ours(a_MK, b_KN.t()) else torch.mm(a_MK, b_KN)
+def linear(given_XI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear, without gradients."""
+    if not _is_ours_linear(given_XI, weight_OI):
+        return nn.functional.linear(given_XI, weight_OI, bias_O)
+    rows = given_XI.reshape(-1, given_XI.shape[-1]).contiguous()
+    parts = [_by_onednn(rows[block], weight_OI, bias_O) for block in _blocks(len(rows))]
+    num_done = sum(map(len, parts))
+    if num_done < len(rows):
+        parts.append(nn.functional.linear(rows[num_done:], weight_OI, bias_O))
+    output = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return output.view(*given_XI.shape[:-1], len(weight_OI))
 
 
-def batched_product(a_BMK: Tensor, b_BKN: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · torch.bmm, for a few large products."""
-    if _is_ours(a_BMK[0], b_BKN[0].t()):
-        a_BMK = a_BMK if scale == 1.0 else a_BMK * scale
-        return torch.stack([_linear(a, b.t()) for a, b in zip(a_BMK, b_BKN, strict=True)])
-    unused = a_BMK.new_empty(1, 1, 1).expand(len(a_BMK), a_BMK.shape[1], b_BKN.shape[2])
-    return torch.baddbmm(unused, a_BMK, b_BKN, beta=0, alpha=scale)
+def outer(a_NM: Tensor, b_NK: Tensor) -> Tensor:
+    """a.T @ b, summed over the N rows."""
+    if not _is_ours(len(a_NM), a_NM.shape[1], b_NK.shape[1], a_NM, b_NK):
+        return torch.mm(a_NM.t(), b_NK)
+    a_NM, b_NK, num_done = a_NM.contiguous(), b_NK.contiguous(), 0
+    total: Tensor | None = None
+    for block in _blocks(len(a_NM)):
+        part = _by_onednn(a_NM[block].t(), b_NK[block].t())
+        total, num_done = part if total is None else total.add_(part), block.stop
+    assert total is not None
+    return total.addmm_(a_NM[num_done:].t(), b_NK[num_done:]) if num_done < len(a_NM) else total
 
 
 def use_fast_products(model: nn.Module, device: torch.device) -> None:
@@ -62,64 +78,57 @@ def use_fast_products(model: nn.Module, device: torch.device) -> None:
 
 def _forward(module: nn.Linear, given: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
-    if not _is_ours(given, weight) or torch.is_autocast_enabled("cpu"):
+    is_plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    if is_plain or not _is_ours_linear(given, weight):
         return nn.functional.linear(given, weight, bias)
     output: Tensor = _Linear.apply(given, weight, bias)  # type: ignore[no-untyped-call]
     return output
 
 
-def _is_ours(given: Tensor, weight: Tensor) -> bool:
-    if given.dtype != torch.float32 or weight.dtype != torch.float32 or given.device.type != "cpu" or not is_faster():
+def _is_ours_linear(given_XI: Tensor, weight_OI: Tensor) -> bool:
+    if not is_faster() or weight_OI.ndim != 2 or not given_XI.numel():
         return False
-    num_outputs, num_inputs = weight.shape
-    is_wide = min(num_inputs, num_outputs) >= _NARROWEST and given.numel() >= _FEWEST_ROWS * num_inputs
-    return is_wide and given.numel() * num_outputs >= _SMALLEST and _is_dense(given) and _is_dense(weight)
+    is_dense = weight_OI.is_contiguous() or weight_OI.t().is_contiguous()  # a slice of columns takes oneDNN minutes
+    return is_dense and _is_ours(given_XI.numel() // given_XI.shape[-1], *weight_OI.shape, given_XI, weight_OI)
 
 
-def _is_dense(given: Tensor) -> bool:
-    """oneDNN takes minutes for others (a slice of columns)."""
-    return given.is_contiguous() or (given.ndim == 2 and given.t().is_contiguous())
+def _is_ours(num_rows: int, width: int, other_width: int, *operands: Tensor) -> bool:
+    is_wide = min(width, other_width) >= _NARROWEST and _SMALLEST_BLOCK * width * other_width >= _SMALLEST
+    is_large = is_wide and num_rows >= _SMALLEST_BLOCK
+    return is_large and is_faster() and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in operands)
 
 
-def _linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """given_XI @ weight_OI.T + bias_O, as inductor calls it for a linear layer on the CPU."""
-    is_traced = torch.compiler.is_compiling()
-    found: Tensor = (
-        _for_compiler(given, weight, bias) if is_traced
-        else torch.ops.mkldnn._linear_pointwise.default(given, weight, bias, "none", [], "")
-    )  # fmt: skip
+def _blocks(num_rows: int) -> Iterator[slice]:
+    """The largest power of two, again and again."""
+    start = 0
+    while (left := num_rows - start) >= _SMALLEST_BLOCK:
+        size = 1 << (left.bit_length() - 1)
+        yield slice(start, start + size)
+        start += size
+
+
+def _by_onednn(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """As inductor calls it for a linear layer on the CPU."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows_NI, weight_OI, bias_O, "none", [], "")
     return found
 
 
-@torch.library.custom_op("launcher::cpu_linear", mutates_args=())
-def _for_compiler(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Which would change the layout of what it finds inside."""
-    return _linear(given, weight, bias)
-
-
-@_for_compiler.register_fake
-def _(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return given.new_empty(*given.shape[:-1], weight.shape[0])
-
-
 class _Linear(torch.autograd.Function):
-    """`_linear`, and the two products of its backward pass."""
+    """`linear`, and the two products of its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        given = given.contiguous()
         ctx.save_for_backward(given if weight.requires_grad else None, weight)
-        return _linear(given, weight, bias)
+        return linear(given, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        rows = grad.view(-1, grad.shape[-1])
+        rows = grad.reshape(-1, grad.shape[-1])
         needs_given, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _linear(grad, weight.t()) if needs_given else None,
-            _linear(rows.t(), given.view(-1, given.shape[-1]).t()) if needs_weight else None,
+            linear(grad, weight.t()) if needs_given else None,
+            outer(rows, given.reshape(-1, given.shape[-1])) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )

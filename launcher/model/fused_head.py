@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.base.targets import Targets
-from launcher.model.cpu_products import product
+from launcher.model.cpu_products import linear, outer
 
 _CHUNK_POSITIONS = {"cpu": 1024, "cuda": 2048}
 _PIECE_LOGITS = {"cpu": 2**22, "cuda": 2**40}
@@ -251,7 +251,7 @@ class _FusedHead(torch.autograd.Function):
             for start in range(0, len(targets), size):
                 part, chosen = hidden[start : start + size].to(dtype), targets[start : start + size]
                 needs_grad = grad_hidden is not None or needs_weight or needs_bias
-                grad = product(part, used.t())  # logits first
+                grad = linear(part, used)  # logits first
                 for low in range(0, len(grad), num_rows):
                     piece = slice(low, low + num_rows)
                     found, of_bias = entropy(grad[piece], bias, chosen[piece], after, loss.dtype, needs_grad=needs_grad)
@@ -259,7 +259,7 @@ class _FusedHead(torch.autograd.Function):
                     if grad_bias is not None and of_bias is not None:
                         grad_bias += of_bias
                 if grad_hidden is not None:
-                    grad_hidden[start : start + size] = product(grad, used)
+                    grad_hidden[start : start + size] = linear(grad, used.t())
                 if needs_weight:
                     grad_weight = _added(grad_weight, grad, part)
         if needs_weight and grad_weight is None:
@@ -305,7 +305,7 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _added(total: Tensor | None, grad_NV: Tensor, hidden_NH: Tensor) -> Tensor:
     """The weight's gradient with one more chunk, in fp32."""
     if total is None:
-        return product(grad_NV.t(), hidden_NH).float()
+        return outer(grad_NV, hidden_NH).float()
     if grad_NV.dtype == torch.float32:
         return total.addmm_(grad_NV.t(), hidden_NH)
     return total.add_(torch.mm(grad_NV.t(), hidden_NH))
