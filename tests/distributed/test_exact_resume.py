@@ -73,7 +73,8 @@ _FLAT = "model.config.attention_dropout=0.0"
 """With dropout there is no attention of ours, and no batches without padding."""
 _WIDE = (
     "model.config={model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 2, "
-    "num_attention_heads: 4, num_key_value_heads: 2}", "data.packing=true", "data.max_length=128",
+    "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 512}", _FLAT, "data.packing=true",
+    "data.max_length=512",
 )  # fmt: skip
 """Products large enough for the CPU's own (launcher/model/cpu_products.py)."""
 _CPU_ADAM = "strategy.deepspeed.zero_force_ds_cpu_optimizer=true"
