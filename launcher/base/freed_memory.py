@@ -13,8 +13,8 @@ def keep_freed_memory() -> None:
     """Large tensors that are freed stay with this process for the next ones.
 
     glibc gives each of them back and asks for new pages, which the kernel fills with zeros first: a seventh of a step
-    on the CPU. What is held is what was held at the peak, 64 MiB and a few per cent more. Other C libraries, and whoever set
-    `MALLOC_…` in the environment, keep their own way.
+    on the CPU. What is held is what was held at the peak, 64 MiB and a few per cent more. Other C libraries, and
+    whoever set `MALLOC_…` in the environment, keep their own way.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
