@@ -190,7 +190,7 @@ def build_run(
     if point is not None:
         notices = notices + compared(config, point, settings, total_steps)
     tell(processes, "building the model")
-    if accelerator.device.type == "cpu":
+    if accelerator.device.type == "cpu" and not config.strategy.zero_stage:  # DeepSpeed's buffers leave gaps: half more
         keep_freed_memory()
     built = build_model(
         config, tokenizer, new_token_ids=vocabulary.new_token_ids,
