@@ -21,6 +21,8 @@ _MARGIN_S = 60.0
 
 def read_stop(path: Path) -> str | None:
     """The reason that a STOP file gives; None where there is none. A folder, a link or a pipe of that name is none."""
+    if not os.path.lexists(path):  # after nearly every step
+        return None
     try:
         text = files.read_text(path, max_bytes=4096).strip()
     except (OSError, ValueError):

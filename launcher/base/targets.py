@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 NO_LOSS = -100
@@ -18,8 +20,9 @@ class Targets(NamedTuple):
 
 
 def targets_of(labels_BT: Tensor) -> Targets:
-    """Of labels that are not shifted; the first token of a row never has one."""
-    shifted = labels_BT.new_full(labels_BT.shape, NO_LOSS)
-    shifted[:, :-1] = labels_BT[:, 1:]
-    positions = (shifted.view(-1) != NO_LOSS).nonzero().view(-1)
-    return Targets(positions, shifted.view(-1)[positions])
+    """Of labels that are not shifted; the first token of a row never has one. Labels on a device are waited for."""
+    labels = labels_BT.cpu().numpy().reshape(-1)
+    places = np.flatnonzero(labels != NO_LOSS)
+    places = places[places % labels_BT.shape[1] != 0]
+    found = (torch.from_numpy(places - 1), torch.from_numpy(labels[places]))
+    return Targets(*(tensor.to(labels_BT.device) for tensor in found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -142,27 +143,36 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, An
     shape = (max(1, len(samples)), length)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, NO_LOSS, dtype=np.int64)
-    positions = np.tile(np.arange(length), (shape[0], 1))
-    attention_mask = np.zeros(shape, dtype=np.int64) if samples else np.ones(shape, dtype=np.int64)
+    has_positions = rows.is_packed or rows.is_flat
+    if has_positions:
+        positions = np.tile(np.arange(length), (shape[0], 1))
+    else:
+        attention_mask = np.zeros(shape, dtype=np.int64) if samples else np.ones(shape, dtype=np.int64)
     for i, sample in enumerate(samples):
         end = 0
         for tokens, mask in sample:
             start, end = end, end + len(tokens)
             input_ids[i, start:end] = tokens
-            labels[i, start:end][mask] = tokens[mask]
-            positions[i, start:end] = np.arange(end - start)
-        positions[i, end:] = np.arange(length - end)  # padding is a row of its own
-        attention_mask[i, :end] = 1
+            np.copyto(labels[i, start:end], tokens, where=mask)
+            if has_positions:
+                positions[i, start:end] = np.arange(end - start)
+        if has_positions:
+            positions[i, end:] = np.arange(length - end)  # padding is a row of its own
+        else:
+            attention_mask[i, :end] = 1
     batch = {"input_ids": input_ids, "labels": labels}
-    has_positions = rows.is_packed or rows.is_flat
     batch |= {"position_ids": positions} if has_positions else {"attention_mask": attention_mask}
     found: dict[str, Any] = {name: torch.from_numpy(value) for name, value in batch.items()}
     if rows.is_flat:
         lengths = [len(tokens) for sample in samples for tokens, _ in sample] or [_EMPTY_LENGTH]
-        borders = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+        borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         found |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
         found |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
     return found
+
+
+def _restarts(positions_BT: np.ndarray) -> bool:
+    return bool(np.count_nonzero(positions_BT[:, 1:] - positions_BT[:, :-1] != 1))
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -178,7 +188,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         found["targets"] = targets_of(found.pop("labels"))
     mask, positions = found.get("attention_mask"), found.get("position_ids")
     found["is_full"] = mask is None or bool(mask.numpy().all())
-    found["is_packed"] = positions is not None and bool((np.diff(positions.numpy(), axis=-1) != 1).any())
+    found["is_packed"] = positions is not None and _restarts(positions.numpy())
 
     def moved(value: Any) -> Any:
         if isinstance(value, tuple):

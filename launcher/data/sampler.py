@@ -78,7 +78,7 @@ class StepSampler:
                 piece = self._permutation(epoch)[start:until]
             pieces.append(piece)
             position += len(piece)
-        return np.concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def total_steps(self, num_train_epochs: float) -> int:
         """ceil(epochs · rows / B), exact: the decimal that was typed, not its binary neighbour."""
@@ -105,5 +105,12 @@ def split_step(rows: np.ndarray, rank: int, world_size: int, per_device: int) ->
     Rows are spread as evenly as possible, over processes first and over micro-batches next.
     """
     num_micro_steps = -(-len(rows) // (world_size * per_device))
-    own = np.array_split(rows, world_size)[rank]
-    return np.array_split(own, num_micro_steps) if num_micro_steps else []
+    own = _part(rows, rank, world_size)
+    return [_part(own, i, num_micro_steps) for i in range(num_micro_steps)]
+
+
+def _part(rows: np.ndarray, i: int, count: int) -> np.ndarray:
+    """The i-th of `np.array_split(rows, count)`, without making the others."""
+    size, num_larger = divmod(len(rows), count)
+    start = i * size + min(i, num_larger)
+    return rows[start : start + size + (i < num_larger)]

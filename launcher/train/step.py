@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from launcher.base.processes import Processes
 from launcher.checkpoint import rng
@@ -17,6 +18,9 @@ from launcher.data import StepSampler, TokenRows, collate, split_step, to_device
 from launcher.model.fused_head import head_cast_kept
 from launcher.model.loss import LossFunction, router_coefficient
 from launcher.model.optim import Schedule
+
+_CLIP_EPSILON = 1e-6
+"""By which torch takes a norm to be larger than it is: above the limit then, gradients are scaled down."""
 
 
 @dataclass
@@ -53,6 +57,8 @@ class TrainStep:
         self._rows, self._sampler, self._pad_token_id = rows, sampler, pad_token_id
         self._loss, self._before_update = loss, before_update
         self._router_coefficient = router_coefficient(model)
+        self._base = getattr(model, "module", model)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def epoch_after(self, step: int) -> float:
         return self._sampler.epoch_after(step)
@@ -71,10 +77,12 @@ class TrainStep:
         """
         config, world_size, device = self._config, self._processes.world_size, self.accelerator.device
         rng.seed_step(config.seed, self._processes.rank, step)
+        is_mixed = config.mixed_precision != "no"
         rows = self._sampler.rows_of_step(step)
         num_labelled = max(1, self._rows.num_labelled_tokens(rows))
         micro_batches = split_step(rows, self._processes.rank, world_size, config.train.micro_batch_size)
-        self.model.train()
+        if not self._base.training:  # `train` goes through all modules
+            self.model.train()
         loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
         router_loss, mean_loss = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
         with self._casts_kept(len(micro_batches)):
@@ -85,7 +93,7 @@ class TrainStep:
                 batch = to_device(batch, device)
                 is_last = i == len(micro_batches) - 1
                 with contextlib.nullcontext() if is_last else self._no_sync():
-                    with self.accelerator.autocast():
+                    with self.accelerator.autocast() if is_mixed else contextlib.nullcontext():
                         loss, _, router = self._loss(self.model, batch)
                     # Gradients are averaged over the processes; the mean is over the labelled tokens of the whole step.
                     total = loss * (world_size / num_labelled)
@@ -114,7 +122,8 @@ class TrainStep:
         if not (self._config.strategy.zero_stage or sums.is_left_out):
             if sums.is_applied or self.accelerator.scaler is not None:
                 self.optimizer.step()
-            self.optimizer.zero_grad()
+            for parameter in self._trained:  # half of what `zero_grad` costs
+                parameter.grad = None
         self.schedule.step()
 
     def _casts_kept(self, num_micro_batches: int) -> Any:
@@ -155,6 +164,8 @@ class TrainStep:
     def _clip(self, sums: list[torch.Tensor]) -> tuple[list[float], bool]:
         """Clips, and under ZeRO applies; a non-finite gradient norm leaves the weights as they are.
 
+        A norm within the limit costs no pass over the gradients: they are not multiplied by 1.
+
         Args:
             sums: scalars of the device (fp64) that are to be known as well: the host waits once in a step, here.
 
@@ -165,8 +176,12 @@ class TrainStep:
             self.model.step()
             found = _read([*sums, self.model.get_global_grad_norm()])
             return found, not getattr(self.model.optimizer, "overflow", False)
+        self.accelerator.unscale_gradients()
+        norm = nn.utils.get_total_norm(p.grad for p in self._trained if p.grad is not None)
+        found = _read([*sums, norm])
         limit = self._config.train.max_grad_norm or math.inf
-        found = _read([*sums, self.accelerator.clip_grad_norm_(self.model.parameters(), limit)])
+        if limit < found[-1] + _CLIP_EPSILON:
+            nn.utils.clip_grads_with_norm_(self._trained, limit, norm)
         return found, math.isfinite(found[-1])
 
 

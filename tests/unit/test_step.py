@@ -41,6 +41,33 @@ def test_nothing_changes_before_the_update() -> None:
     assert all(parameter.grad is None for parameter in step.model.parameters())
 
 
+@pytest.mark.parametrize("share_of_norm", [0.5, 1.0, 1.0000001, 2.0, 0.0])
+def test_gradients_are_clipped_as_torch_does_and_only_where_they_are_larger(
+    share_of_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = build_step("padded", "sdpa", "train.max_grad_norm=0")
+    norm = free.run(0).grad_norm
+    limit = share_of_norm * norm
+    torch.nn.utils.clip_grad_norm_(free.model.parameters(), limit or math.inf)
+    passes: list[float] = []
+    scale = torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grads_with_norm_", lambda *given: (passes.append(given[1]), scale(*given))
+    )
+    step = build_step("padded", "sdpa", f"train.max_grad_norm={limit!r}")
+    assert step.run(0).grad_norm == norm, "of before clipping"
+    found = zip(step.model.parameters(), free.model.parameters(), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in found)
+    assert bool(passes) == (share_of_norm in (0.5, 1.0, 1.0000001)), "a norm is taken for a millionth larger than it is"
+
+
+def test_a_step_trains_whatever_mode_it_finds_the_model_in() -> None:
+    step = build_step("padded", "sdpa")
+    step.model.eval()
+    train(step, 0)
+    assert all(module.training for module in step.model.modules())
+
+
 @pytest.mark.parametrize("kind", ["spike", "left out"])
 def test_update_only_counts_the_step_when_there_is_nothing_to_apply(kind: str) -> None:
     step = build_step("padded", "sdpa")

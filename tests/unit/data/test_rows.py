@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from launcher.base.targets import targets_of
 from launcher.data import Data, TokenRows, collate
 from launcher.data.packing import PackPlan, Packs, Placements
 
@@ -261,3 +262,20 @@ def test_loss_and_gradients_are_the_same_when_rows_are_packed(
     scale = max(float(grad.abs().max()) for grad in apart_grads)
     for a, b in zip(apart_grads, packed_grads, strict=True):
         assert float((a - b).abs().max()) <= 1e-4 * scale
+
+
+# ------------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (4, 1), (5, 7), (3, 64)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_targets_are_the_labels_of_the_next_position(shape: tuple[int, int], share: float) -> None:
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 100, shape)
+    labels[draw.random(shape) >= share] = -100
+    found = targets_of(torch.from_numpy(labels))
+    wanted = [(b * shape[1] + t - 1, labels[b, t]) for b in range(shape[0]) for t in range(1, shape[1])]
+    assert list(zip(found.positions.tolist(), found.tokens.tolist(), strict=True)) == [
+        (place, token) for place, token in wanted if token != -100
+    ], "the first of a row has no position before it, whatever its label"
+    assert found.positions.dtype == found.tokens.dtype == torch.int64
