@@ -108,8 +108,9 @@ def _rank(pid: int, table: dict[int, tuple[str, int]]) -> int | None:
 
 
 def _trains(pid: int) -> bool:
+    """`python … -m launcher.train`; `accelerate launch` names that module too, after its own."""
     words = _argv(pid)
-    return b"launcher.train" in words and b"accelerate.commands.launch" not in words
+    return b"-m" in words and words[words.index(b"-m") + 1] == b"launcher.train"
 
 
 def _argv(pid: int) -> list[bytes]:

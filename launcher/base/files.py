@@ -31,6 +31,7 @@ MAX_HISTORY_BYTES = 512 * 2**20
 MAX_JSON_DEPTH = 100
 _MAX_TREE_DEPTH = 64
 _COPY_BYTES = 2**24
+_PIECE_BYTES = 2**16
 _FOLDER_FLAGS = getattr(os, "O_PATH", 0) | os.O_DIRECTORY
 _ODD_KINDS = {
     stat.S_IFLNK: (errno.ELOOP, "is a link, and links are not followed here"),
@@ -58,7 +59,7 @@ def _folder_of(path: Path, within: Path | None, *, create: int | None = None) ->
     base = path.parent if within is None else within
     fd = os.open(base, _FOLDER_FLAGS)
     try:
-        for name in path.parent.relative_to(base).parts:
+        for name in path.parent.relative_to(base).parts if within is not None else ():
             if create is not None:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(name, create, dir_fd=fd)
@@ -168,11 +169,14 @@ def list_files(folder: Path) -> list[str]:
 
 def read_bytes(path: Path, max_bytes: int, *, within: Path | None = None) -> bytes:
     """The content of a file that has no business being longer than `max_bytes`."""
-    with open_read(path, within=within) as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(min(size, max_bytes) + 1)  # memory for all of max_bytes would take longer than the reading
-        if len(data) > size:  # it has grown, or is of a kind that tells no size
-            data += file.read(max_bytes + 1 - len(data))
+    fd = open_fd(path, within=within)
+    try:
+        data, wanted = b"", min(os.fstat(fd).st_size, max_bytes) + 1  # memory for max_bytes would take longer to get
+        while len(data) <= max_bytes and (more := os.read(fd, wanted)):
+            data += more
+            wanted = min(max(wanted - len(more), _PIECE_BYTES), max_bytes + 1 - len(data))
+    finally:
+        os.close(fd)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"is longer than {max_bytes:,} bytes", str(path))
     return data
