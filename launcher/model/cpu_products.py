@@ -25,6 +25,8 @@ _SMALLEST = 2**22
 """Multiplications of a block from which on it is faster, measured on one and two cores."""
 _NARROWEST = 32
 """Features; the backward pass of thinner layers (LoRA's rank) can take twice as long."""
+_ALIGNMENT = 64
+"""Bytes: where torch's own memory begins."""
 
 
 @functools.cache
@@ -40,17 +42,16 @@ def is_faster() -> bool:
     return not is_of_intel and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(given_XI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear, without gradients."""
-    if not _is_ours_linear(given_XI, weight_OI):
-        return nn.functional.linear(given_XI, weight_OI, bias_O)
-    rows = given_XI.reshape(-1, given_XI.shape[-1]).contiguous()
+    if not _is_ours_linear(rows_NI, weight_OI, bias_O):
+        return nn.functional.linear(rows_NI, weight_OI, bias_O)
+    rows = rows_NI.contiguous()
     parts = [_by_onednn(rows[block], weight_OI, bias_O) for block in _blocks(len(rows))]
     num_done = sum(map(len, parts))
     if num_done < len(rows):
         parts.append(nn.functional.linear(rows[num_done:], weight_OI, bias_O))
-    output = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return output.view(*given_XI.shape[:-1], len(weight_OI))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def outer(a_NM: Tensor, b_NK: Tensor) -> Tensor:
@@ -76,20 +77,40 @@ def use_fast_products(model: nn.Module, device: torch.device) -> None:
             module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
 
 
-def _forward(module: nn.Linear, given: Tensor) -> Tensor:
+def align_weights(model: nn.Module, device: torch.device, *, only_trained: bool) -> None:
+    """Weights that are used on the CPU begin where torch lets its own begin.
+
+    In a model's file they may begin anywhere, and are used there; after a resume they have memory of their own. torch's
+    product of a single row with a weight adds up in another order where that begins at no multiple of 16 bytes.
+
+    Args:
+        only_trained: the others are read from the same file at every start. They stay in memory that processes share.
+    """
+    if device.type != "cpu":
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        is_loaded = tensor.requires_grad or not only_trained
+        if is_loaded and tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def _forward(module: nn.Linear, input: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     is_plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    if is_plain or not _is_ours_linear(given, weight):
-        return nn.functional.linear(given, weight, bias)
-    output: Tensor = _Linear.apply(given, weight, bias)  # type: ignore[no-untyped-call]
-    return output
+    if is_plain or not _is_ours_linear(input, weight, bias):
+        return nn.functional.linear(input, weight, bias)
+    # Shapes change out here: what a function of one's own gives must be no view where a model changes it in place.
+    rows: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    return rows.view(*input.shape[:-1], len(weight))
 
 
-def _is_ours_linear(given_XI: Tensor, weight_OI: Tensor) -> bool:
-    if not is_faster() or weight_OI.ndim != 2 or not given_XI.numel():
+def _is_ours_linear(given_XI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
+    if not is_faster() or weight_OI.ndim != 2 or not given_XI.numel() or given_XI.shape[-1] != weight_OI.shape[1]:
         return False
     is_dense = weight_OI.is_contiguous() or weight_OI.t().is_contiguous()  # a slice of columns takes oneDNN minutes
-    return is_dense and _is_ours(given_XI.numel() // given_XI.shape[-1], *weight_OI.shape, given_XI, weight_OI)
+    has_plain_bias = bias_O is None or (bias_O.shape == weight_OI.shape[:1] and bias_O.is_contiguous())
+    is_taken = is_dense and has_plain_bias
+    return is_taken and _is_ours(given_XI.numel() // given_XI.shape[-1], *weight_OI.shape, given_XI, weight_OI)
 
 
 def _is_ours(num_rows: int, width: int, other_width: int, *operands: Tensor) -> bool:
@@ -117,18 +138,17 @@ class _Linear(torch.autograd.Function):
     """`linear`, and the two products of its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(given if weight.requires_grad else None, weight)
-        return linear(given, weight, bias)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows if weight.requires_grad else None, weight)
+        return linear(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        given, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        needs_given, needs_weight, needs_bias = ctx.needs_input_grad
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            linear(grad, weight.t()) if needs_given else None,
-            outer(rows, given.reshape(-1, given.shape[-1])) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
+            linear(grad, weight.t()) if needs_rows else None,
+            outer(grad, rows) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
         )

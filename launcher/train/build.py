@@ -31,7 +31,7 @@ from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpo
 from launcher.model.attention import settle_attention, unwrapped
 from launcher.model.build import build_model, static_files
 from launcher.model.compile import compile_layers
-from launcher.model.cpu_products import use_fast_products
+from launcher.model.cpu_products import align_weights, use_fast_products
 from launcher.model.identity import agreed_identity
 from launcher.model.loss import build_loss
 from launcher.model.optim import Schedule, build_optimizer
@@ -212,6 +212,7 @@ def build_run(
     notices += try_optimizer(config, optimizer, accelerator.device)
     schedule = Schedule(config, optimizer, total_steps)
     use_fast_products(built.module, accelerator.device)
+    align_weights(built.module, accelerator.device, only_trained=config.model.is_adapter)
     model, optimizer = accelerator.prepare(built.module, optimizer)
     state = TrainingState(
         config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps, built.stored

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.base import files
 from launcher.base.paths import RunPaths
 from launcher.cli import verify
+from launcher.data.tokenizer import byte_tokenizer
 from tests.distributed.runs import Lab, different, kill, log_text, losses, tensors, wait_until
 
 _SLOW_STEPS = '[{"kind": "sleep", "seconds": 0.05}]'
@@ -111,6 +115,44 @@ def test_weights_and_losses_equal_when_killed_with_other_models(
     lab: Lab, tmp_path: Path, strategy: str, num_processes: int, more: tuple[str, ...]
 ) -> None:
     check_exact(lab, tmp_path, strategy, num_processes, *more)
+
+
+def _save_at_odd_places(folder: Path) -> None:
+    """A small Llama whose weights begin 8 bytes off in its file, as SmolLM2's do."""
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        eos_token_id=257, pad_token_id=256, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip()
+    header += b" " * (-len(header) % 16)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_processes"),
+    [
+        ("single", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ddp", 2), ("zero2", 2), ("zero3", 3))),
+    ],
+)
+def test_weights_equal_when_killed_wherever_the_models_file_has_them(
+    lab: Lab, tmp_path: Path, strategy: str, num_processes: int
+) -> None:
+    """One label in each micro-batch: torch multiplies the head with a single row, in an order that depends on where the
+    head begins in memory."""
+    torch.manual_seed(0)
+    _save_at_odd_places(tmp_path / "base")
+    data = tmp_path / "letters.jsonl"
+    data.write_text("".join(json.dumps({"text": chr(ord("a") + i % 26)}) + "\n" for i in range(52)))
+    check_exact(
+        lab, tmp_path, strategy, num_processes, "model=pretrained", f"model.model_name_or_path={tmp_path / 'base'}",
+        f"data.train_files=[{data}]", "train.per_device_train_batch_size=1", "data.packing=false",
+    )  # fmt: skip
 
 
 def test_run_finishes_when_another_tools_folder_has_the_name_of_its_checkpoints(lab: Lab, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.model import cpu_products
-from launcher.model.cpu_products import linear, outer, use_fast_products
+from launcher.model.cpu_products import align_weights, linear, outer, use_fast_products
 
 _CPU = torch.device("cpu")
 
@@ -155,3 +155,48 @@ def test_same_bits_at_every_call() -> None:
     first = gradients(layer, given, torch.ones(200, 500))
     for _ in range(5):
         assert all(a.equal(b) for a, b in zip(gradients(layer, given, torch.ones(200, 500)), first, strict=True))
+
+
+def test_what_a_layer_gives_may_be_changed_in_place() -> None:
+    """OLMo clamps its queries, Gemma 3n scales its inputs."""
+    torch.manual_seed(0)
+    layer = nn.Linear(50, 33)
+    exact = copy.deepcopy(layer).double()
+    use_fast_products(layer, _CPU)
+    given = torch.randn(2, 20, 50, requires_grad=True)
+    found = torch.autograd.grad(layer(given).clamp_(-0.5, 0.5).mul_(3.0).square().sum(), [given, layer.weight])
+    wide = given.detach().double().requires_grad_()
+    expected = torch.autograd.grad((3.0 * exact(wide).clamp(-0.5, 0.5)).square().sum(), [wide, exact.weight])
+    assert all(is_close(*pair, 1e-5) for pair in zip(found, expected, strict=True))
+
+
+def test_biases_of_every_kind_are_taken() -> None:
+    torch.manual_seed(0)
+    given, weight = torch.randn(40, 50), torch.randn(33, 50)
+    for bias in (torch.randn(66)[::2], torch.zeros(1).expand(33), torch.randn(1), torch.randn(1, 33), torch.randn(33)):
+        assert is_close(
+            linear(given, weight, bias), nn.functional.linear(given.double(), weight.double(), bias.double())
+        )
+
+
+def test_layer_is_called_and_refuses_as_torchs_own() -> None:
+    layer = nn.Linear(50, 33)
+    use_fast_products(layer, _CPU)
+    assert layer(input=torch.randn(40, 50)).shape == (40, 33)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        layer(torch.randn(40, 49))
+
+
+@pytest.mark.parametrize("only_trained", [False, True])
+def test_weights_begin_where_torchs_own_do(only_trained: bool) -> None:
+    memory = torch.randn(10_000)
+    layer = nn.Linear(50, 33)
+    layer.weight.data, layer.bias.data = memory[2:1652].view(33, 50), memory[1701:1734]
+    layer.bias.requires_grad_(False)
+    layer.register_buffer("more", memory[1803:1900])
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    weight, bias = layer.weight, layer.bias
+    align_weights(layer, _CPU, only_trained=only_trained)
+    assert layer.weight is weight and layer.bias is bias, "an optimizer may have them already"
+    assert weight.data_ptr() % 64 == 0 and (bias.data_ptr() % 64 == 0) == (not only_trained)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
