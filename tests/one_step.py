@@ -26,7 +26,7 @@ class Rows:
     """Rows of different lengths, the second half of each labelled; as `data.TokenRows` gives them."""
 
     def __init__(self, form: str) -> None:
-        self.is_packed, self.is_flat = form == "packed", form == "flat"
+        self.is_packed, self.is_flat, self.is_rounded = form == "packed", form == "flat", False
         source = np.random.default_rng(0)
         self._rows = [source.integers(3, 200, source.integers(5, 30)) for _ in range(_NUM_ROWS)]
 

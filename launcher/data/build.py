@@ -55,11 +55,11 @@ class Data:
         """That of a new run."""
         return self.fingerprints.like(None)
 
-    def use_flat_batches(self, is_flat: bool) -> None:
-        """Whether a micro-batch is one long row without padding."""
+    def use_flat_batches(self, is_flat: bool, *, is_rounded: bool = False) -> None:
+        """Whether a micro-batch is one long row, and whether it is brought to one of a few lengths."""
         for rows in (self.train, self.eval):
             if rows is not None:
-                rows.is_flat = is_flat
+                rows.is_flat, rows.is_rounded = is_flat, is_rounded
 
 
 def build_data(

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 NO_LOSS = -100
+_STEPS = (256, 128, 64, 32, 16, 8)
+_SMALLEST_ROUNDED = 256
+_ROUNDING = 32
 _EMPTY_LENGTH = 2  # tokens in a zero-weight slot: a query of one token would look like a decoding step
 
 
@@ -26,6 +29,8 @@ class TokenRows:
         order: those numbers, repeats are allowed; None: every row once, as they are.
         packs: which places of that order each sample holds; None: a sample is one row.
         is_flat: batches are one long sequence without padding, for attention kernels that take packed input only so.
+
+    `is_rounded`: flat batches get a row of padding at their end, to have one of a few lengths (`rounded`).
     """
 
     def __init__(
@@ -40,7 +45,7 @@ class TokenRows:
         self._starts = np.cumsum([0, *(len(store) for store in stores)])
         self._order = order
         self._packs = packs
-        self.is_flat = is_flat
+        self.is_flat, self.is_rounded = is_flat, False
 
     @property
     def is_packed(self) -> bool:
@@ -123,11 +128,24 @@ class RowLengths:
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
+def rounded(num_tokens: int) -> int:
+    """The length of a flat batch of so many tokens: the next multiple of 256, or of the largest smaller power of two,
+    that is longer by a 32nd at most. Short ones stay as they are.
+
+    A library that makes code for every shape it meets keeps all of it, and products of whole blocks are faster.
+    """
+    if num_tokens < _SMALLEST_ROUNDED:
+        return num_tokens
+    lengths = (-(-num_tokens // step) * step for step in _STEPS)
+    return next(length for length in lengths if _ROUNDING * (length - num_tokens) <= num_tokens)
+
+
 def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, Any]:
     """A micro-batch, padded on the right: input_ids_BT, labels_BT and
 
     - attention_mask_BT, where a sample is one row;
-    - cu_seq_lens_q and _k, max_length_q and _k: where the rows end, if batches are flat (B = 1, no padding);
+    - cu_seq_lens_q and _k, max_length_q and _k: where the rows end, if batches are flat (B = 1; where they are rounded,
+      the last is padding);
     - position_ids_BT restarting at 0 with every row, where rows are packed or batches flat. There is no attention mask
       then, and the model must be called with use_cache=False: transformers reads the borders from position_ids only
       without an attention mask and without a cache (masking_utils.py, _preprocess_mask_arguments).
@@ -139,7 +157,9 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, An
     samples = [rows.segments(int(i)) for i in ids]
     if rows.is_flat and samples:
         samples = [[segment for sample in samples for segment in sample]]
-    length = max((sum(len(tokens) for tokens, _ in sample) for sample in samples), default=_EMPTY_LENGTH)
+    length = num_tokens = max((sum(len(tokens) for tokens, _ in sample) for sample in samples), default=_EMPTY_LENGTH)
+    if rows.is_flat and rows.is_rounded:
+        length = rounded(num_tokens)
     shape = (max(1, len(samples)), length)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, NO_LOSS, dtype=np.int64)
@@ -165,6 +185,7 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, An
     found: dict[str, Any] = {name: torch.from_numpy(value) for name, value in batch.items()}
     if rows.is_flat:
         lengths = [len(tokens) for sample in samples for tokens, _ in sample] or [_EMPTY_LENGTH]
+        lengths += [length - num_tokens] if length > num_tokens else []
         borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         found |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
         found |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}

@@ -76,3 +76,8 @@ def router_coefficient(model: nn.Module) -> float:
         if isinstance(value := getattr(settings, name, None), (int, float)):
             return float(value)
     return 0.0
+
+
+def takes_padding(model: nn.Module, device: torch.device) -> bool:
+    """Whether a row of padding helps and changes nothing: a router loss is a mean over all tokens."""
+    return device.type == "cpu" and not router_coefficient(model)

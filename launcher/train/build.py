@@ -33,7 +33,7 @@ from launcher.model.build import build_model, static_files
 from launcher.model.compile import compile_layers
 from launcher.model.cpu_products import align_weights, use_fast_products
 from launcher.model.identity import agreed_identity
-from launcher.model.loss import build_loss
+from launcher.model.loss import build_loss, takes_padding
 from launcher.model.optim import Schedule, build_optimizer
 from launcher.model.positions import check_positions
 from launcher.model.quantization import try_quantised
@@ -241,7 +241,7 @@ def build_run(
         known=point.state["settings"].get("attention") if point is not None else None,
     )  # fmt: skip
     notices += compared_late(config, point, settings, {"attention": attention.setting()})
-    data.use_flat_batches(attention.is_flat)
+    data.use_flat_batches(attention.is_flat, is_rounded=takes_padding(model, accelerator.device))
     loss, loss_notices = build_loss(
         unwrapped(accelerator.unwrap_model(model)), accelerator.device, is_fused=config.train.fused_loss,
         is_compiled=config.train.torch_compile and accelerator.device.type == "cuda",

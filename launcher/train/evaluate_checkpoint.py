@@ -93,7 +93,7 @@ def build(config: RunConfig, paths: RunPaths, step: int) -> Callable[[int], Eval
         from launcher.model.attention import settle_attention, unwrapped
         from launcher.model.build import build_model, weights_stem
         from launcher.model.cpu_products import use_fast_products
-        from launcher.model.loss import build_loss
+        from launcher.model.loss import build_loss, takes_padding
         from launcher.model.stop_tokens import end_generation_with
         from launcher.train.accelerator import build_accelerator
         from launcher.train.evaluation import Evaluator
@@ -123,7 +123,7 @@ def build(config: RunConfig, paths: RunPaths, step: int) -> Callable[[int], Eval
     attention = settle_attention(
         config, model, accelerator, len(tokenizer), built.attn_implementation, known=settings.get("attention")
     )
-    data.use_flat_batches(attention.is_flat)
+    data.use_flat_batches(attention.is_flat, is_rounded=takes_padding(model, accelerator.device))
     loss, _ = build_loss(
         unwrapped(accelerator.unwrap_model(model)), accelerator.device, is_fused=config.train.fused_loss,
         is_compiled=False,

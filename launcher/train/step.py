@@ -87,10 +87,8 @@ class TrainStep:
         router_loss, mean_loss = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
         with self._casts_kept(len(micro_batches)):
             for i, ids in enumerate(micro_batches):
-                batch = collate(self._rows, ids, self._pad_token_id)
-                mask = batch.get("attention_mask")
-                num_tokens += batch["input_ids"].numel() if mask is None else int(mask.numpy().sum())
-                batch = to_device(batch, device)
+                batch = to_device(collate(self._rows, ids, self._pad_token_id), device)
+                num_tokens += self._rows.num_tokens(ids)
                 is_last = i == len(micro_batches) - 1
                 with contextlib.nullcontext() if is_last else self._no_sync():
                     with self.accelerator.autocast() if is_mixed else contextlib.nullcontext():

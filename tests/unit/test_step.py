@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.model import cpu_attention
+from launcher.model.attention import _register
 from launcher.train import loop
 from launcher.train.step import StepSums, TrainStep
 from tests.one_step import build_step, own_accelerator_state, train
@@ -59,6 +61,25 @@ def test_gradients_are_clipped_as_torch_does_and_only_where_they_are_larger(
     found = zip(step.model.parameters(), free.model.parameters(), strict=True)
     assert all(torch.equal(a.grad, b.grad) for a, b in found)
     assert bool(passes) == (share_of_norm in (0.5, 1.0, 1.0000001)), "a norm is taken for a millionth larger than it is"
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", cpu_attention.NAME])
+def test_a_row_of_padding_changes_nothing(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _register(cpu_attention.NAME, cpu_attention.attend)
+    monkeypatch.setattr("launcher.data.rows._SMALLEST_ROUNDED", 1)
+    monkeypatch.setattr("launcher.data.rows._ROUNDING", 1)
+    plain, padded = build_step("flat", kernel), build_step("flat", kernel)
+    padded._rows.is_rounded = True
+    lengths: list[int] = []
+    embeddings = padded.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, given, _: lengths.append(given[0].shape[1]))
+    sums, others = plain.run(0), padded.run(0)
+    assert all(length % 8 == 0 for length in lengths) and len(lengths) == 4
+    assert (sums.num_tokens, sums.num_labelled) == (others.num_tokens, others.num_labelled)
+    assert sums.num_tokens < sum(lengths)
+    assert math.isclose(sums.loss_sum, others.loss_sum, rel_tol=1e-6)
+    for a, b in zip(plain.model.parameters(), padded.model.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max()
 
 
 def test_a_step_trains_whatever_mode_it_finds_the_model_in() -> None:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from launcher.base.targets import targets_of
 from launcher.data import Data, TokenRows, collate
 from launcher.data.packing import PackPlan, Packs, Placements
+from launcher.data.rows import rounded
 
 TEXTS = ["a", "bcd" * 3, "efg hij" * 2, "k", "lmno" * 3, "pq", "rstuvw" * 2, "xyz"]
 
@@ -279,3 +280,36 @@ def test_targets_are_the_labels_of_the_next_position(shape: tuple[int, int], sha
         (place, token) for place, token in wanted if token != -100
     ], "the first of a row has no position before it, whatever its label"
     assert found.positions.dtype == found.tokens.dtype == torch.int64
+
+
+# ------------------------------------------------------------------- lengths
+
+
+def test_flat_batches_have_few_lengths_and_little_padding() -> None:
+    lengths = range(1, 8193)
+    found = [rounded(length) for length in lengths]
+    assert found[:255] == list(lengths[:255])
+    assert all(0 <= padded - length <= length / 32 for padded, length in zip(found, lengths, strict=True))
+    assert all(padded % 8 == 0 for padded in found[255:])
+    assert len(set(found[1023:2047])) <= 33 and [rounded(n) for n in (1986, 2028, 2048, 2049)] == [
+        2048,
+        2048,
+        2048,
+        2112,
+    ]
+
+
+def test_a_rounded_batch_ends_with_a_row_of_padding(
+    make_rows: Callable[..., TokenRows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.data.rows.rounded", lambda length: length + 5)
+    rows = make_rows()
+    rows.is_flat = True
+    plain = collate(rows, np.array([0, 5, 7]), 256)
+    rows.is_rounded = True
+    batch, size = collate(rows, np.array([0, 5, 7]), 256), plain["input_ids"].shape[1]
+    assert all(torch.equal(batch[name][:, :size], plain[name]) for name in ("input_ids", "labels", "position_ids"))
+    assert [batch[name][0, size:].tolist() for name in ("input_ids", "labels", "position_ids")] == [
+        [256] * 5, [-100] * 5, list(range(5))
+    ]  # fmt: skip
+    assert batch["cu_seq_lens_q"].tolist() == [*plain["cu_seq_lens_q"].tolist(), size + 5]
