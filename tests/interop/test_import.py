@@ -17,6 +17,7 @@ from launcher.base.errors import DamagedCheckpointError, LauncherError, ResumeEr
 from launcher.base.files import read_json
 from launcher.base.paths import RunPaths
 from launcher.saving.interop.importing import import_checkpoint, import_notices
+from launcher.saving.interop.pickles import ZeroStage, load_pickle
 from launcher.saving.interop.zero_shards import shards_dir
 from tests.interop.folders import STEP, config_of, write_trainer_folder, write_zero2_folder
 
@@ -324,3 +325,26 @@ def test_refused_when_more_is_claimed_than_is_stored(source: Path, run: RunPaths
     with pytest.raises(LauncherError, match=message):
         do_import(source, run)
     assert not run.checkpoint_dir(STEP).exists() and not run.temporary_dir(STEP).exists()
+
+
+class _ByName:
+    """Pickled as a member of an enumeration is by Python 3.11.2, Debian 12's own."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._owner, self._name)
+
+
+def test_stages_are_read_as_every_python_pickles_them(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    file = tmp_path / "a.pt"
+    torch.save({"by value": ZeroStageEnum(2), "by name": _ByName(ZeroStageEnum, "weights")}, file)
+    assert load_pickle(file) == {"by value": 2, "by name": 3}
+    assert set(ZeroStageEnum.__members__) - {"max_stage"} == set(ZeroStage.__members__)
+    for owner, name in ((ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), ("", "format"), (torch.Size, "count")):
+        torch.save(_ByName(owner, name), file)
+        with pytest.raises(ResumeError, match="is refused, nothing in it was executed"):
+            load_pickle(file)
