@@ -110,7 +110,7 @@ def _rank(pid: int, table: dict[int, tuple[str, int]]) -> int | None:
 def _trains(pid: int) -> bool:
     """`python … -m launcher.train`; `accelerate launch` names that module too, after its own."""
     words = _argv(pid)
-    return b"-m" in words and words[words.index(b"-m") + 1] == b"launcher.train"
+    return b"-m" in words and words[words.index(b"-m") + 1 :][:1] == [b"launcher.train"]
 
 
 def _argv(pid: int) -> list[bytes]:

@@ -128,16 +128,20 @@ class RowLengths:
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
-def rounded(num_tokens: int) -> int:
+def rounded(num_tokens: int, longest: int) -> int:
     """The length of a flat batch of so many tokens: the next multiple of 256, or of the largest smaller power of two,
     that is longer by a 32nd at most. Short ones stay as they are.
 
     A library that makes code for every shape it meets keeps all of it, and products of whole blocks are faster.
+
+    Args:
+        longest: tokens of its longest row. A row of padding may not be longer: the model may have no such position.
     """
     if num_tokens < _SMALLEST_ROUNDED:
         return num_tokens
+    most = min(num_tokens // _ROUNDING, longest)
     lengths = (-(-num_tokens // step) * step for step in _STEPS)
-    return next(length for length in lengths if _ROUNDING * (length - num_tokens) <= num_tokens)
+    return next((length for length in lengths if length - num_tokens <= most), num_tokens)
 
 
 def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, An
         samples = [[segment for sample in samples for segment in sample]]
     length = num_tokens = max((sum(len(tokens) for tokens, _ in sample) for sample in samples), default=_EMPTY_LENGTH)
     if rows.is_flat and rows.is_rounded:
-        length = rounded(num_tokens)
+        length = rounded(num_tokens, max((len(tokens) for sample in samples for tokens, _ in sample), default=0))
     shape = (max(1, len(samples)), length)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, NO_LOSS, dtype=np.int64)

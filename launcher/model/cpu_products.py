@@ -89,8 +89,8 @@ def align_weights(model: nn.Module, device: torch.device, *, only_trained: bool)
     if device.type != "cpu":
         return
     for tensor in (*model.parameters(), *model.buffers()):
-        is_loaded = tensor.requires_grad or not only_trained
-        if is_loaded and tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+        is_meant = (tensor.requires_grad or not only_trained) and tensor.layout is torch.strided
+        if is_meant and tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
             tensor.data = tensor.data.clone()
 
 

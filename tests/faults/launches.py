@@ -64,7 +64,7 @@ class Launch:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 rank = [v.partition(b"=")[2] for v in variables if v.startswith(b"RANK=")]
-                if rank and b"-m" in words and words[words.index(b"-m") + 1] == b"launcher.train":
+                if rank and b"-m" in words and words[words.index(b"-m") + 1 :][:1] == [b"launcher.train"]:
                     found[int(rank[0])] = pid
         return [found[rank] for rank in sorted(found)]
 

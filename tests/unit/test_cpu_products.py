@@ -194,6 +194,7 @@ def test_weights_begin_where_torchs_own_do(only_trained: bool) -> None:
     layer.weight.data, layer.bias.data = memory[2:1652].view(33, 50), memory[1701:1734]
     layer.bias.requires_grad_(False)
     layer.register_buffer("more", memory[1803:1900])
+    layer.register_buffer("sparse", torch.eye(3).to_sparse(), persistent=False)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     weight, bias = layer.weight, layer.bias
     align_weights(layer, _CPU, only_trained=only_trained)

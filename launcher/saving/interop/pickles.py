@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
 import pickle
 import warnings
@@ -26,20 +25,16 @@ class LossScaler:
     """Stands in for DeepSpeed's loss scalers; only plain numbers are taken from it."""
 
 
-class ZeroStage(enum.IntEnum):
-    """Stands in for DeepSpeed's `ZeroStageEnum`."""
-
-    disabled = 0
-    optimizer_states = 1
-    gradients = 2
-    weights = 3
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+"""The members of DeepSpeed's `ZeroStageEnum`."""
 
 
-def _named_stage(owner: Any, name: Any) -> ZeroStage:
+def _stage_by_name(*given: Any) -> int:
     """Stands in for `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of an enumeration."""
-    if owner is not ZeroStage or name not in ZeroStage.__members__:
-        raise pickle.UnpicklingError("builtins.getattr of something else than a stage of ZeRO")
-    return ZeroStage[name]
+    match given:
+        case (owner, str(name)) if owner is int and name in _STAGES:
+            return _STAGES[name]
+    raise pickle.UnpicklingError("builtins.getattr of something else than a stage of ZeRO")
 
 
 # What a pickle may name, beside tensors and plain containers. Stand-ins of our own, so that DeepSpeed is not imported
@@ -48,8 +43,8 @@ _ALLOWED: list[Any] = [
     (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_named_stage, "builtins.getattr"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_stage_by_name, "builtins.getattr"),
 ]
 
 

@@ -287,11 +287,11 @@ def test_targets_are_the_labels_of_the_next_position(shape: tuple[int, int], sha
 
 def test_flat_batches_have_few_lengths_and_little_padding() -> None:
     lengths = range(1, 8193)
-    found = [rounded(length) for length in lengths]
+    found = [rounded(length, 4096) for length in lengths]
     assert found[:255] == list(lengths[:255])
     assert all(0 <= padded - length <= length / 32 for padded, length in zip(found, lengths, strict=True))
     assert all(padded % 8 == 0 for padded in found[255:])
-    assert len(set(found[1023:2047])) <= 33 and [rounded(n) for n in (1986, 2028, 2048, 2049)] == [
+    assert len(set(found[1023:2047])) <= 33 and [rounded(n, 512) for n in (1986, 2028, 2048, 2049)] == [
         2048,
         2048,
         2048,
@@ -299,10 +299,15 @@ def test_flat_batches_have_few_lengths_and_little_padding() -> None:
     ]
 
 
+def test_padding_is_no_longer_than_the_longest_row() -> None:
+    """A table of 128 positions has no 155th, and rotary positions that change with the length change for all rows."""
+    assert [rounded(9829, longest) for longest in (512, 155, 154, 50, 2)] == [9984, 9984, 9856, 9856, 9829]
+
+
 def test_a_rounded_batch_ends_with_a_row_of_padding(
     make_rows: Callable[..., TokenRows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.data.rows.rounded", lambda length: length + 5)
+    monkeypatch.setattr("launcher.data.rows.rounded", lambda length, longest: length + 5)
     rows = make_rows()
     rows.is_flat = True
     plain = collate(rows, np.array([0, 5, 7]), 256)
