@@ -46,7 +46,7 @@ def test_stopped_processes_are_told_and_a_request_to_stop_lets_them_go_on(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(stopped.time, "monotonic", lambda: clock[0])
-    with _child("launcher.train") as rank, _child("other") as other:
+    with _child("-m", "launcher.train") as rank, _child("other") as other:
         watched = StoppedProcesses(os.getpid(), 30.0)
 
         def look(at_s: float, *, is_stop_asked: bool = False) -> bool:

@@ -40,7 +40,7 @@ _NOT_SMALL = 28
 class Rows:
     """Rows of different lengths, all but the first two tokens labelled; as `data.TokenRows` gives them."""
 
-    is_packed = False
+    is_packed = is_rounded = False
 
     def __init__(self, *, is_flat: bool) -> None:
         self.is_flat = is_flat
