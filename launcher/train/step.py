@@ -58,6 +58,7 @@ class TrainStep:
         self._loss, self._before_update = loss, before_update
         self._router_coefficient = router_coefficient(model)
         self._base = getattr(model, "module", model)
+        model.train()
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def epoch_after(self, step: int) -> float:
