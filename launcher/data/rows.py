@@ -161,9 +161,12 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, An
     samples = [rows.segments(int(i)) for i in ids]
     if rows.is_flat and samples:
         samples = [[segment for sample in samples for segment in sample]]
-    length = num_tokens = max((sum(len(tokens) for tokens, _ in sample) for sample in samples), default=_EMPTY_LENGTH)
-    if rows.is_flat and rows.is_rounded:
-        length = rounded(num_tokens, max((len(tokens) for sample in samples for tokens, _ in sample), default=0))
+    length = max((sum(len(tokens) for tokens, _ in sample) for sample in samples), default=_EMPTY_LENGTH)
+    if rows.is_flat:
+        lengths = [len(tokens) for sample in samples for tokens, _ in sample] or [_EMPTY_LENGTH]
+        if rows.is_rounded and (padding := rounded(length, max(lengths)) - length):
+            lengths.append(padding)
+        length = sum(lengths)
     shape = (max(1, len(samples)), length)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, NO_LOSS, dtype=np.int64)
@@ -188,8 +191,6 @@ def collate(rows: TokenRows, ids: np.ndarray, pad_token_id: int) -> dict[str, An
     batch |= {"position_ids": positions} if has_positions else {"attention_mask": attention_mask}
     found: dict[str, Any] = {name: torch.from_numpy(value) for name, value in batch.items()}
     if rows.is_flat:
-        lengths = [len(tokens) for sample in samples for tokens, _ in sample] or [_EMPTY_LENGTH]
-        lengths += [length - num_tokens] if length > num_tokens else []
         borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         found |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
         found |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}

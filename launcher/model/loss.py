@@ -80,7 +80,5 @@ def router_coefficient(model: nn.Module) -> float:
 
 def takes_padding(model: nn.Module, device: torch.device) -> bool:
     """Whether a row of padding helps and changes nothing: a router loss is a mean over all tokens."""
-    has_router_loss = router_coefficient(model) or getattr(
-        getattr(model, "module", model).config, "output_router_logits", False
-    )
-    return device.type == "cpu" and not has_router_loss
+    asks_for_it = getattr(getattr(model, "module", model).config, "output_router_logits", False)
+    return device.type == "cpu" and not (asks_for_it or router_coefficient(model))
