@@ -119,7 +119,7 @@ def ours(work_dir: Path, strategy: str, folder: Path, step: int) -> dict[str, fl
         ],
         folder.parent / f"{folder.name}.log",
     )  # fmt: skip
-    agent = start.wait_for(lambda: start.has_child("launcher.agent.accelerate_launch", str(folder)))
+    agent = start.wait_for(lambda: start.has_child("launcher.train.accelerate_launch", str(folder)))
     ranks = start.wait_for(lambda: start.has_child("launcher.train", str(folder), " -u "))
     total = start.wait_for(lambda: any(line.get("step", 0) > step for line in _lines(metrics)))
     events = {line["event"]: line["t"] - start.began for line in _lines(timeline, before)}
