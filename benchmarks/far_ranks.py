@@ -20,14 +20,16 @@ def line(step: int) -> dict[str, Any]:
 def main() -> None:
     spec = read_spec()
     run = build_product(spec["settings"])
+    from launcher.saving.log_history import LogHistory
     from launcher.train import loop
 
     if spec["kind"] == "save":
         loop.train(run)  # the optimizer has its states then
         progress = run.state.progress
         progress.step = spec["step"]
-        progress.log_history = [line(step) for step in range(10, spec["step"] + 1, 10)]
-        text = "".join(json.dumps(entry) + "\n" for entry in progress.log_history)
+        lines = [line(step) for step in range(10, spec["step"] + 1, 10)]
+        progress.log_history = LogHistory(lines)
+        text = "".join(json.dumps(entry) + "\n" for entry in lines)
         (Path(spec["settings"]["output_dir"]) / "metrics.jsonl").write_text(text)
         run.saver.save()
         run.saver.wait()

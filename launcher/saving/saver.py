@@ -140,7 +140,7 @@ class Saver:
         Collective."""
         p, key = self._state.progress, self._config.checkpoint.metric_key
         before, kept = (p.best_step, p.best_metric), set(self._processes.on_main(lambda: our_steps(self._paths)))
-        measured = {line["step"]: line.get(key) for line in p.log_history if "eval_loss" in line}
+        measured = {line["step"]: line.get(key) for line in p.log_history.evaluations}
         if p.best_step in measured and measured[p.best_step] != p.best_metric:
             p.best_metric = p.best_step = None
         for step, metric in measured.items():

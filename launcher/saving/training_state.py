@@ -26,10 +26,9 @@ from launcher.config.settings import RunConfig
 from launcher.model.build import saved_dtype, weights_stem
 from launcher.model.optim import Schedule
 from launcher.model.vocabulary import NewRows
+from launcher.saving.log_history import LogHistory
 
 STATE_VERSION = 1
-_BEFORE, _BETWEEN, _AFTER = '\n "log_history": [\n  ', ",\n  ", "\n ]\n}\n"
-"""Of the history's lines in trainer_state.json."""
 
 
 @dataclass
@@ -56,7 +55,7 @@ class ProgressState:
     """First and last of the steps that rollbacks left out."""
     best_metric: float | None = None
     best_step: int | None = None
-    log_history: list[dict[str, Any]] = field(default_factory=list)
+    log_history: LogHistory = field(default_factory=LogHistory)
 
 
 class TrainingState:
@@ -75,7 +74,6 @@ class TrainingState:
         self.origin: str | None = None  # origin_id of the explicit path that this run started from
         self.trained: TrainedState = collect(model, optimizer, rank=processes.rank, world_size=processes.world_size)
         self._groups = GroupState(self.trained.optimizer)
-        self._encoded_history: list[str] = []
         self._planned: tuple[object, SnapshotPlan] | None = None
 
     def judge_anew(self) -> None:
@@ -120,7 +118,7 @@ class TrainingState:
                 own["optimizer_groups"] = moved
             texts[f"state/rng-{self._processes.rank:05d}.json"] = json.dumps(own)
         if self._processes.is_main:
-            texts["trainer_state.json"] = self._trainer_state_text()
+            texts["trainer_state.json"] = self.progress.log_history.written_with(self._trainer_state())
             if not self._config.checkpoint.save_only_model:
                 texts["state/state.json"] = to_text(self._state())
         return texts
@@ -175,16 +173,6 @@ class TrainingState:
     def _optimizer_inner(self) -> Any:
         return getattr(self._optimizer, "optimizer", self._optimizer)
 
-    def _trainer_state_text(self) -> str:
-        """Encodes only the history's new lines: a long run's history takes longer to encode than the state to copy."""
-        history = self.progress.log_history
-        if len(self._encoded_history) > len(history):
-            self._encoded_history = []
-        self._encoded_history += [json.dumps(line) for line in history[len(self._encoded_history) :]]
-        head = json.dumps(self._trainer_state(), indent=1).removesuffix("\n}")
-        lines = _BETWEEN.join(self._encoded_history)
-        return f"{head},{_BEFORE}{lines}{_AFTER}"
-
     def _trainer_state(self) -> dict[str, Any]:
         """transformers' schema, so that its tools read it; without log_history."""
         p, config = self.progress, self._config
@@ -226,11 +214,9 @@ class TrainingState:
         self._load_scaler(state["scaler"])
         self._schedule.load(state["scheduler"], state["step"])
         text = files.read_text(path.trainer_state, files.MAX_HISTORY_BYTES, within=folder)
-        history = files.parse_json(text).get("log_history", [])
-        self._encoded_history = _encoded(text, history)
-        self.progress = ProgressState(**state["progress"], log_history=history)
-        if self.progress.step != state["step"] or not isinstance(history, list):
-            raise ValueError("its progress is of another step, or its history is no list")
+        self.progress = ProgressState(**state["progress"], log_history=LogHistory.read(text))
+        if self.progress.step != state["step"]:
+            raise ValueError("its progress is of another step")
         rng_path = path.state_dir / f"rng-{self._processes.rank:05d}.json"
         is_saved = rng_path.relative_to(folder).as_posix() in listed
         if is_saved and state["world_size"] == self._processes.world_size:
@@ -247,9 +233,3 @@ class TrainingState:
             self._scaler.load_state_dict(state)
         elif loss_scaler is not None:
             vars(loss_scaler).update({k: v for k, v in state.items() if k in vars(loss_scaler)})
-
-
-def _encoded(text: str, history: list[Any]) -> list[str]:
-    """The lines of a history as they stand in a trainer_state.json of ours; none where it is of another form."""
-    lines = text.partition(_BEFORE)[2].removesuffix(_AFTER).split(_BETWEEN)
-    return lines if len(lines) == len(history) else []

@@ -75,7 +75,7 @@ class Background:
         with contextlib.suppress(OSError):  # then no result can be written, and that is told
             files.make_dirs(self._paths.evaluations_dir, within=self._paths.root)
         evaluations.remove_beyond(self._paths, step if self._saver.saved_step else -1)
-        known = {line["step"] for line in self._state.progress.log_history if "eval_loss" in line}
+        known = {line["step"] for line in self._state.progress.log_history.evaluations}
         found = [
             e for s in evaluations.steps(self._paths) if s not in known and (e := evaluations.read(self._paths, s))
         ]

@@ -148,8 +148,7 @@ def judge_the_rest(run: Run) -> str | None:
 def rehearse(run: Run) -> None:
     """Tries the metric out on a few rows, until something has been evaluated; not what evaluates in the background,
     where it fails without harm. Collective."""
-    is_known = any("eval_loss" in line for line in run.state.progress.log_history)
-    if not run.evaluator.is_on or is_known or run.background.is_on:
+    if not run.evaluator.is_on or run.state.progress.log_history.evaluations or run.background.is_on:
         return
     with run.recorder.during("evaluation"):
         run.evaluator.try_metric()
@@ -162,8 +161,8 @@ def catch_up(run: Run) -> None:
     run.background.begin()
     if run.background.is_on:
         return
-    history = run.state.progress.log_history
-    if not run.step or any(line.get("step") == run.step and "eval_loss" in line for line in history[-3:]):
+    evaluations = run.state.progress.log_history.evaluations
+    if not run.step or any(line["step"] == run.step for line in evaluations):
         return
     maybe_evaluate(run)
     run.saver.made_up_for()

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.base.paths import RunPaths
 from launcher.config.settings import RunConfig
+from launcher.saving.log_history import LogHistory
 from launcher.saving.save_schedule import SaveSchedule
 from launcher.saving.saver import Saver
 from launcher.saving.training_state import ProgressState
@@ -38,7 +39,7 @@ def run_at(step: int, history: list[dict[str, Any]]) -> Any:
     EVALUATIONS.clear()
     config = RunConfig()
     config.eval.eval_strategy, config.eval.eval_steps, config.checkpoint.save_steps = "steps", 5, 10
-    progress = ProgressState(step=step, best_metric=3.0, best_step=10, log_history=history)
+    progress = ProgressState(step=step, best_metric=3.0, best_step=10, log_history=LogHistory(history))
     state: Any = SimpleNamespace(progress=progress, step=step)
     unused: Any = None
     saver = Saver(
@@ -132,9 +133,12 @@ def test_evaluation_by_the_clock_comes_at_the_same_step_when_the_run_was_stopped
     """Starts of less than an interval add up; the hours between them do not count."""
     clock, evaluated = Clock(), list[int]()
     monkeypatch.setattr(loop, "time", clock)
-    progress = ProgressState(step=1, log_history=[{"step": 1, "eval_loss": 3.0}])
+    progress = ProgressState(step=1, log_history=LogHistory([{"step": 1, "eval_loss": 3.0}]))
     for _ in range(num_starts):
-        stored = json.loads(json.dumps(vars(progress)))  # as a checkpoint holds it
+        stored = {
+            **json.loads(json.dumps({**vars(progress), "log_history": None})),
+            "log_history": progress.log_history,
+        }
         progress = trained(clock, ProgressState(**stored), 18 // num_starts, 10.0)
         evaluated += EVALUATIONS
         clock.now += 7200.0
@@ -147,5 +151,10 @@ def test_evaluation_by_the_clock_comes_after_the_next_step_when_a_stop_left_it_o
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(loop, "time", clock)
-    trained(clock, ProgressState(step=7, seconds_since_eval=60.0, log_history=[{"step": 1, "eval_loss": 3.0}]), 2, 10.0)
+    trained(
+        clock,
+        ProgressState(step=7, seconds_since_eval=60.0, log_history=LogHistory([{"step": 1, "eval_loss": 3.0}])),
+        2,
+        10.0,
+    )
     assert EVALUATIONS == [8]

@@ -12,7 +12,8 @@ from launcher.base import files, json_lines, manifest
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
 from launcher.checkpoint import resume, retention
-from launcher.saving.training_state import _AFTER, _BEFORE, _BETWEEN, _encoded
+from launcher.saving import log_history
+from launcher.saving.log_history import LogHistory
 from launcher.sweep.runs import read_run
 from launcher.train.metrics import MetricsFile
 
@@ -30,6 +31,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return plain(data)
 
     monkeypatch.setattr(json_lines, "parse_json", parse)
+    monkeypatch.setattr(log_history, "parse_json", parse)
     return given
 
 
@@ -61,14 +63,43 @@ def test_lines_of_another_form_are_kept_or_left_out_as_they_always_were(tmp_path
     assert list(json_lines.read(path)) == expected
 
 
-def test_history_is_not_encoded_again_when_a_run_resumes() -> None:
-    history = [_line(step) for step in range(3)] + [{"text": 'a,\n  "b"', "step": 4}]
-    text = f"{{{_BEFORE}{_BETWEEN.join(map(json.dumps, history))}{_AFTER}"
-    assert json.loads(text) == {"log_history": history}
-    assert list(map(json.loads, _encoded(text, history))) == history
-    other = json.dumps({"log_history": history}, indent=2)  # of another tool
-    assert _encoded(other, history) == []
-    assert _encoded('{"log_history": []}', []) == []
+def test_history_of_earlier_starts_is_neither_parsed_nor_encoded_again(parsed: list[Any]) -> None:
+    history = [_line(step) for step in range(NUM_LINES)] + [{"text": 'a,\n  "b": {}, "eval_loss"', "step": NUM_LINES}]
+    history[3:3] = [{"step": 2, "eval_loss": 2.5}, {"step": 1, "eval_loss": None}]  # the second was told later
+    for written in (3, len(history)):  # in two starts
+        state = {"global_step": 7, "best": {"a": [1]}}
+        text = LogHistory(history[:written]).written_with(state)
+        found = LogHistory.read(text)
+        assert json.loads(text) == {**state, "log_history": history[:written]}
+        for line in history[written:]:
+            found.append(line)
+        assert json.loads(found.written_with(state)) == {**state, "log_history": history}
+        assert found.evaluations == history[3:5]
+    assert len(parsed) == 2, "only the two evaluations that had been written"
+
+
+@pytest.mark.parametrize("indent", [None, 1, 2, 4])
+def test_history_of_another_tool_is_read_in_full(indent: int | None) -> None:
+    lines = [{"step": 1, "loss": 1.5}, {"eval_loss": 2.5, "step": 1}, {"eval_loss": 2.0}, {"train_runtime": 3.0}]
+    found = LogHistory.read(json.dumps({"log_history": lines, "log_level": 1}, indent=indent))
+    assert json.loads(found.written_with({"a": 1})) == {"a": 1, "log_history": lines}
+    assert found.evaluations == [lines[1]]
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1}], [{"step": 1, "eval_loss": 1}, {"step": 2}]])
+def test_history_of_few_lines(lines: list[dict[str, Any]]) -> None:
+    found = LogHistory.read(LogHistory(lines).written_with({"a": 1}))
+    assert json.loads(found.written_with({"a": 1})) == {"a": 1, "log_history": lines}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "7", '{"log_history": 7}', '{"log_history": [1]}', '{"log_history": [null]}',
+             '{\n "log_history": [\n  {"step": 1, "eval_loss": }\n ]\n}\n',
+             '{\n "log_history": [\n  {"step": 1,\n  {"step": 2}\n ]\n}\n', "[" * 10**6],
+)  # fmt: skip
+def test_nonsense_in_the_place_of_a_history_has_one_kind_of_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        LogHistory.read(text)
 
 
 @pytest.fixture
