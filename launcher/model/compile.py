@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 
 from launcher.base.errors import ConfigError
@@ -17,6 +18,9 @@ from launcher.model.packing_check import borders_of
 _LENGTH = 96
 """Tokens of a row that is compiled for. The compiler takes its choices by the first lengths that it sees, so they must
 be the same at every start, or a continued run would round in another order."""
+_GRAPHS_OF_A_LAYER = 4
+"""Compilations that one may need: its first inputs want no gradient, rows have padding or none. The compiler gives up
+after eight of a function, in silence, and a model whose layers all differ has one for each of them."""
 
 
 def check_compiler(device: torch.device) -> None:
@@ -72,6 +76,9 @@ def compile_layers(config: RunConfig, model: Any, accelerator: Any, *, is_flat: 
         raise ConfigError(
             [f"train.torch_compile=true: {base.config.model_type} names no layers. Set train.torch_compile=false"]
         )
+    limit, before = _GRAPHS_OF_A_LAYER * len(layers), _num_graphs()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, limit)
     for layer in layers:
         layer.compile(dynamic=True)
     model.train()
@@ -80,7 +87,13 @@ def compile_layers(config: RunConfig, model: Any, accelerator: Any, *, is_flat: 
             inner(**_inputs(lengths, accelerator.device, is_flat=is_flat), use_cache=False)
     model.train(was_training)
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-    return f"compiled {len(layers)} layers ({kinds}) in {time.monotonic() - started:.0f} s; later starts use the cache"
+    num_graphs, took_s = _num_graphs() - before, time.monotonic() - started
+    graphs = f"{num_graphs} graph{'s' if num_graphs != 1 else ''}"
+    return f"compiled {len(layers)} layers ({kinds}) as {graphs} in {took_s:.0f} s; later starts use the cache"
+
+
+def _num_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def uncompiled(config: RunConfig) -> contextlib.AbstractContextManager[None]:

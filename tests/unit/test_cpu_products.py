@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from launcher.model import cpu_products
 from launcher.model.cpu_products import align_weights, linear, outer, use_fast_products
@@ -131,21 +132,35 @@ def test_other_devices_keep_their_own() -> None:
     assert "forward" not in vars(layer)
 
 
-def test_compiled_layers_are_the_compilers(monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, ...]]) -> None:
-    """Traced whole, for any length. Symbolic lengths have no blocks."""
-    monkeypatch.undo()
-    monkeypatch.setattr(cpu_products, "is_faster", functools.cache(lambda: torch.backends.mkl.is_available() or True))
+def test_layers_share_one_compilation_for_all_lengths(shapes: list[tuple[int, ...]]) -> None:
+    """More of them than the compiler's limit of 8, beyond which it would leave the rest as they are, in silence."""
+    torch._dynamo.reset()
+    counters.clear()
     torch.manual_seed(0)
-    layer = nn.Linear(300, 200)
-    exact = copy.deepcopy(layer).double()
+    layers = nn.ModuleList(nn.Linear(30, 20, bias=True) for _ in range(12))
+    exact = copy.deepcopy(layers).double()
+    use_fast_products(layers, _CPU)
+    for layer in layers:
+        layer.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    for length in (7, 51, 519):
+        shapes.clear()
+        for layer, its_exact in zip(layers, exact, strict=True):
+            given, weight = torch.randn(2, length, 30, requires_grad=True), torch.randn(2, length, 20)
+            found = gradients(layer, given, weight)
+            expected = gradients(its_exact, given.detach().double().requires_grad_(), weight.double())
+            assert all(is_close(*pair) for pair in zip(found, expected, strict=True))
+        assert (2 * length >= 16) == bool(shapes), "its blocks are those of the length that it has"
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_compiled_layers_multiply_as_ever_where_it_is_not_faster(shapes: list[tuple[int, ...]]) -> None:
+    layer = nn.Linear(30, 20)
     use_fast_products(layer, _CPU)
-    assert "forward" in vars(layer)
     layer.compile(dynamic=True, fullgraph=True, backend="aot_eager")
-    for length in (7, 519):
-        given = torch.randn(1, length, 300, requires_grad=True)
-        found = gradients(layer, given, torch.ones(1, length, 200))
-        expected = gradients(exact, given.detach().double().requires_grad_(), torch.ones(1, length, 200).double())
-        assert all(is_close(*pair) for pair in zip(found, expected, strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(40, 30)).dtype == torch.bfloat16
+    assert layer.to(torch.bfloat16)(torch.randn(40, 30, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert not shapes
 
 
 def test_same_bits_at_every_call() -> None:
