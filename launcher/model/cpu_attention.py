@@ -107,32 +107,31 @@ def _of_rows(
         output.zero_()  # padding
     for index, first, low, end in _blocks(rows, window):
         probs, _ = _probabilities(query[index, :, low:end], key[index, :, first:end], scale, cap, window)
-        mixed = torch.bmm(probs.to(value.dtype), value[index, :, first:end])
+        mixed = torch.bmm(probs, value[index, :, first:end])
         by_head[index, :, low:end] = mixed.view(heads, end - low, -1)
     return output
 
 
 @torch.library.custom_op("launcher::cpu_attention_backward", mutates_args=())
 def _of_rows_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, mask: Tensor | None,
-    borders: Tensor | None, scale: float, cap: float | None, window: int | None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, borders: Tensor | None, scale: float,
+    cap: float | None, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, key_heads = _rows(query.shape[0], query.shape[2], mask, borders), key.shape[1]
-    grad, output = grad.transpose(1, 2), output.transpose(1, 2)
+    grad = grad.transpose(1, 2)
     grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for index, first, low, end in _blocks(rows, window):
         at, keys = (index, slice(None), slice(low, end)), (index, slice(None), slice(first, end))
         stacked = query[at].reshape(key_heads, -1, query.shape[-1])
         probs, slope = _probabilities(query[at], key[keys], scale, cap, window)
         out = grad[at].reshape(key_heads, -1, grad.shape[-1])
-        mean = (out.float() * output[at].reshape(out.shape)).sum(-1, keepdim=True)
-        grad_value[keys] += torch.bmm(probs.to(out.dtype).transpose(1, 2), out)
-        scores = torch.bmm(out, value[keys].transpose(1, 2)).float().sub_(mean).mul_(probs).mul_(scale)
+        grad_value[keys] += torch.bmm(probs.transpose(1, 2), out)
+        of_probs = torch.bmm(out, value[keys].transpose(1, 2))
+        scores = torch._softmax_backward_data(of_probs, probs, -1, probs.dtype)
         if slope is not None:
-            scores.mul_(slope)
-        scores = scores.to(query.dtype)
-        grad_query[at] = torch.bmm(scores, key[keys]).view(grad_query[at].shape)
-        grad_key[keys] += torch.bmm(scores.transpose(1, 2), stacked)
+            scores = slope.mul_(scores).to(scores.dtype)
+        grad_query[at] = torch.bmm(scores, key[keys]).mul_(scale).view(grad_query[at].shape)
+        grad_key[keys] += torch.bmm(scores.transpose(1, 2), stacked).mul_(scale)
     return grad_query, grad_key, grad_value
 
 
@@ -148,7 +147,7 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query, key, value, mask, borders, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, output, mask, borders)
+    ctx.save_for_backward(query, key, value, mask, borders)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,23 +188,22 @@ def _blocks(rows: list[Row], window: int | None) -> Iterator[tuple[int, int, int
 def _probabilities(
     query_HLD: Tensor, key_KSD: Tensor, scale: float, cap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The softmax of the last L queries over S keys, fp32, (K, G · L, S); with a cap also its derivative."""
+    """The softmax of the last L queries over S keys, (K, G · L, S); with a cap also its derivative, fp32."""
     heads, num_queries, size = query_HLD.shape
     key_heads, num_keys = key_KSD.shape[:2]
     stacked = query_HLD.reshape(key_heads, -1, size)
     unused = stacked.new_empty(1, 1, 1).expand(key_heads, stacked.shape[1], num_keys)
-    scores = torch.baddbmm(unused, stacked, key_KSD.transpose(1, 2), beta=0, alpha=scale).float()
+    scores = torch.baddbmm(unused, stacked, key_KSD.transpose(1, 2), beta=0, alpha=scale)
     slope = None
     if cap is not None:
-        tanh = scores.div_(cap).tanh_()
+        tanh = scores.float().div_(cap).tanh_()
         slope = 1.0 - tanh.square()
         scores = tanh.mul_(cap)
     each = scores.view(heads, num_queries, num_keys)
     offset = num_keys - num_queries  # of the first query among the keys
-    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=each.device).triu_(offset + 1)
     if window is not None and window < num_keys:
-        hidden |= torch.ones_like(hidden).tril_(offset - window)
-        each.masked_fill_(hidden, -torch.inf)
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=each.device).triu_(offset + 1)
+        each.masked_fill_(hidden.logical_or_(torch.ones_like(hidden).tril_(offset - window)), -torch.inf)
     else:
-        each[:, :, offset:].masked_fill_(hidden[:, offset:], -torch.inf)
-    return scores.softmax(-1), slope
+        each[:, :, offset:] += each.new_full((num_queries, num_queries), -torch.inf).triu_(1)
+    return scores.softmax(-1, dtype=torch.float32).to(query_HLD.dtype), slope
