@@ -99,14 +99,15 @@ def _of_rows(
 ) -> Tensor:  # fmt: skip
     """softmax(scale · Q Kᵀ) V, output_BTHD; one operator for the compiler. H query heads share K key heads: the G = H/K
     queries of a head are stacked."""
-    rows = _rows(query.shape[0], query.shape[2], mask, borders)
+    rows, key_heads = _rows(query.shape[0], query.shape[2], mask, borders), key.shape[1]
     batch, heads, length, _ = query.shape
     output = query.new_empty(batch, length, heads, value.shape[-1])
     by_head = output.transpose(1, 2)
     if sum(end - start for _, start, end in rows) < batch * length:
         output.zero_()  # padding
     for index, first, low, end in _blocks(rows, window):
-        probs, _ = _probabilities(query[index, :, low:end], key[index, :, first:end], scale, cap, window)
+        stacked = query[index, :, low:end].reshape(key_heads, -1, query.shape[-1])
+        probs, _ = _probabilities(stacked, key[index, :, first:end], end - low, scale, cap, window)
         mixed = torch.bmm(probs, value[index, :, first:end])
         by_head[index, :, low:end] = mixed.view(heads, end - low, -1)
     return output
@@ -123,7 +124,7 @@ def _of_rows_backward(
     for index, first, low, end in _blocks(rows, window):
         at, keys = (index, slice(None), slice(low, end)), (index, slice(None), slice(first, end))
         stacked = query[at].reshape(key_heads, -1, query.shape[-1])
-        probs, slope = _probabilities(query[at], key[keys], scale, cap, window)
+        probs, slope = _probabilities(stacked, key[keys], end - low, scale, cap, window)
         out = grad[at].reshape(key_heads, -1, grad.shape[-1])
         grad_value[keys] += torch.bmm(probs.transpose(1, 2), out)
         of_probs = torch.bmm(out, value[keys].transpose(1, 2))
@@ -186,24 +187,22 @@ def _blocks(rows: list[Row], window: int | None) -> Iterator[tuple[int, int, int
 
 
 def _probabilities(
-    query_HLD: Tensor, key_KSD: Tensor, scale: float, cap: float | None, window: int | None
+    stacked_KMD: Tensor, key_KSD: Tensor, num_queries: int, scale: float, cap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The softmax of the last L queries over S keys, (K, G · L, S); with a cap also its derivative, fp32."""
-    heads, num_queries, size = query_HLD.shape
-    key_heads, num_keys = key_KSD.shape[:2]
-    stacked = query_HLD.reshape(key_heads, -1, size)
-    unused = stacked.new_empty(1, 1, 1).expand(key_heads, stacked.shape[1], num_keys)
-    scores = torch.baddbmm(unused, stacked, key_KSD.transpose(1, 2), beta=0, alpha=scale)
+    """The softmax of the last L queries over S keys, (K, M, S) with M = G · L; with a cap also its derivative, fp32."""
+    num_keys = key_KSD.shape[1]
+    unused = stacked_KMD.new_empty(1, 1, 1).expand(*stacked_KMD.shape[:2], num_keys)
+    scores = torch.baddbmm(unused, stacked_KMD, key_KSD.transpose(1, 2), beta=0, alpha=scale)
     slope = None
     if cap is not None:
         tanh = scores.float().div_(cap).tanh_()
         slope = 1.0 - tanh.square()
         scores = tanh.mul_(cap)
-    each = scores.view(heads, num_queries, num_keys)
+    each = scores.view(-1, num_queries, num_keys)
     offset = num_keys - num_queries  # of the first query among the keys
     if window is not None and window < num_keys:
         hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=each.device).triu_(offset + 1)
         each.masked_fill_(hidden.logical_or_(torch.ones_like(hidden).tril_(offset - window)), -torch.inf)
     else:
         each[:, :, offset:] += each.new_full((num_queries, num_queries), -torch.inf).triu_(1)
-    return scores.softmax(-1, dtype=torch.float32).to(query_HLD.dtype), slope
+    return scores.softmax(-1, dtype=torch.float32).to(stacked_KMD.dtype), slope
