@@ -87,12 +87,14 @@ class Processes:
         """As `sum`, but the other processes are waited for in what it returns. Collective; no other may be between."""
         if self.world_size == 1:
             return lambda: list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
-        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        # Gathered and added up here: half the hops of gloo's all-reduce, which now and then stands still for 4 ms.
+        mine = torch.tensor(values, dtype=torch.float64)
+        each = torch.empty(self.world_size, len(values), dtype=torch.float64)
+        work = dist.all_gather(list(each.unbind()), mine, group=self._group, async_op=True)
 
         def wait() -> list[float]:
             work.wait()
-            return list(tensor.tolist())
+            return list(each.sum(0).tolist())
 
         return wait
 
