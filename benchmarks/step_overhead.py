@@ -40,7 +40,7 @@ def measure(work_dir: Path, is_quick: bool, num_cases: int) -> dict[str, Any]:
         folder.mkdir()
         spec = {
             "work_dir": str(folder), "settings": run_settings(folder / "run", model, "ddp", num_processes),
-            "num_blocks": 2 if is_quick else 40, "num_steps": 6 if model is MODEL else 10,
+            "num_blocks": 2 if is_quick else 20, "num_steps": 6 if model is MODEL else 30,
         }  # fmt: skip
         values = start_ranks("overhead_ranks", num_processes, spec)
         found["cases"].append({"model": name, "num_processes": num_processes, **values})

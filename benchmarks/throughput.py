@@ -3,8 +3,9 @@
     python -m benchmarks.throughput --model DIR [--pairs N] [--dtype float32 bfloat16] [--json FILE]
 
 DIR: a model with a chat template, such as `python -m benchmarks.smollm2 DIR` writes.
-Three duels: on equal packed batches with the Trainer, whose losses must be ours to 1e-4 in fp32; on the same chats with
-TRL as it ships, both at their defaults; and with TRL packing and keeping its activations. Both contenders are processes
+Four duels: on equal packed batches with the Trainer, whose losses must be ours to 1e-4 in fp32, once more with both
+compiled; on the same chats with TRL as it ships, both at their defaults; and with TRL packing and keeping its
+activations. Both contenders are processes
 of their own that stand still while the other makes its step; the first step of each warms up.
 """
 
@@ -48,6 +49,7 @@ def write_chats(path: Path) -> None:
 
 
 _TRL_OPTIONS = {"trl": {}, "trl-packed": {"packing": True, "gradient_checkpointing": False}}
+_PEERS = ["trainer", "trainer-compiled", *_TRL_OPTIONS]
 
 
 class Contender:
@@ -143,13 +145,17 @@ def duel(work_dir: Path, model: str, peer: str, dtype: str, pairs: int) -> dict[
             "train_files": [str(data)], "max_length": _MAX_LENGTH, "packing": peer != "trl",
             "cache_dir": str(work_dir / "cache"),
         },
-        "train": {"max_steps": 100_000, "train_batch_size": _BATCH, "per_device_train_batch_size": _BATCH},
+        "train": {
+            "max_steps": 100_000, "train_batch_size": _BATCH, "per_device_train_batch_size": _BATCH,
+            "torch_compile": peer == "trainer-compiled",
+        },
         "scheduler": {"lr_scheduler_type": "constant"}, "strategy": {"name": "single"}, "tracker": {"name": None},
         "optim": {"learning_rate": 5e-5}, "checkpoint": {"save_strategy": "no"},
     }  # fmt: skip
     spec = {
         "settings": settings, "work_dir": str(work_dir), "model": model, "data": str(data), "dtype": dtype,
         "batch": _BATCH, "max_length": _MAX_LENGTH, "trl": _TRL_OPTIONS.get(peer, {}),
+        "trainer": {"torch_compile": peer == "trainer-compiled"},
     }  # fmt: skip
     sides = {
         kind: Contender({**spec, "kind": kind.partition("-")[0]}, work_dir / f"{kind}-{dtype}.log")
@@ -183,7 +189,7 @@ def as_text(found: dict[str, Any]) -> str:
         ]
         off = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(case["ours"], case["peer_steps"], strict=True))
         peaks = " / ".join(f"{value / 2**30:.1f}" for value in case["peak_bytes"].values())
-        losses = f"{off:.1e}" if case["peer"] == "trainer" else "other rows"
+        losses = f"{off:.1e}" if case["peer"].startswith("trainer") else "other rows"
         rate = statistics.median(s["tokens"] / s["seconds"] for s in case["ours"][1:])
         has_peak = "matmul_flops" in case
         share = f"{rate * case['flops_per_token'] / case['matmul_flops']:.0%}" if has_peak else ""
@@ -200,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a folder with a model and a chat template")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--peer", nargs="+", default=["trainer", *_TRL_OPTIONS])
+    parser.add_argument("--peer", nargs="+", default=_PEERS, choices=_PEERS)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "records" / "throughput.json")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:

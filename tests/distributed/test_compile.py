@@ -83,7 +83,9 @@ def test_one_compilation_serves_all_lengths_and_layers(monkeypatch: pytest.Monke
     model.train()
     lengths = [(100,), (900, 30), (2000,), (33, 33, 5)]
     expected = [loss_and_gradients(model, is_flat=True, lengths=each) for each in lengths]
-    assert compiled(model, is_flat=attention.is_flat).startswith("compiled 10 layers (LlamaDecoderLayer) as 1 graph in ")
+    assert compiled(model, is_flat=attention.is_flat).startswith(
+        "compiled 10 layers (LlamaDecoderLayer) as 1 graph in "
+    )
     for each, (loss, gradients) in zip(lengths, expected, strict=True):
         found = loss_and_gradients(model, is_flat=True, lengths=each)
         assert found[0] == pytest.approx(loss, rel=1e-5)
