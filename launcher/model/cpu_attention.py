@@ -8,6 +8,7 @@ pass computes the scores again, as flash attention does (arXiv 2205.14135).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -131,8 +132,8 @@ def _of_rows_backward(
         scores = torch._softmax_backward_data(of_probs, probs, -1, probs.dtype)
         if slope is not None:
             scores = slope.mul_(scores).to(scores.dtype)
-        grad_query[at] = torch.bmm(scores, key[keys]).mul_(scale).view(grad_query[at].shape)
-        grad_key[keys] += torch.bmm(scores.transpose(1, 2), stacked).mul_(scale)
+        grad_query[at] = _scaled_product(scores, key[keys], scale).view(grad_query[at].shape)
+        grad_key[keys] += _scaled_product(scores.transpose(1, 2), stacked, scale)
     return grad_query, grad_key, grad_value
 
 
@@ -191,8 +192,7 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor | None]:
     """The softmax of the last L queries over S keys, (K, M, S) with M = G · L; with a cap also its derivative, fp32."""
     num_keys = key_KSD.shape[1]
-    unused = stacked_KMD.new_empty(1, 1, 1).expand(*stacked_KMD.shape[:2], num_keys)
-    scores = torch.baddbmm(unused, stacked_KMD, key_KSD.transpose(1, 2), beta=0, alpha=scale)
+    scores = _scaled_product(stacked_KMD, key_KSD.transpose(1, 2), scale)
     slope = None
     if cap is not None:
         tanh = scores.float().div_(cap).tanh_()
@@ -204,5 +204,17 @@ def _probabilities(
         hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=each.device).triu_(offset + 1)
         each.masked_fill_(hidden.logical_or_(torch.ones_like(hidden).tril_(offset - window)), -torch.inf)
     else:
-        each[:, :, offset:] += each.new_full((num_queries, num_queries), -torch.inf).triu_(1)
+        each[:, :, offset:].clamp_max_(_causal_limits(num_queries, each.dtype))
     return scores.softmax(-1, dtype=torch.float32).to(stacked_KMD.dtype), slope
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale · a @ b of each head; scaled before it is rounded, which fp16 needs."""
+    unused = a.new_empty(1, 1, 1).expand(*a.shape[:2], b.shape[2])
+    return torch.baddbmm(unused, a, b, beta=0, alpha=scale)
+
+
+@functools.cache
+def _causal_limits(size: int, dtype: torch.dtype) -> Tensor:
+    """What a score may be at most: -inf above the diagonal, where it may be anything, infinite in fp16."""
+    return torch.full((size, size), 2.0, dtype=dtype).tril_().sub_(1.0).mul_(torch.inf)

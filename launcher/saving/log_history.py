@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -39,13 +40,20 @@ class LogHistory:
         Raises:
             ValueError: it holds no history.
         """
+        with contextlib.suppress(ValueError):
+            return cls._read_ours(text)
+        state = parse_json(text)
+        found = state.get("log_history", []) if isinstance(state, dict) else None
+        if not isinstance(found, list) or not all(isinstance(line, dict) for line in found):
+            raise ValueError("its history is no list of what was logged")
+        return cls(found)
+
+    @classmethod
+    def _read_ours(cls, text: str) -> LogHistory:
         lines = text.partition(_BEFORE)[2].removesuffix(_AFTER)
-        if not _is_ours(lines):
-            state = parse_json(text)
-            found = state.get("log_history", []) if isinstance(state, dict) else None
-            if not isinstance(found, list) or not all(isinstance(line, dict) for line in found):
-                raise ValueError("its history is no list of what was logged")
-            return cls(found)
+        is_cut = lines[:1] == "{" and lines[-1:] == "}" and text.endswith(_AFTER)
+        if not is_cut or lines.count("\n") != lines.count("}" + _BETWEEN + "{"):
+            raise ValueError("not as `written_with` writes it")
         history = cls()
         history._texts = [lines]
         history.evaluations = list(_evaluations(lines))
@@ -54,10 +62,6 @@ class LogHistory:
 
 def _is_evaluation(line: dict[str, Any]) -> bool:
     return _EVALUATION in line and isinstance(line.get("step"), int)
-
-
-def _is_ours(lines: str) -> bool:
-    return lines[:1] == "{" and lines[-1:] == "}" and lines.count("\n") == lines.count("}" + _BETWEEN + "{")
 
 
 def _evaluations(lines: str) -> Iterator[dict[str, Any]]:

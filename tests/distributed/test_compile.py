@@ -69,7 +69,6 @@ def test_one_compilation_serves_all_lengths_and_layers(monkeypatch: pytest.Monke
 
     from launcher.model import cpu_products
     from launcher.model.cpu_products import use_fast_products
-
     from tests.unit.test_attention import build, loss_and_gradients, settle
     from tests.unit.test_compile import compiled
 

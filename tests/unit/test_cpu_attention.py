@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -63,6 +64,29 @@ def test_rows_of_a_pack_are_kept_apart_when_borders_are_given(dtype: torch.dtype
     found, _ = attend(nn.Module(), *tensors, None, cu_seq_lens_q=borders, cu_seq_lens_k=borders)
     rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
     compare(found, plain(*tensors, rows), tensors, tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_scores_that_nobody_sees_may_overflow(window: int | None) -> None:
+    """In fp16 that is 65,504: query 0 with key 5, which comes after it."""
+    tensors = inputs(1, 9, torch.float16)
+    with torch.no_grad():
+        tensors[0][:, :, 0] = tensors[1][:, :, 5] = 300.0
+    output, _ = attend(nn.Module(), *tensors, None, sliding_window=window)
+    output.sum().backward()
+    assert output.isfinite().all() and all(x.grad is not None and x.grad.isfinite().all() for x in tensors)
+
+
+def test_gradients_of_fp16_are_scaled_before_they_are_rounded() -> None:
+    """Their sums are beyond 65,504, a 256th of them is not."""
+    tensors = inputs(1, 200, torch.float16)
+    with torch.no_grad():
+        tensors[0].mul_(50.0)
+        tensors[1].mul_(50.0)
+    output, _ = attend(nn.Module(), *tensors, None, scaling=1 / 256)
+    output.backward(500.0 * torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).half())
+    largest = [float(x.grad.abs().max()) for x in tensors if x.grad is not None]
+    assert all(map(math.isfinite, largest)) and 256 * min(largest[:2]) > 65_504
 
 
 def test_padding_on_the_right_changes_nothing_when_rows_have_different_lengths() -> None:

@@ -86,6 +86,22 @@ def test_history_of_another_tool_is_read_in_full(indent: int | None) -> None:
     assert found.evaluations == [lines[1]]
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        '{"step": 1}, {"eval_loss": 2.0, "step": 1}\n ]\n}\n',
+        '{"eval_loss": 2.0, "step": 1}],"z":{}}',
+        '{"step": 1}],"z":{}}',
+    ],
+)
+def test_history_that_only_looks_like_ours_is_read_in_full(end: str) -> None:
+    text = '{\n "a": 1,\n "log_history": [\n  ' + end
+    lines = json.loads(text)["log_history"]
+    found = LogHistory.read(text)
+    assert json.loads(found.written_with({"a": 1})) == {"a": 1, "log_history": lines}
+    assert found.evaluations == [line for line in lines if "eval_loss" in line]
+
+
 @pytest.mark.parametrize("lines", [[], [{"step": 1}], [{"step": 1, "eval_loss": 1}, {"step": 2}]])
 def test_history_of_few_lines(lines: list[dict[str, Any]]) -> None:
     found = LogHistory.read(LogHistory(lines).written_with({"a": 1}))
