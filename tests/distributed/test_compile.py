@@ -12,6 +12,12 @@ from tests.distributed.runs import Lab, different, kill, losses, wait_until
 pytestmark = pytest.mark.slow  # the compiler takes its time
 
 _COMPILED = ("model.config.attention_dropout=0.0", "train.torch_compile=true")
+_WIDE = (
+    "model.config={model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 10, "
+    "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 512}", "data.packing=true",
+    "data.max_length=512",
+)  # fmt: skip
+"""More layers than the compiler's own limit, and products large enough for the CPU's own."""
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +49,25 @@ def test_losses_are_those_of_a_run_that_is_not_compiled(
     assert "Recompiling" not in log.partition("compiled 2 layers")[2]
 
 
+@pytest.mark.parametrize(("strategy", "more"), [("ddp", ()), ("zero2", _WIDE)], ids=["ddp", "zero2-wide"])
 def test_weights_equal_when_killed_and_continued_with_an_empty_compiler_cache(
-    lab: Lab, tmp_path: Path, cache: dict[str, str]
+    lab: Lab, tmp_path: Path, cache: dict[str, str], strategy: str, more: tuple[str, ...]
 ) -> None:
     """What the compiler decides must not depend on the lengths of the step at which a run begins."""
-    undisturbed = lab.run(tmp_path / "a", "ddp", 2, *_COMPILED, env=cache)
+    overrides = (*_COMPILED, *more)
+    undisturbed = lab.run(tmp_path / "a", strategy, 2, *overrides, env=cache)
     killed = tmp_path / "b"
     slow = {"FAULTS": '[{"kind": "sleep", "seconds": 0.05}]'}
-    pids = lab.start(killed, "ddp", 2, *_COMPILED, env={**cache, **slow})
+    pids = lab.start(killed, strategy, 2, *overrides, env={**cache, **slow})
     wait_until(lambda: (killed / "checkpoint-10").exists(), "checkpoint-10")
     kill(pids)
     assert all(lab.zygote.wait())
     empty = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
-    continued = lab.run(killed, "ddp", 2, *_COMPILED, env=empty)
+    continued = lab.run(killed, strategy, 2, *overrides, env=empty)
     assert any((tmp_path / "empty").iterdir())
     assert different(undisturbed.checkpoint_dir(20), continued.checkpoint_dir(20)) == []
     assert losses(continued) == losses(undisturbed)
+    assert "layers (LlamaDecoderLayer) as 1 graph in" in (killed / "test.log").read_text()
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about torch
