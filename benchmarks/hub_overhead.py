@@ -88,6 +88,7 @@ def hub_server(data_dir: Path, bytes_per_s: int = _BYTES_PER_S) -> Iterator[tupl
         sys.executable, "-m", "tests.hub.server", "--data-dir", str(data_dir), "--bytes-per-s", str(bytes_per_s),
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    os.sched_setscheduler(server.pid, os.SCHED_IDLE, os.sched_param(0))  # a Hub takes no core from a run
     try:
         assert server.stdout is not None
         url, token = (server.stdout.readline().strip().rpartition(" ")[2] for _ in range(2))
