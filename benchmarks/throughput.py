@@ -5,8 +5,8 @@
 DIR: a model with a chat template, such as `python -m benchmarks.smollm2 DIR` writes.
 Four duels: on equal packed batches with the Trainer, whose losses must be ours to 1e-4 in fp32, once more with both
 compiled; on the same chats with TRL as it ships, both at their defaults; and with TRL packing and keeping its
-activations. Both contenders are processes
-of their own that stand still while the other makes its step; the first step of each warms up.
+activations. Both contenders are processes of their own that stand still while the other makes its step; the first
+step of each warms up.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The checkpointer: one save in flight, all processes in lockstep, nothing visible before everything is durable.
 
 A save goes through three phases. All processes change phase together, because they only do so in `advance`, with sums
-over all processes that the loop's one all-reduce per step brings:
+over all processes that the loop's one exchange per step brings:
 
     IDLE → WRITING: every writer puts its ranges into `.tmp-checkpoint-N` → HASHING: every writer reads its share of the
     files back → COMMITTING: the main process's writer writes the manifest and renames → IDLE

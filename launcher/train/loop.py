@@ -200,7 +200,7 @@ def train(run: Run) -> Agreement:
 
 
 def ask(run: Run, sums: StepSums, step_s: float) -> Callable[[], Agreement]:
-    """The loop's one all-reduce per step: losses, requests to stop, whether to save, how the save in flight stands. It
+    """The loop's one exchange per step: losses, requests to stop, whether to save, how the save in flight stands. It
     is under way while the weights are updated. Collective.
 
     Args:

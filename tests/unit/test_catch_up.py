@@ -135,10 +135,9 @@ def test_evaluation_by_the_clock_comes_at_the_same_step_when_the_run_was_stopped
     monkeypatch.setattr(loop, "time", clock)
     progress = ProgressState(step=1, log_history=LogHistory([{"step": 1, "eval_loss": 3.0}]))
     for _ in range(num_starts):
-        stored = {
-            **json.loads(json.dumps({**vars(progress), "log_history": None})),
-            "log_history": progress.log_history,
-        }
+        history = progress.log_history.written_with({"epoch": 1.0})  # both as a checkpoint holds them
+        stored = json.loads(json.dumps({**vars(progress), "log_history": None}))
+        stored["log_history"] = LogHistory.read(history)
         progress = trained(clock, ProgressState(**stored), 18 // num_starts, 10.0)
         evaluated += EVALUATIONS
         clock.now += 7200.0
@@ -151,10 +150,6 @@ def test_evaluation_by_the_clock_comes_after_the_next_step_when_a_stop_left_it_o
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(loop, "time", clock)
-    trained(
-        clock,
-        ProgressState(step=7, seconds_since_eval=60.0, log_history=LogHistory([{"step": 1, "eval_loss": 3.0}])),
-        2,
-        10.0,
-    )
+    history = LogHistory([{"step": 1, "eval_loss": 3.0}])
+    trained(clock, ProgressState(step=7, seconds_since_eval=60.0, log_history=history), 2, 10.0)
     assert EVALUATIONS == [8]
