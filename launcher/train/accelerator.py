@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from launcher.base import _deepspeed
+from launcher.base.errors import ConfigError
 from launcher.base.paths import RunPaths
 from launcher.base.processes import COLLECTIVE_TIMEOUT
 from launcher.config.settings import RunConfig
@@ -99,8 +100,19 @@ def use_single_process_env() -> None:
 
 
 def build_accelerator(config: RunConfig) -> LauncherAccelerator:
-    """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo)."""
+    """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo).
+
+    Raises:
+        ConfigError: DeepSpeed has no fp16 on this device.
+    """
     has_cuda = torch.cuda.is_available()
+    if config.strategy.zero_stage and config.mixed_precision == "fp16" and not has_cuda:
+        raise ConfigError(
+            [
+                f"model.dtype=float16 cannot be trained with strategy={config.strategy.name} on a CPU, and no GPU is "
+                "visible here. Set model.dtype=bfloat16, or strategy=ddp"
+            ]
+        )
     handlers: list[Any] = [InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)]
     logs = str(RunPaths(Path(config.output_dir).expanduser().resolve()).logs_dir)
     arguments: dict[str, Any] = {
