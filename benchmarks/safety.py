@@ -27,7 +27,7 @@ from benchmarks.common import RECORDS_DIR, ROOT, STEP_20_MS_MODEL, Record, Sprea
 from benchmarks.hub_overhead import hub_server
 
 _BYTES_PER_S = 20_000_000
-_NUM_STEPS, _EVERY = 80, 20
+_NUM_STEPS, _EVERY = 160, 20
 _TARGETS = {1: 1.03, 2: 1.06}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 import platform
@@ -11,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
-from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
+from huggingface_hub import CardData, EvalResult, ModelCardData, RepoCard
 
 from launcher.base import files, json_lines
 from launcher.base.errors import UnsafeFileError
@@ -91,7 +93,7 @@ def read_facts(run_dir: Path) -> RunFacts:
     """Reads config.yaml and metrics.jsonl; whatever is missing or broken is left out."""
     paths = RunPaths(run_dir)
     try:
-        config = yaml.safe_load(files.read_text(paths.config, _MAX_TEXT_BYTES))
+        config = _parsed(files.read_text(paths.config, _MAX_TEXT_BYTES))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         config = {}
     evals: dict[int, dict[str, Any]] = {}
@@ -105,6 +107,12 @@ def read_facts(run_dir: Path) -> RunFacts:
         if any(key.startswith("eval_") for key in line):
             evals.setdefault(step, {}).update({k: v for k, v in line.items() if k.startswith("eval_") or k == "epoch"})
     return RunFacts(run_dir, config if isinstance(config, dict) else {}, evals, train)
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(text: str) -> Any:
+    """The same text at every push of a run, and Python's parser takes long."""
+    return yaml.safe_load(text)
 
 
 def _is_finite(value: Any) -> bool:
@@ -140,15 +148,20 @@ def build_card(
         pictures[CURVE] = draw_curve(thin, points)
     is_alone = not _OURS.sub("", body).strip()
     step, metrics = _results(facts, items)
-    section = ModelCard.from_template(
-        data, template_path=str(_TEMPLATE), repo_id=repo_id, is_alone=is_alone, curve=CURVE, has_curve=bool(pictures),
+    section = _template().render(
+        repo_id=repo_id, is_alone=is_alone, curve=CURVE, has_curve=bool(pictures),
         base=data.base_model, is_fine_tuned=bool(facts.get("model.model_name_or_path")), data_sets=_datasets(facts),
         is_adapter=_is_adapter(items), is_chat=_has_chat_template(items), measured_step=step, metrics=metrics,
         checkpoints=_checkpoints(settings, facts, items, steps), versions=_versions(),
         run_settings={key: value for key in _SETTINGS if isinstance(value := facts.get(key), (str, int, float))},
-    ).text  # fmt: skip
+    )  # fmt: skip
     text = f"---\n{CardData(**header).to_yaml()}\n---\n{place(body, redact(section.strip()))}"
     return Card(text, ours, pictures, notices)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    return jinja2.Template(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _own_readme(run_dir: Path) -> str:
@@ -280,6 +293,7 @@ def _checkpoints(
     return rows
 
 
+@functools.cache
 def _versions() -> list[str]:
     found = [f"Python {platform.python_version()}"]
     for name in _PACKAGES:

@@ -47,7 +47,7 @@ def draw_curve(train: Points, evaluation: Points) -> bytes:
     if evaluation:
         draw.text((_LEFT + 90, 8), "eval loss", fill=_EVAL)
     out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
+    image.save(out, "PNG")
     return out.getvalue()
 
 
