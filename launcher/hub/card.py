@@ -161,7 +161,8 @@ def build_card(
 
 @functools.cache
 def _template() -> jinja2.Template:
-    return jinja2.Template(_TEMPLATE.read_text(encoding="utf-8"))
+    template: jinja2.Template = jinja2.Template(_TEMPLATE.read_text(encoding="utf-8"))
+    return template
 
 
 def _own_readme(run_dir: Path) -> str:
