@@ -1,10 +1,10 @@
 """A fixed amount of training under kills: wall time over the undisturbed one, beside transformers' Trainer.
 
-    python -m benchmarks.kills [--pairs N] [--steps N] [--json FILE]
+    python -m benchmarks.kills [--pairs N] [--steps N] [--add] [--json FILE]
 
 Both train a Llama of 10.8 M parameters on the same chats, two processes under `accelerate launch`. Each saves as often
 as is best for it: the Trainer, whose saves cost 0.3 s, every four steps, nearly four seconds (the square root of twice
-that cost and the 19 s between kills says 3.4); the launcher, whose saves cost milliseconds, every other step, the
+that cost and the 26 s between kills says 3.9); the launcher, whose saves cost milliseconds, every other step, the
 shortest interval at which the one before has always been written. A killer sends SIGKILL to every process of theirs at
 moments drawn from an exponential distribution whose mean is a tenth of the undisturbed run, the same moments for both;
 the command is typed again at once. The Trainer resumes from its last checkpoint; where a kill cut that off and it
@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RECORDS_DIR, Spread, machine, report, start_command, table
+from benchmarks.common import RECORDS_DIR, ROOT, Spread, machine, report, start_command, table
 from benchmarks.start import accelerate_launch, write_model
 from benchmarks.throughput import write_chats
 
@@ -115,18 +115,18 @@ def drawn(seed: int, mean_s: float) -> Iterator[float]:
         yield source.expovariate(1 / mean_s)
 
 
-def measure(work_dir: Path, pairs: int, num_steps: int, given_mean_s: float | None) -> dict[str, Any]:
+def measure(work_dir: Path, found: dict[str, Any], given_mean_s: float | None) -> None:
+    """Adds a pair to what was found, and prints it."""
     write_chats(work_dir / "chats.jsonl")
     write_model(work_dir / "model")
-    found: dict[str, Any] = {"machine": machine(work_dir), "num_steps": num_steps, "rounds": []}
-    for number in range(pairs):
-        kinds = ("ours", "trainer") if number % 2 == 0 else ("trainer", "ours")
-        plain = {kind: run_to_the_end(kind, work_dir, num_steps, never()) for kind in kinds}
-        mean_s = given_mean_s or min(run["seconds"] for run in plain.values()) / 10
-        killed = {kind: run_to_the_end(kind, work_dir, num_steps, drawn(number, mean_s)) for kind in kinds}
-        found["rounds"].append({"undisturbed": plain, "killed": killed, "mean_s_between_kills": mean_s})
-        print(json.dumps(found["rounds"][-1]), flush=True)
-    return found
+    number, num_steps = len(found["rounds"]), found["num_steps"]
+    kinds = ("ours", "trainer") if number % 2 == 0 else ("trainer", "ours")
+    plain = {kind: run_to_the_end(kind, work_dir, num_steps, never()) for kind in kinds}
+    mean_s = given_mean_s or min(run["seconds"] for run in plain.values()) / 10
+    killed = {kind: run_to_the_end(kind, work_dir, num_steps, drawn(number, mean_s)) for kind in kinds}
+    pair = {"machine": machine(work_dir), "undisturbed": plain, "killed": killed, "mean_s_between_kills": mean_s}
+    found["rounds"].append(pair)
+    print(json.dumps(pair), flush=True)
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -145,15 +145,20 @@ def as_text(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--mean-s", type=float, help="between two kills; default: a tenth of the undisturbed run")
+    parser.add_argument("--add", action="store_true", help="to the pairs that the file has: each takes half an hour")
     parser.add_argument("--json", type=Path, default=RECORDS_DIR / "kills.json")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        found = measure(Path(name), arguments.pairs, arguments.steps, arguments.mean_s)
-    mean_s = Spread.of([r["mean_s_between_kills"] for r in found["rounds"]]).text(1, 1)
-    head = f"{found['machine']}\n\nA kill every {mean_s} s on average; {found['num_steps']} steps."
-    report("kills", found, f"{head}\n\n{as_text(found)}", arguments.json)
+    found: dict[str, Any] = {"num_steps": arguments.steps, "rounds": []}
+    if arguments.add and arguments.json.exists():
+        found = json.loads(arguments.json.read_text())
+    for _ in range(arguments.pairs):  # written after each: one that was broken off keeps what it has
+        with tempfile.TemporaryDirectory(prefix="bench-") as name:
+            measure(Path(name), found, arguments.mean_s)
+        mean_s = Spread.of([r["mean_s_between_kills"] for r in found["rounds"]]).text(1, 1)
+        head = f"{machine(ROOT)}\n\nA kill every {mean_s} s on average; {found['num_steps']} steps."
+        report("kills", found, f"{head}\n\n{as_text(found)}", arguments.json)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import base64
 import enum
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +34,10 @@ from launcher.base.processes import Processes
 from launcher.checkpoint import low_memory, snapshot
 from launcher.checkpoint.layout import deal_out
 from launcher.checkpoint.save_result import SaveResult
-from launcher.checkpoint.snapshot import HostCopies, SnapshotPlan
+from launcher.checkpoint.sender import SnapshotSender
+from launcher.checkpoint.snapshot import SnapshotPlan
 from launcher.checkpoint.writer_client import InlineWriter, SnapshotBuffer, WriterClient, WriterDied
 
-_LOOK_S = 0.002
-"""How often a thread asks whether the copies from a device are done: waiting for it would burn a core."""
 _MARGIN_BYTES = 16 * 2**20
 """Kept free for metrics, logs and the manifest."""
 
@@ -88,10 +86,7 @@ class Checkpointer:
         kind = WriterClient if is_async else InlineWriter
         self._writer: WriterClient | InlineWriter = kind(self._buffer, statics)
         self._plan: SnapshotPlan | None = None
-        self._stream: torch.cuda.Stream | None = None
-        self._host_copies = HostCopies()
-        self._unsent: dict[str, Any] | None = None
-        self._sending = threading.Lock()
+        self._sender = SnapshotSender(self._buffer, self._send_snapshot, is_cuda=self._cuda, in_background=is_async)
         self._num_saves = 0
         self._flight: _InFlight | None = None
         self._own_work_done = True
@@ -188,8 +183,7 @@ class Checkpointer:
                 self._num_outstanding = 0
             self._writer.start()
             if not self._low_memory:
-                self._unsent = {**command, "ahead": self._ahead(sizes, commit)}
-                self._snapshot(plan, self._unsent)
+                self._sender.begin(plan, {**command, "ahead": self._ahead(sizes, commit)})
         except (OSError, MemoryError, WriterDied) as error:
             self._own_error = f"no snapshot could be taken: {error}"
         if self._low_memory:
@@ -229,53 +223,16 @@ class Checkpointer:
         name = target.name if target.name.startswith(".tmp-") else f".tmp-{target.name}"
         return target.with_name(name if self._attempt == 1 and name != target.name else f"{name}.{self._attempt}")
 
-    def _snapshot(self, plan: SnapshotPlan, command: dict[str, Any]) -> None:
-        """Begins the copies, and has `command` sent behind them; `finish_snapshot` waits for them.
-
-        Why they see the state of this step, and all of it: what a forward pass may change is copied in the call, on
-        the stream of the training. The side stream begins behind everything that is queued there (the last update, and
-        those copies), so that its end is the end of them all. What it reads changes in an optimizer step only, and
-        before that `finish_snapshot` waits on the host until the side stream is empty: no kernel that writes is queued
-        before. The same for masters in host memory (offload), which a thread copies.
-        """
-        live, waiting = plan.copies[: plan.num_live], plan.copies[plan.num_live :]
-        snapshot.take(live, self._buffer.tensor)
-        if self._cuda:
-            self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                on_device = [c for c in waiting if c.source().device.type != "cpu"]
-                snapshot.take(on_device, self._buffer.tensor, self._stream)
-        on_host = [c for c in waiting if c.source().device.type == "cpu"]
-        self._host_copies.begin(on_host, self._buffer.tensor, then=lambda: self._copied(command))
-
-    def _copied(self, command: dict[str, Any]) -> None:
-        """By the thread that copies: sends as soon as all copies are done, in the midst of a step."""
-        if isinstance(self._writer, InlineWriter):  # writes in the thread that calls it
-            return
-        while self._stream is not None and not self._stream.query():
-            time.sleep(_LOOK_S)
-        self._send_snapshot(command)
-
     def finish_snapshot(self) -> None:
         """Waits for the copies and has them sent to the writer. The loop calls it before each optimizer step: until
         then the state cannot change, so the copies run beside the next forward and backward."""
         if self.phase is not Phase.WRITING or self._flight is None:
             return
-        started = time.monotonic()
-        self._host_copies.finish()
-        if self._stream is not None:
-            self._stream.synchronize()
-        self._flight.stall_s += time.monotonic() - started
-        self._send_snapshot(self._unsent)
+        self._flight.stall_s += self._sender.finish()
 
-    def _send_snapshot(self, command: dict[str, Any] | None) -> None:
-        """Sends it once, whoever comes first; it is on its way when this returns."""
-        with self._sending:
-            if command is not None and self._unsent is command:
-                self._unsent = None
-                if self._own_error is None:
-                    self._try_send(command)
+    def _send_snapshot(self, command: dict[str, Any]) -> None:
+        if self._own_error is None:
+            self._try_send(command)
 
     def _try_send(self, command: dict[str, Any]) -> None:
         try:
@@ -290,7 +247,7 @@ class Checkpointer:
         over all processes."""
         if self.phase is Phase.IDLE and not self._num_outstanding:
             return 0, 0, 0
-        if self.phase is Phase.WRITING and self._unsent is not None and timeout_s:
+        if self.phase is Phase.WRITING and self._sender.is_pending and timeout_s:
             self.finish_snapshot()
         try:
             has_work = not self._own_work_done or self._num_outstanding
@@ -350,8 +307,7 @@ class Checkpointer:
         if num_undone:  # also after a failure elsewhere: a writer that still works would put files back
             return None
         if num_failed:
-            with self._sending:  # nothing is sent any more
-                self._unsent = None
+            self._sender.drop()
             errors, there = zip(*self._processes.gather(self._how_it_failed()), strict=True)
             if any(there):
                 return self._end_well(flight, max(there))
@@ -403,10 +359,8 @@ class Checkpointer:
         self._try_send(command)
 
     def _end(self) -> None:
-        self._host_copies.finish()  # of a save that failed before they were needed
-        if self._stream is not None:
-            self._stream.synchronize()
-        self.phase, self._flight, self._unsent = Phase.IDLE, None, None
+        self._sender.end()
+        self.phase, self._flight = Phase.IDLE, None
         self._own_error, self._own_work_done = None, True
 
     def _outstanding(self, command: dict[str, Any]) -> None:

@@ -165,7 +165,7 @@ class Saver:
         if self.saved_step == step:
             return
         self._alive()
-        self.wait()
+        self.wait(is_stall=True)
         hindered = self._stuck() or self._processes.on_main(self._hindrance)
         if hindered is not None:
             self._ended(hindered)
@@ -175,7 +175,7 @@ class Saver:
         self._schedule.started()
         self._save_state(str(self._paths.checkpoint_dir(step)))
         if not self._config.checkpoint.async_save:
-            self.wait()
+            self.wait(is_stall=True)
 
     def save_and_wait(self) -> None:
         """Makes sure that this step's state is on disk, with a second attempt where the first one failed.
@@ -200,8 +200,12 @@ class Saver:
             lost = f"the steps after {newest} are lost: the same command goes on from checkpoint-{newest}"
         return f"step {step} could not be saved: {self._last_error}. {lost[0].upper()}{lost[1:]}"
 
-    def wait(self, *, is_urgent: bool = False) -> None:
-        """Waits until no save is in flight, or until its writer turns out to stand still (`checkpointer.phase`)."""
+    def wait(self, *, is_urgent: bool = False, is_stall: bool = False) -> None:
+        """Waits until no save is in flight, or until its writer turns out to stand still (`checkpointer.phase`).
+
+        Args:
+            is_stall: steps wait for this save, which is part of what it costs.
+        """
         started = told = time.monotonic()
 
         def waiting() -> None:
@@ -214,6 +218,7 @@ class Saver:
 
         result = self.checkpointer.wait(waiting, lambda: is_urgent or self._is_stopping())
         if result is not None:
+            result.stall_s += time.monotonic() - started if is_stall else 0.0
             self._ended(result)
 
     def follow(self, num_undone: float, num_failed: float, num_committed: float) -> None:

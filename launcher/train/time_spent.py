@@ -30,6 +30,7 @@ class TimeSpent:
         self._is_new = False
         self._sums: dict[Kind, float] = {"evaluation": 0.0, "save": 0.0}
         self._of_last_save_s = 0.0
+        self._saving_since: float | None = None
 
     def interval_s(self) -> float:
         return min(_LONGEST_S, max(_SHORTEST_S, (time.time() - self._started_at) / _LINES))
@@ -38,10 +39,11 @@ class TimeSpent:
     def during(self, kind: Kind) -> Iterator[None]:
         """What happens inside is no training."""
         started = time.monotonic()
+        self._saving_since = started if kind == "save" else None
         try:
             yield
         finally:
-            spent_s = time.monotonic() - started
+            spent_s, self._saving_since = time.monotonic() - started, None
             if kind == "save" and spent_s > 1e-3:
                 self._of_last_save_s = spent_s
             self._add(kind, spent_s)
@@ -54,8 +56,10 @@ class TimeSpent:
             self._timeline.append(kind, s=round(spent_s, 3), step=self._step)
 
     def saved(self, stall_s: float) -> None:
-        """A save was committed; its stall, which goes on in the step after it, is known only now."""
-        self._sums["save"] += max(0.0, stall_s - self._of_last_save_s)
+        """A save was committed; its stall, which goes on in the step after it, is known only now. What of it was
+        `during` a save is counted there."""
+        inside_s = 0.0 if self._saving_since is None else time.monotonic() - self._saving_since
+        self._sums["save"] += max(0.0, stall_s - self._of_last_save_s - inside_s)
         self._of_last_save_s = 0.0
 
     def advance(self, step: int) -> None:

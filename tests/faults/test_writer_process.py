@@ -251,7 +251,7 @@ def test_a_checkpoint_holds_the_state_before_the_optimizer_step_that_follows_its
     """Also where no core was free to copy it until then."""
     before, gate = group.tensor.clone(), threading.Event()
     for member in group.members:
-        member._host_copies._pool.submit(gate.wait)
+        member._sender._host_copies._pool.submit(gate.wait)
     timer = threading.Timer(0.2, gate.set)
     timer.start()
     group.save(1)

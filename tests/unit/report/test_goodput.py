@@ -210,3 +210,24 @@ def test_progress_is_a_line_per_interval_and_short_stalls_are_summed(
     found = work_out(lines)
     assert found is not None and found.total_s("evaluation") == pytest.approx(30)
     assert found.wall_s == pytest.approx(now[0] - 1000, rel=0.01)
+
+
+def test_stall_that_goes_on_in_the_next_save_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    paths = paths_of(tmp_path)
+    spent = TimeSpent(Timeline(paths))
+    spent.advance(1)
+    with spent.during("save"):
+        now[0] += 0.02
+    now[0] += 0.08  # 5 ms of it for the save
+    with spent.during("save"):
+        now[0] += 0.3  # waits for the first
+        spent.saved(0.325)
+        now[0] += 0.02
+    with spent.during("save"):  # one that is written in the call
+        now[0] += 0.4
+        spent.saved(0.4)
+    spent.end("finished", None, 2)
+    assert sum(x.get("save_s", 0) for x in read_timeline(paths)) == pytest.approx(0.02 + 0.005 + 0.32 + 0.4)
