@@ -64,7 +64,9 @@ def test_wall_time_under_kills_is_that_of_the_record(readme: str) -> None:
     mean_s = round(statistics.median(r["mean_s_between_kills"] for r in rounds))
     ours, trainer = (f"({seconds['undisturbed', kind]})" for kind in ("ours", "trainer"))
     what = f"{record['num_steps']} steps with a SIGKILL every {mean_s} s (undisturbed)"
-    assert f"| {what} | **{seconds['killed', 'ours']}** {ours} | | {seconds['killed', 'trainer']} {trainer} | |" in readme
+    assert (
+        f"| {what} | **{seconds['killed', 'ours']}** {ours} | | {seconds['killed', 'trainer']} {trainer} | |" in readme
+    )
 
 
 def test_chats_per_second_are_those_of_the_record(readme: str) -> None:
