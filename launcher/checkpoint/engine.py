@@ -102,6 +102,11 @@ class Checkpointer:
         return self._writer.pid
 
     @property
+    def stall_s(self) -> float:
+        """Of the save in flight, so far."""
+        return 0.0 if self._flight is None else self._flight.stall_s
+
+    @property
     def plan(self) -> SnapshotPlan:
         """Of the next save; the plan's maker knows when it has to be a new one."""
         return self._plan or self._make_plan()

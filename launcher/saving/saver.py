@@ -207,6 +207,7 @@ class Saver:
             is_stall: steps wait for this save, which is part of what it costs.
         """
         started = told = time.monotonic()
+        before_s = self.checkpointer.stall_s  # it grows in the wait, by a part of the wait
 
         def waiting() -> None:
             nonlocal told
@@ -218,7 +219,8 @@ class Saver:
 
         result = self.checkpointer.wait(waiting, lambda: is_urgent or self._is_stopping())
         if result is not None:
-            result.stall_s += time.monotonic() - started if is_stall else 0.0
+            if is_stall:
+                result.stall_s = before_s + time.monotonic() - started
             self._ended(result)
 
     def follow(self, num_undone: float, num_failed: float, num_committed: float) -> None:

@@ -29,16 +29,17 @@ class SlowDisk:
         self.phase = Phase.IDLE
         self._step = 0
         self.plan = SimpleNamespace(total_bytes=1000)
+        self.stall_s = self.copies_in_wait_s = 0.0
 
     def save(self, step: int) -> None:
-        self.phase, self._step = Phase.WRITING, step
+        self.phase, self._step, self.stall_s = Phase.WRITING, step, _CALL_S
 
     def wait(self, on_wait: Callable[[], None], is_urgent: Callable[[], bool]) -> SaveResult | None:
         if self.phase is Phase.IDLE:
             return None
         time.sleep(_WRITE_S)
         self.phase = Phase.IDLE
-        return SaveResult(self._step, _CALL_S, _WRITE_S, 1000)
+        return SaveResult(self._step, _CALL_S + self.copies_in_wait_s, _WRITE_S, 1000)
 
     def needed_bytes(self) -> int:
         return 1000
@@ -79,6 +80,14 @@ def test_stall_holds_the_wait_of_the_save_that_comes_too_early(parts: Any) -> No
         saver.save()
     assert metrics.last("step") == 1 and metrics.last("save_stall_s") >= _CALL_S + _WRITE_S
     assert schedule.interval_s() >= math.sqrt(2 * config.checkpoint.mtbf_s * _WRITE_S)
+
+
+def test_copies_that_end_in_the_wait_count_once(parts: Any) -> None:
+    saver, _, state, metrics, config = parts
+    config.checkpoint.async_save, saver.checkpointer.copies_in_wait_s = False, _WRITE_S
+    state.step = 1
+    saver.save()
+    assert _CALL_S + _WRITE_S <= metrics.last("save_stall_s") < _CALL_S + 2 * _WRITE_S
 
 
 def test_stall_is_without_the_wait_at_the_end_of_the_training(parts: Any) -> None:
