@@ -97,4 +97,4 @@ class SnapshotSender:
     def end(self) -> None:
         """Before the next snapshot: waits for copies that a failed save left, and drops its command."""
         self._wait()
-        self._unsent = None
+        self.drop()
