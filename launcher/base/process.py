@@ -7,13 +7,18 @@ import ctypes
 import os
 import signal
 import socket
+import struct
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 RESTARTED = "LAUNCHER_RESTARTED"
 """Environment variable of a start that continues an earlier start of the same command (after a crash, a requeue)."""
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_MM, _PR_SET_MM_MAP = 35, 14
+_shown: list[ctypes.Array[ctypes.c_char]] = []
+"""Memory that the kernel reads for /proc."""
 
 
 def die_with_parent(expected_parent: int | None = None, signal_number: int = signal.SIGKILL) -> None:
@@ -28,6 +33,29 @@ def die_with_parent(expected_parent: int | None = None, signal_number: int = sig
         os._exit(1)
     if expected_parent is not None and parent != expected_parent:
         os._exit(1)
+
+
+def show_as(command: Sequence[str], env: Mapping[str, str]) -> bool:
+    """Shows another command line and environment for this process in /proc; False where the kernel cannot do that.
+
+    Both are read from the process's own memory, from where the kernel was told (prctl_mm_map of linux/prctl.h).
+    """
+    words = b"".join(os.fsencode(word) + b"\0" for word in command)
+    variables = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in env.items())
+    memory = ctypes.create_string_buffer(words + variables, len(words) + len(variables))
+    begin = ctypes.addressof(memory)
+    middle, end = begin + len(words), begin + len(words) + len(variables)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sbrk.restype = ctypes.c_void_p
+    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    code_begin, code_end, stack, data_begin, data_end, heap = (int(fields[n - 3]) for n in (26, 27, 28, 45, 46, 47))
+    areas = (code_begin, code_end, data_begin, data_end, heap, libc.sbrk(0), stack, begin, middle, middle, end)
+    no_change = (0, 0, 0xFFFFFFFF)  # of the auxiliary vector, and of the executable
+    table = struct.pack("=12Q2I", *areas, *no_change)
+    is_done: bool = libc.prctl(_PR_SET_MM, _PR_SET_MM_MAP, table, ctypes.c_ulong(len(table)), 0) == 0
+    if is_done:
+        _shown.append(memory)
+    return is_done
 
 
 def yield_cores() -> None:

@@ -53,6 +53,11 @@ def before_imports() -> None:
     open_standard_files()
     survive_closed_output()
     _notices.extend(clean_rank(os.environ))
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """What they read, and would say, as they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
