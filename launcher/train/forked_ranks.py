@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -172,7 +172,7 @@ def _wait(orders: int, parent: int) -> NoReturn:
         with open(orders, "rb") as pipe:
             text = pipe.read()
         if text:
-            _become(json.loads(text), _run_module)
+            _become(json.loads(text))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -180,7 +180,7 @@ def _wait(orders: int, parent: int) -> NoReturn:
         os._exit(code)
 
 
-def _become(order: dict[str, Any], run: Callable[[], object]) -> None:
+def _become(order: dict[str, Any]) -> None:
     if order["is_new_session"]:
         os.setsid()
     os.environ.clear()
@@ -190,7 +190,7 @@ def _become(order: dict[str, Any], run: Callable[[], object]) -> None:
     sys.argv = ["", *order["arguments"]]
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]  # as by -u
-    run()
+    _run_module()
 
 
 def _run_module() -> None:
