@@ -36,6 +36,7 @@ _READ_AT_IMPORT = (
     "OMP_", "GOMP_", "KMP_", "MKL_", "LD_", "PYTHON", "MALLOC_", "GLIBC_", "PYTORCH_", "CUDA_", "HF_", "TRANSFORMERS_",
 )  # fmt: skip
 """Variables that an imported library has looked at. A rank that gets another value imports anew."""
+_PROC = Path("/proc/self")
 
 
 class ForkedRanks:
@@ -94,8 +95,11 @@ class ForkedRanks:
 def may_fork() -> bool:
     """Threads do not survive a fork, nor does a GPU's driver: only before there is one. And whoever looks at the forks
     must see ranks."""
-    opened = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]  # noqa: PTH115
-    num_threads = sum(1 for _ in Path("/proc/self/task").iterdir())
+    try:
+        opened = [os.readlink(entry) for entry in (_PROC / "fd").iterdir() if entry.is_symlink()]  # noqa: PTH115
+        num_threads = sum(1 for _ in (_PROC / "task").iterdir())
+    except OSError:
+        return False
     has_device = any(path.startswith(("/dev/nvidia", "/dev/kfd")) for path in opened)
     return num_threads == 1 and not has_device and show_as(sys.orig_argv, os.environ)
 

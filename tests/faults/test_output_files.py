@@ -44,7 +44,9 @@ def test_nothing_is_overwritten_when_output_goes_to_a_file(
     assert again and f"rank {num_processes - 1} on" in first, text
     line_of_step = re.compile(r"^step (\d+)/20  epoch .* tokens/s.*$", re.MULTILINE)
     steps = [[int(number) for number in line_of_step.findall(part)] for part in (first, second)]
-    assert steps[0] == list(range(1, 12)), text
+    assert steps[0] in (list(range(1, 12)), list(range(1, 13))), (
+        f"rank 0 may end the step that the other died in\n{text}"
+    )
     assert steps[1] == list(range(steps[1][0], 21)) and steps[1][0] in (1, 5, 9), text
     assert "finished 20 steps" in second, text
 

@@ -45,7 +45,7 @@ class Phase:
 
 
 PHASES = {
-    "imports": Phase("import", r"^\('launcher\.train\.build'", is_begun=False),
+    "imports": Phase("import", r"^\('launcher\.model\.build'", is_begun=False),
     "tokenising": Phase("open", r"tokens\.bin", is_begun=False),
     "model build": Phase("open", r"modeling_llama\.cpython", is_begun=False),
     "first step": Phase("tests.step", r"\(1,"),
