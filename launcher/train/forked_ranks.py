@@ -97,11 +97,25 @@ def may_fork() -> bool:
     must see ranks."""
     try:
         opened = [os.readlink(entry) for entry in (_PROC / "fd").iterdir() if entry.is_symlink()]  # noqa: PTH115
-        num_threads = sum(1 for _ in (_PROC / "task").iterdir())
+        if any(path.startswith(("/dev/nvidia", "/dev/kfd")) for path in opened):
+            return False
+        if _num_threads() > 1:
+            _end_threads_of_openblas()
+        return _num_threads() == 1 and show_as(sys.orig_argv, os.environ)
     except OSError:
         return False
-    has_device = any(path.startswith(("/dev/nvidia", "/dev/kfd")) for path in opened)
-    return num_threads == 1 and not has_device and show_as(sys.orig_argv, os.environ)
+
+
+def _num_threads() -> int:
+    return sum(1 for _ in (_PROC / "task").iterdir())
+
+
+def _end_threads_of_openblas() -> None:
+    """numpy brings them where a rank has several cores. They end before any fork, and begin again when there is work."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
 
 
 def arguments_of_rank(command: Sequence[str]) -> list[str] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.base.devices import num_cores
 from launcher.base.process import is_alive, start_ticks
 from launcher.train.forked_ranks import arguments_of_rank
 from tests.distributed.runs import wait_until
@@ -136,6 +137,25 @@ def test_the_command_is_started_where_a_fork_would_differ(tmp_path: Path, change
 def test_nothing_is_forked_where_it_is_unsafe(tmp_path: Path, obstacle: str) -> None:
     lines, _ = _run(tmp_path, f"{obstacle}\nranks.fork(2)\nprint(len(ranks._waiting))")
     assert lines == ["0"]
+
+
+@pytest.mark.skipif(num_cores() < 2, reason="OpenBLAS has no threads on a single core")
+def test_threads_of_openblas_are_no_obstacle(tmp_path: Path) -> None:
+    """numpy brings them with several cores for each rank; they end before a fork."""
+    lines, told = _run(
+        tmp_path,
+        """
+        import numpy
+        print(len(os.listdir("/proc/self/task")) > 1)
+        ranks.fork(2)
+        print(len(ranks._waiting))
+        print([ranks.popen(RANK, env).wait() for _ in range(2)])
+        numpy.ones((600, 600)) @ numpy.ones((600, 600))
+        print(len(os.listdir("/proc/self/task")) > 1)
+        """,
+        OMP_NUM_THREADS="2",
+    )
+    assert lines == ["True", "2", "[7, 7]", "True"]
 
 
 def test_forks_that_are_never_told_end(tmp_path: Path) -> None:
