@@ -36,6 +36,7 @@ _READ_AT_IMPORT = (
     "OMP_", "GOMP_", "KMP_", "MKL_", "LD_", "PYTHON", "MALLOC_", "GLIBC_", "PYTORCH_", "CUDA_", "HF_", "TRANSFORMERS_",
 )  # fmt: skip
 """Variables that an imported library has looked at. A rank that gets another value imports anew."""
+_DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri", "/dev/accel")
 _PROC = Path("/proc/self")
 
 
@@ -97,7 +98,7 @@ def may_fork() -> bool:
     must see ranks."""
     try:
         opened = [os.readlink(entry) for entry in (_PROC / "fd").iterdir() if entry.is_symlink()]  # noqa: PTH115
-        if any(path.startswith(("/dev/nvidia", "/dev/kfd")) for path in opened):
+        if any(path.startswith(_DEVICES) for path in opened):
             return False
         if _num_threads() > 1:
             _end_threads_of_openblas()

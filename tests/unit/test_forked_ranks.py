@@ -130,6 +130,7 @@ def test_the_command_is_started_where_a_fork_would_differ(tmp_path: Path, change
         "threading.Thread(target=time.sleep, args=(30,), daemon=True).start()",
         "forked_ranks.show_as = lambda command, env: False",
         "os.readlink = lambda path: '/dev/nvidiactl'",
+        "os.readlink = lambda path: '/dev/dri/renderD128'",
         "forked_ranks._PROC = Path('/nothing-is-mounted')",
         "sys.modules['transformers'] = None; ranks.import_libraries()",
     ],
