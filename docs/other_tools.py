@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from launcher.config.overrides import meant_by_option
+from launcher.config.arguments import meant_by_option
 
 FOLDER = Path(__file__).parent
 _TRAINER = """output_dir=out overwrite_output_dir=true per_device_train_batch_size=4 gradient_accumulation_steps=8 per_device_eval_batch_size=8

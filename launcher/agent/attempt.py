@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.agent.command import accelerate_command, num_processes
+from launcher.agent.head_start import shield
 from launcher.agent.interface import interface_settings
 from launcher.agent.machine import Ended, OneMachine, Start
 from launcher.agent.stopped import StoppedProcesses
@@ -20,6 +21,7 @@ from launcher.base import files
 from launcher.base.device_memory import oom_kills
 from launcher.base.environment import without_inherited
 from launcher.base.errors import UnsafeFileError, UserError
+from launcher.base.forks import Fork
 from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED, die_with_parent, host
 from launcher.base.rank_reports import ATTEMPT, is_library, make_report, read_reports
@@ -29,9 +31,6 @@ from launcher.config.settings import RunConfig
 
 _SHUTDOWN_S = 5
 """torchrun gives the other ranks so long once one has failed. Requests to stop go through the STOP file instead."""
-_SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Slurm and container runtimes signal all processes of a job. torchrun would end the ranks; the agent asks them by the
-STOP file, with the reason. torchrun itself is told to handle SIGHUP alone, or it would not ignore these any more."""
 _EARLY_S = 1.0
 """For ranks that are asked to stop before their first step."""
 _POLL_S = 0.1
@@ -43,10 +42,17 @@ _WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/graph.py
 
 
 class Attempt:
-    """What every start of this machine's ranks has in common."""
+    """What every start of this machine's ranks has in common.
 
-    def __init__(self, config: RunConfig, paths: RunPaths, arguments: Sequence[str]) -> None:
+    Args:
+        begun: an `accelerate launch` with a head start, for the first one.
+    """
+
+    def __init__(
+        self, config: RunConfig, paths: RunPaths, arguments: Sequence[str], begun: Fork | None = None
+    ) -> None:  # fmt: skip
         self._config, self._paths, self._arguments = config, paths, arguments
+        self._begun = begun
         self._machine = config.launch.machine_rank
         self._log = paths.agent_log(self._machine)
         local = max(1, num_processes(config) // config.launch.num_machines)
@@ -84,7 +90,7 @@ class Attempt:
                 output[-4000:], oom_kills() - kills_before, stopped=stopped.at_the_end(),
             )  # fmt: skip
 
-    def _popen(self, start: Start, error_dir: str, log: int, began: float) -> subprocess.Popen[bytes]:
+    def _popen(self, start: Start, error_dir: str, log: int, began: float) -> subprocess.Popen[bytes] | Fork:
         parent = os.getpid()
         launch = self._config.launch
         inherited = without_inherited({**os.environ, **launch.env})
@@ -96,19 +102,25 @@ class Attempt:
             **({RESTARTED: "1"} if start.is_restart else {}),
         }  # fmt: skip
 
+        command = accelerate_command(self._config, self._arguments, start.port)
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            if begun.begin(command, env, output=f"/proc/{parent}/fd/{log}"):
+                return begun
+            begun.end()
+
         def prepare() -> None:
             die_with_parent(expected_parent=parent)
-            for number in _SHIELDED:
-                signal.signal(number, signal.SIG_IGN)
+            shield()
 
         # A session of its own: Ctrl-C reaches only us, and the ranks learn of it at a step boundary.
         return subprocess.Popen(
-            accelerate_command(self._config, self._arguments, start.port), env=env, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=prepare,
+            command, env=env, start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            preexec_fn=prepare,
         )  # fmt: skip
 
     def _watch(
-        self, process: subprocess.Popen[bytes], machines: OneMachine, start: Start, stopped: StoppedProcesses
+        self, process: subprocess.Popen[bytes] | Fork, machines: OneMachine, start: Start, stopped: StoppedProcesses
     ) -> int:
         end_at: float | None = None
         while True:

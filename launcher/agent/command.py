@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.agent.head_start import MODULE
 from launcher.base.devices import num_cores, visible_gpus
 from launcher.config.settings import RunConfig
 
@@ -35,7 +36,7 @@ def accelerate_command(config: RunConfig, arguments: Sequence[str], port: int) -
     """
     launch, total = config.launch, num_processes(config)
     command = [
-        sys.executable, "-m", "launcher.train.accelerate_launch", "--config_file", str(_ACCELERATE_CONFIG),
+        sys.executable, "-m", MODULE, "--config_file", str(_ACCELERATE_CONFIG),
         "--num_processes", str(total), "--num_machines", str(launch.num_machines), "--mixed_precision", "no",
         "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(total // launch.num_machines)),
     ]  # fmt: skip

@@ -26,6 +26,7 @@ from launcher.agent.requests import Requests
 from launcher.base import files, lock, lock_file
 from launcher.base.end_report import write_end_report
 from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, MachinesError, RankFailedError, UserError
+from launcher.base.forks import Fork
 from launcher.base.paths import RunPaths
 from launcher.base.process import is_alive
 from launcher.base.secrets import redacted
@@ -51,8 +52,11 @@ class Caller:
     note_restart: Callable[[int], None] = lambda number: None
 
 
-def run(config: RunConfig, arguments: Sequence[str]) -> int:
+def run(config: RunConfig, arguments: Sequence[str], begun: Fork | None = None) -> int:
     """What `launcher train` does: `supervise` for a person at a terminal.
+
+    Args:
+        begun: of `head_start`.
 
     Returns:
         0 finished, 75 stopped and saved.
@@ -60,7 +64,7 @@ def run(config: RunConfig, arguments: Sequence[str]) -> int:
     Raises:
         RankFailedError: a process failed; its own error and exit code. And what `supervise` raises.
     """
-    verdict = supervise(config, arguments)
+    verdict = supervise(config, arguments, begun=begun)
     if verdict.exit_code not in (EXIT_DONE, EXIT_STOPPED):
         error = RankFailedError(redacted(verdict.text))
         error.exit_code = verdict.exit_code
@@ -68,7 +72,9 @@ def run(config: RunConfig, arguments: Sequence[str]) -> int:
     return verdict.exit_code
 
 
-def supervise(config: RunConfig, arguments: Sequence[str], caller: Caller | None = None) -> Verdict:
+def supervise(
+    config: RunConfig, arguments: Sequence[str], caller: Caller | None = None, begun: Fork | None = None
+) -> Verdict:
     """Runs to the end, to a stop, or to a failure that a restart does not cure; on every machine with the same end.
 
     Args:
@@ -87,7 +93,7 @@ def supervise(config: RunConfig, arguments: Sequence[str], caller: Caller | None
     if config.launch.num_machines == 1 and num_processes(config) > 1:
         check_loopback()
     with Requests().installed() as requests:
-        return _Supervisor(config, arguments, requests, caller or Caller()).run()
+        return _Supervisor(config, arguments, requests, caller or Caller(), begun).run()
 
 
 def _append_to_own_output() -> None:
@@ -101,11 +107,11 @@ def _append_to_own_output() -> None:
 
 class _Supervisor:
     def __init__(
-        self, config: RunConfig, arguments: Sequence[str], requests: Requests, caller: Caller
-    ) -> None:  # fmt: skip
+        self, config: RunConfig, arguments: Sequence[str], requests: Requests, caller: Caller, begun: Fork | None
+    ) -> None:
         self._config, self._requests, self._caller = config, requests, caller
         self._paths = RunPaths(Path(config.output_dir).expanduser().resolve())
-        self._ranks = Attempt(config, self._paths, arguments)
+        self._ranks = Attempt(config, self._paths, arguments, begun)
         self._is_first = config.launch.num_machines == 1 or config.launch.machine_rank == 0
         self._has_written_stop = False
         self._earlier: Outcome | None = None

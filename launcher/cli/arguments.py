@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.config.compose import Arguments, split_arguments
+from launcher.config.arguments import Arguments, split_arguments
 
 _OPTION = re.compile(r"^  (?:-\w, )?(--(?!help\b)[\w-]+(?: [A-Z]+| \{[\w,]+\})?)", re.MULTILINE)
 """An option with its value, as a verb's help lists it."""

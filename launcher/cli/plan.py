@@ -16,7 +16,8 @@ from launcher.base.device_memory import parse_bytes
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.cli.arguments import find_own_modules, parse_settings
 from launcher.cli.train import as_argv
-from launcher.config.compose import Arguments, compose_arguments
+from launcher.config.arguments import Arguments
+from launcher.config.compose import compose_arguments
 from launcher.config.settings import RunConfig
 
 _EPILOG = """examples:

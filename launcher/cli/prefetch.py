@@ -12,7 +12,8 @@ from launcher.base.errors import EXIT_DONE, UserError
 from launcher.base.paths import RunPaths
 from launcher.cli.arguments import parse_settings
 from launcher.cli.train import as_argv
-from launcher.config.compose import Arguments, compose, compose_arguments, compose_hydra, to_plain
+from launcher.config.arguments import Arguments
+from launcher.config.compose import compose, compose_arguments, compose_hydra, to_plain
 from launcher.config.settings import RunConfig, is_local_path
 from launcher.hub import fetch_checkpoint, fetch_model
 from launcher.hub.environment import distrust_xet

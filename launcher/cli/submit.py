@@ -10,7 +10,8 @@ from pathlib import Path
 from launcher.base.errors import EXIT_DONE, UserError
 from launcher.base.paths import RunPaths
 from launcher.cli.arguments import parse_settings
-from launcher.config.compose import Arguments, compose, compose_arguments
+from launcher.config.arguments import Arguments
+from launcher.config.compose import compose, compose_arguments
 from launcher.config.rules import notices, resource_notices
 from launcher.config.settings import RunConfig
 

@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from launcher.agent.head_start import head_start
 from launcher.base.devices import device_problems, spare_device_problems
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
+from launcher.base.forks import Fork
 from launcher.base.output import survive_closed_output
 from launcher.cli.arguments import parse_settings
-from launcher.config.compose import Arguments, compose_arguments
+from launcher.config.arguments import Arguments
 from launcher.config.handed_on import hand_on
 from launcher.config.rules import cache_problems, notices
 from launcher.config.settings import RunConfig, to_dict
@@ -38,10 +40,19 @@ def main(argv: Sequence[str]) -> int:
         survive_closed_output()
     if options.multirun:
         return _sweep(arguments)
-    config = compose_arguments(as_argv(arguments))
     if options.cfg:
-        print_config(config)
+        print_config(_composed(arguments))
         return EXIT_DONE
+    begun = head_start()
+    try:
+        return _train(arguments, begun)
+    finally:
+        if begun is not None:
+            begun.end()
+
+
+def _train(arguments: Arguments, begun: Fork | None) -> int:
+    config = _composed(arguments)
     _check_machines(config)
     from launcher.agent.command import num_processes
 
@@ -56,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     from launcher.agent import supervise as agent
 
     hand_on(config, as_argv(arguments))
-    return agent.run(config, as_argv(arguments))
+    return agent.run(config, as_argv(arguments), begun)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:
@@ -69,6 +80,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Arguments]:
     parser.add_argument("--cfg", choices=("job",), help="print the composed settings and run nothing")
     parser.add_argument("--resolve", action="store_true", help="with --cfg: implied, settings are printed resolved")
     return parse_settings(parser, argv)
+
+
+def _composed(arguments: Arguments) -> RunConfig:
+    from launcher.config.compose import compose_arguments  # imports Hydra: beside the head start
+
+    return compose_arguments(as_argv(arguments))
 
 
 def as_argv(arguments: Arguments) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from yaml import MarkedYAMLError, YAMLError
 
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.paths import conf_dir
+from launcher.config.arguments import split_arguments
 from launcher.config.optimizers import left_over_arguments
-from launcher.config.overrides import Checked, Groups, check, choice_name, meant_by_option
+from launcher.config.overrides import Checked, Groups, check, choice_name
 from launcher.config.parse import parse_config
 from launcher.config.settings import RunConfig
 
@@ -38,45 +38,6 @@ _GENERATOR_KEYS = ("data.generator", "data.generator._target_")
 
 SELECTING_KEYS = ("model.model_name_or_path", "model.config.model_type", *_SOURCES, *_GENERATOR_KEYS)
 """Settings that decide which defaults of the other settings are used."""
-_OPTIONS = ("--config-dir DIR", "--config-file FILE")
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What a verb that composes takes: overrides, and where else to look for configs."""
-
-    overrides: tuple[str, ...]
-    config_dir: str | None = None
-    config_file: str | None = None
-
-
-def split_arguments(argv: Sequence[str], valid: Sequence[str] = _OPTIONS) -> Arguments:
-    """Takes `--config-dir DIR` and `--config-file FILE` out of the overrides, wherever they stand.
-
-    Args:
-        valid: what a message names as the options there are; a verb takes its own out before.
-
-    Raises:
-        UserError: another option, or one without its value.
-    """
-    overrides: list[str] = []
-    options: dict[str, str] = {}
-    rest = list(argv)
-    while rest:
-        text = rest.pop(0)
-        if not text.startswith("-"):
-            overrides.append(text)
-            continue
-        name, equals, value = text.partition("=")
-        if name in ("-m", "--multirun"):
-            raise UserError(f"{name} starts an accelerate launch of its own for every job: launcher train {name} …")
-        if name not in ("--config-dir", "--config-file", "-cd"):
-            meant = meant_by_option(name, value or "VALUE")
-            raise UserError(f"{name} is not an option here.{meant} Valid: {', '.join(valid)}, KEY=VALUE …")
-        if not equals and not rest:
-            raise UserError(f"{name} needs a value")
-        options["--config-dir" if name == "-cd" else name] = value if equals else rest.pop(0)
-    return Arguments(tuple(overrides), options.get("--config-dir"), options.get("--config-file"))
 
 
 def compose_arguments(argv: Sequence[str]) -> RunConfig:

@@ -212,25 +212,6 @@ def _unknown(override: Override, keys: dict[str, Any]) -> tuple[str, str | None]
     return f"{what}. Did you mean {typed(f'{meant}={value}')}?", meant
 
 
-def meant_by_option(name: str, value: str) -> str:
-    """' Did you mean KEY=VALUE?' for `--max_steps`, a setting written as other tools take them; else ''."""
-    keys: dict[str, Any] = valid_keys(RunConfig)
-    key = name.lstrip("-").replace("-", "_")
-    open_keys = [open_key for open_key, hint in keys.items() if is_open(hint)]
-    hint = theirs_to_ours(key.rpartition(".")[2], value, keys, open_keys)
-    if dataclasses.is_dataclass(keys.get(key)):  # a group: its choices have names of their own
-        choice = choice_hint(key, value) or (None if hint else f"{key}=CHOICE")
-        return f" Did you mean {typed(choice)}?" if choice else f" {hint}"
-    if key in keys or (hint is None and any(key.startswith(f"{open_key}.") for open_key in open_keys)):
-        return f" Did you mean {typed(f'{key}={value}')}?"
-    if hint is not None:
-        return f" {hint}"
-    same_leaf = [full for full in keys if full.rpartition(".")[2] == key]
-    by_leaf = {full.rpartition(".")[2]: full for full in keys}
-    meant = same_leaf[0] if same_leaf else by_leaf.get(near_miss(key, by_leaf) or "")
-    return f" Did you mean {typed(f'{meant}={value}')}?" if meant else ""
-
-
 def is_choice(override: Override, groups: Groups) -> bool:
     """Whether the override picks a group's choice (rather than setting a value)."""
     return groups.is_group(override.key_or_group) and not isinstance(override.value(), dict)

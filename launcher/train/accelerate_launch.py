@@ -19,7 +19,7 @@ def main() -> None:
     rank_setup.quiet_libraries()
     num_local, num_threads = _flags(sys.argv[1:])
     os.environ["OMP_NUM_THREADS"] = num_threads  # of the ranks: libgomp reads it as it is loaded
-    ranks = ForkedRanks(os.environ)
+    ranks = ForkedRanks()
     with no_collections():
         from accelerate.commands import launch
 

@@ -73,8 +73,8 @@ def test_run_ends_bit_identical_when_it_was_stopped_and_killed_in_every_way(lab:
         pids = [*run.ranks()]
         assert len(pids) == 2
         agent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
-        auxiliary = {Path(f"/proc/{pid}/auxv").read_bytes() for pid in (*pids, agent)}
-        assert len(auxiliary) == 1, "they are no forks of accelerate launch: another program has other addresses"
+        auxiliary = {Path(f"/proc/{pid}/auxv").read_bytes() for pid in (*pids, agent, run.process.pid)}
+        assert len(auxiliary) == 1, "not all are forks of launcher train: another program has other addresses"
         run.process.kill()
         run.process.wait()
         for pid in pids:

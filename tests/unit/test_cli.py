@@ -118,7 +118,7 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     calls: list[list[str]] = []
 
-    def run(config: object, arguments: list[str]) -> int:
+    def run(config: object, arguments: list[str], begun: object) -> int:
         calls.append(arguments)
         return EXIT_STOPPED
 
@@ -140,7 +140,7 @@ def test_slurm_config_runs_here_and_says_so(agent: list[list[str]], capsys: pyte
 def _fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     from launcher.agent import supervise as real
 
-    def run(config: object, arguments: list[str]) -> int:
+    def run(config: object, arguments: list[str], begun: object) -> int:
         raise error
 
     monkeypatch.setattr(real, "run", run)

@@ -53,7 +53,7 @@ def test_command_runs_when_it_needs_no_run(
         return
     arguments = words[2:]
     started: list[RunConfig] = []
-    monkeypatch.setattr("launcher.agent.supervise.run", lambda config, argv: started.append(config) or 0)
+    monkeypatch.setattr("launcher.agent.supervise.run", lambda config, argv, begun: started.append(config) or 0)
     if "--help" in words:
         with pytest.raises(SystemExit) as ended:
             cli.main(words[1:])

@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 
 from launcher.base.devices import num_cores
+from launcher.base.forks import arguments_behind
 from launcher.base.process import is_alive, start_ticks
-from launcher.train.forked_ranks import arguments_of_rank
 from tests.distributed.runs import wait_until
 
 RANK = [sys.executable, "-u", "-m", "launcher.train", "model=tiny", "output_dir=a b"]
 PROLOGUE = r"""
 import os, signal, subprocess, sys, threading, time, types
 from pathlib import Path
+from launcher.base import forks
 from launcher.train import forked_ranks
 RANK = [sys.executable, "-u", "-m", "launcher.train", "model=tiny", "output_dir=a b"]
 
-def told():
+def told(*_, **__):
     # what a rank would run: written down, and an end as asked for
     proc = Path("/proc/self")
     lines = [
@@ -35,8 +36,8 @@ def told():
         time.sleep(100)
     os._exit(int(os.environ["END"]))
 
-forked_ranks._run_module = told
-ranks = forked_ranks.ForkedRanks(os.environ)
+forks.runpy.run_module = told
+ranks = forked_ranks.ForkedRanks()
 env = {**os.environ, "GIVEN": "caf\udce9", "END": "7", "TOLD": sys.argv[1]}
 """
 
@@ -62,7 +63,7 @@ def test_a_fork_is_what_the_command_would_have_been(tmp_path: Path) -> None:
         """,
     )
     kind, *codes, pid = lines[0].split()
-    assert (kind, codes) == ("ForkedRank", ["7", "7", "7"])
+    assert (kind, codes) == ("Fork", ["7", "7", "7"])
     command, variables, arguments, orig, leads_session, _, parent = told
     assert command.split("\0")[:-1] == RANK
     assert "END=7" in variables.split("\0")
@@ -128,10 +129,10 @@ def test_the_command_is_started_where_a_fork_would_differ(tmp_path: Path, change
     "obstacle",
     [
         "threading.Thread(target=time.sleep, args=(30,), daemon=True).start()",
-        "forked_ranks.show_as = lambda command, env: False",
+        "forks.show_as = lambda command, env: False",
         "os.readlink = lambda path: '/dev/nvidiactl'",
         "os.readlink = lambda path: '/dev/dri/renderD128'",
-        "forked_ranks._PROC = Path('/nothing-is-mounted')",
+        "forks._PROC = Path('/nothing-is-mounted')",
         "sys.modules['transformers'] = None; ranks.import_libraries()",
     ],
 )
@@ -143,7 +144,7 @@ def test_nothing_is_forked_where_it_is_unsafe(tmp_path: Path, obstacle: str) -> 
 @pytest.mark.skipif(num_cores() < 2, reason="OpenBLAS has no threads on a single core")
 def test_threads_of_openblas_are_no_obstacle(tmp_path: Path) -> None:
     """numpy brings them with several cores for each rank; they end before a fork."""
-    lines, told = _run(
+    lines, _ = _run(
         tmp_path,
         """
         import numpy
@@ -198,7 +199,7 @@ def test_forks_end_with_a_killed_parent(tmp_path: Path) -> None:
     ],
 )
 def test_a_rank_is_known_by_its_command(command: list[str], expected: list[str] | None) -> None:
-    assert arguments_of_rank(command) == expected
+    assert arguments_behind("launcher.train", command) == expected
 
 
 def test_the_places_that_start_ranks_are_still_there() -> None:
@@ -207,7 +208,7 @@ def test_the_places_that_start_ranks_are_still_there() -> None:
         "from accelerate.commands import launch\n"
         "from launcher.train.forked_ranks import ForkedRanks\n"
         "from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler\n"
-        "ranks = ForkedRanks({})\n"
+        "ranks = ForkedRanks()\n"
         "ranks.fork(1)\n"
         "ranks.popen = lambda args, env, **more: print('asked for', *args) or launch.sys.exit(0)\n"
         "ranks.begin_in_place_of_popen(launch)\n"
