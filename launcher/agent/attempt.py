@@ -76,7 +76,7 @@ class Attempt:
         with log, tempfile.TemporaryDirectory(prefix="launcher-") as error_dir:
             begin = log.tell()
             process = self._popen(start, error_dir, log.fileno(), began)
-            stopped = StoppedProcesses(process.pid, self._config.launch.hang_timeout_s)
+            stopped = StoppedProcesses(process.pid, self._config.launch.hang_timeout_s, self._ranks.start)
             try:
                 code = self._watch(process, machines, start, stopped)
             finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.agent.head_start import MODULE
 from launcher.base.devices import num_cores, visible_gpus
+from launcher.base.errors import UserError
 from launcher.config.settings import RunConfig
 
 _ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
@@ -38,7 +39,7 @@ def accelerate_command(config: RunConfig, arguments: Sequence[str], port: int) -
     command = [
         sys.executable, "-m", MODULE, "--config_file", str(_ACCELERATE_CONFIG),
         "--num_processes", str(total), "--num_machines", str(launch.num_machines), "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(total // launch.num_machines)),
+        "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(config, total // launch.num_machines)),
     ]  # fmt: skip
     if total > 1:
         command += ["--multi_gpu", "--main_process_port", str(port)]
@@ -50,9 +51,21 @@ def accelerate_command(config: RunConfig, arguments: Sequence[str], port: int) -
     return [*command, "-m", "launcher.train", *arguments]
 
 
-def _threads(local_processes: int) -> int:
-    given = os.environ.get("OMP_NUM_THREADS")
-    return int(given) if given else max(1, num_cores() // max(1, local_processes))
+def _threads(config: RunConfig, local_processes: int) -> int:
+    """
+    Raises:
+        UserError: OMP_NUM_THREADS is no number; a list's first one counts, the others are of nested regions.
+    """
+    given = str({**os.environ, **config.launch.env}.get("OMP_NUM_THREADS", "")).partition(",")[0].strip()
+    if not given:
+        return max(1, num_cores() // max(1, local_processes))
+    try:
+        return int(given)
+    except ValueError:
+        raise UserError(
+            f"OMP_NUM_THREADS={given} is no number of threads: set a whole number (each process gets so many), or "
+            "unset it (the cores of the machine are shared among its processes)"
+        ) from None
 
 
 def free_port() -> int:

@@ -21,13 +21,14 @@ _RECENT_S = 15.0
 class StoppedProcesses:
     """Looks at the processes below the agent's `accelerate launch`, says which are stopped, and since when."""
 
-    def __init__(self, root: int, limit_s: float) -> None:
+    def __init__(self, root: int, limit_s: float, first_rank: int = 0) -> None:
         """
         Args:
             root: the pid of `accelerate launch`.
             limit_s: launch.hang_timeout_s.
+            first_rank: of this machine.
         """
-        self._root, self._limit_s = root, limit_s
+        self._root, self._limit_s, self._first_rank = root, limit_s, first_rank
         self._since: dict[int, float] = {}
         self._say_at: dict[int, float] = {}
         self._look_at = 0.0
@@ -47,12 +48,17 @@ class StoppedProcesses:
         table = _processes()
         stopped = [pid for pid in _descendants(table, self._root) if table[pid][0] == "T"]
         self._since = {pid: self._since.get(pid, now) for pid in stopped}
-        ranks = {pid: rank for pid in stopped if (rank := _rank(pid, table)) is not None}
+        ranks = {pid: rank for pid in stopped if (rank := self._rank(pid, table)) is not None}
         self._tell(stopped, ranks, now, is_stopping=is_stopping)
         stood_s = {pid: now - self._since[pid] for pid in ranks}
         is_long = min(_SAY_S, self._limit_s)
         self._last |= {ranks[pid]: (pid, now) for pid, seconds in stood_s.items() if seconds >= is_long}
         return any(seconds > self._limit_s for seconds in stood_s.values()) and not is_stopping
+
+    def _rank(self, pid: int, table: dict[int, tuple[str, int]]) -> int | None:
+        if table[pid][1] == self._root and _argv(pid) == _argv(self._root):  # a fork that is to become one, in turn
+            return self._first_rank + sorted(_children(table).get(self._root, [])).index(pid)
+        return _rank(pid, table)
 
     def _tell(self, stopped: list[int], ranks: dict[int, int], now: float, *, is_stopping: bool) -> None:
         for pid in stopped:
@@ -86,15 +92,20 @@ def _processes() -> dict[int, tuple[str, int]]:
 
 
 def _descendants(table: dict[int, tuple[str, int]], root: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for pid, (_, parent) in table.items():
-        children.setdefault(parent, []).append(pid)
+    children = _children(table)
     found, pending = [], [root]
     while pending:
         inner = children.get(pending.pop(), [])
         found += inner
         pending += inner
     return found
+
+
+def _children(table: dict[int, tuple[str, int]]) -> dict[int, list[int]]:
+    children: dict[int, list[int]] = {}
+    for pid, (_, parent) in table.items():
+        children.setdefault(parent, []).append(pid)
+    return children
 
 
 def _rank(pid: int, table: dict[int, tuple[str, int]]) -> int | None:

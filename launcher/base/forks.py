@@ -15,12 +15,14 @@ import runpy
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.base.output import SurvivingStream, TellingStream
 from launcher.base.process import die_with_parent, show_as
 
 _READ_AT_IMPORT = (
@@ -39,9 +41,24 @@ def may_fork() -> bool:
             return False
         if _num_threads() > 1:
             _end_threads_of_openblas()
-        return _num_threads() == 1 and show_as(sys.orig_argv, os.environ)
+        is_plain = not _has_startup_code() and all(map(_plain_stream, (sys.stdout, sys.stderr)))
+        return is_plain and _num_threads() == 1 and show_as(sys.orig_argv, os.environ)
     except OSError:
         return False
+
+
+def _has_startup_code() -> bool:
+    """Of somebody's own, which every interpreter runs and which may look at RANK. A distribution's lies elsewhere."""
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in ("sitecustomize", "usercustomize"))
+    own = Path(sysconfig.get_path("stdlib")).resolve()
+    return any(file is not None and Path(file).parent.resolve() != own for file in files)
+
+
+def _plain_stream(stream: Any) -> io.TextIOWrapper | None:
+    """Without what this package has put around it; None for a stream of somebody's own, which writes as it likes."""
+    while isinstance(stream, SurvivingStream | TellingStream):
+        stream = stream.stream
+    return stream if isinstance(stream, io.TextIOWrapper) else None
 
 
 def _num_threads() -> int:
@@ -134,7 +151,12 @@ class Fork:
 
     def _reap(self, options: int) -> int | None:
         if self.returncode is None:
-            pid, status = os.waitpid(self.pid, options)
+            try:
+                pid, status = os.waitpid(self.pid, options)
+            except (
+                ChildProcessError
+            ):  # SIGCHLD is ignored: it is gone, with a code that nobody kept; as subprocess does
+                pid, status = self.pid, 0
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
@@ -185,9 +207,8 @@ def _become(order: dict[str, Any]) -> None:
     sys.argv = ["", *order["arguments"]]
     if not sys.flags.safe_path:
         sys.path[0] = str(Path.cwd())
-    for name, fd in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, f"__{name}__")
-        if not isinstance(stream, io.TextIOWrapper):
-            stream = os.fdopen(fd, "w", closefd=False)
+    for name in ("stdout", "stderr"):
+        stream = _plain_stream(getattr(sys, name))
+        assert stream is not None  # by `may_fork`
         stream.reconfigure(line_buffering=True, write_through=True)  # as by -u
         setattr(sys, name, stream)

@@ -15,18 +15,18 @@ class SurvivingStream:
     """A text stream whose writes cannot fail: where nobody reads any more, what follows goes nowhere."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self.stream = stream
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            return self.stream.write(text)
         except (OSError, ValueError) as error:
             self._give_up(error)
             return len(text)
 
     def flush(self) -> None:
         try:
-            self._stream.flush()
+            self.stream.flush()
         except (OSError, ValueError) as error:
             self._give_up(error)
 
@@ -35,11 +35,11 @@ class SurvivingStream:
         if isinstance(error, BrokenPipeError | ValueError) or getattr(error, "errno", None) == 5:  # EIO: no terminal
             with contextlib.suppress(OSError, ValueError):
                 null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self._stream.fileno())
+                os.dup2(null, self.stream.fileno())
                 os.close(null)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
 
 class TellingStream:

@@ -338,7 +338,7 @@ def main() -> None:
         waited, waited_before = _waited_for_core_s(), waited
         for answer in answers:
             answer["is_starved"] = waited - waited_before > _PATIENCE_S
-            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.write(f"\n{json.dumps(answer)}\n")  # whatever start-up code has printed ends there
             sys.stdout.flush()
 
 

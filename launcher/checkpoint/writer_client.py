@@ -223,7 +223,7 @@ class WriterClient:
             while chunk := os.read(self._process.stdout.fileno(), 1 << 16):
                 self._pending += chunk
         *lines, self._pending = self._pending.split(b"\n")
-        answers = [json.loads(line) for line in lines]
+        answers = [json.loads(line) for line in lines if line.startswith(b'{"')]
         with self._lock:
             self._num_unanswered -= sum("ahead" not in answer for answer in answers)
         if any(answer["is_starved"] for answer in answers):

@@ -56,7 +56,7 @@ def main() -> None:
             answer["error"] = redacted(f"{type(error).__name__}: {error}"[:500]) + (
                 f" ({where})" if is_users_code else ""
             )
-        print(json.dumps(answer), file=answers, flush=True)
+        print(f"\n{json.dumps(answer)}", file=answers, flush=True)  # whatever start-up code has printed ends there
         if "error" in answer:
             break
     sys.stderr.flush()

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
 
 from launcher.base import files
 from launcher.base.devices import visible_gpus
@@ -82,12 +81,11 @@ class EvaluatorProcess:
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self._process.stdout.fileno(), 1 << 16):
                 self._pending += chunk
-        line, newline, self._pending = self._pending.partition(b"\n")
-        if newline:
-            answer: dict[str, Any] = json.loads(line)
-            self.error = answer.get("error")
-            return True
-        self._pending = line
+        *lines, self._pending = self._pending.split(b"\n")
+        for line in lines:
+            if line.startswith(b'{"'):
+                self.error = json.loads(line).get("error")
+                return True
         limit_s = self._config.launch.hang_timeout_s
         if is_gone:
             code = self._process.returncode

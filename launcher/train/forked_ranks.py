@@ -7,6 +7,7 @@ and an environment, and is given the fork that becomes just that.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import subprocess
 import types
@@ -27,15 +28,16 @@ _LIBRARIES = (
 class ForkedRanks:
     def __init__(self) -> None:
         self._waiting: list[Fork] = []
-        self._has_libraries = True
+        self._has_libraries = False
 
     def import_libraries(self) -> None:
         """What fails here fails in the ranks too, which tell it in a report of their own."""
-        try:
+        if not may_fork():
+            return
+        with contextlib.suppress(Exception):
             for name in _LIBRARIES:
                 importlib.import_module(name)
-        except Exception:
-            self._has_libraries = False
+            self._has_libraries = True
 
     def fork(self, count: int) -> None:
         if not self._has_libraries or not may_fork():

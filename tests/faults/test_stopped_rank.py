@@ -69,6 +69,24 @@ def test_stopped_processes_are_told_and_a_request_to_stop_lets_them_go_on(
         assert not look(60.0) and not look(80.0) and not watched.at_the_end()
 
 
+def test_a_fork_that_waits_to_become_a_rank_is_taken_for_one() -> None:
+    """They become ranks in the order in which they were made."""
+    code = "import os, time\nfor _ in '12':\n    if os.fork() == 0: time.sleep(60)\nprint(flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as root:
+        try:
+            assert root.stdout is not None
+            root.stdout.readline()
+            first, second = map(int, Path(f"/proc/{root.pid}/task/{root.pid}/children").read_text().split())
+            watched = StoppedProcesses(root.pid, 0.0, first_rank=4)
+            os.kill(second, signal.SIGSTOP)
+            wait_until(lambda: _state(second) == "T", "the stop")
+            assert not watched.look(lambda: False)
+            wait_until(lambda: watched.look(lambda: False), "the limit", 30)
+            assert watched.at_the_end() == {5: second} and first != second
+        finally:
+            os.killpg(root.pid, signal.SIGKILL)
+
+
 def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 

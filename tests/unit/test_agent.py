@@ -39,6 +39,30 @@ def test_command_gives_every_flag_when_two_nodes_are_used(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
+    ("shell", "setting", "expected"),
+    [("3", None, "3"), (" 2,1", None, "2"), ("3", "5", "5"), (None, "5", "5"), (None, 4, "4"), ("", None, "7")],
+)
+def test_threads_of_a_rank_are_those_that_were_asked_for(
+    shell: str | None, setting: object, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.agent.command.num_cores", lambda: 14)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if shell is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", shell)
+    config = RunConfig()
+    config.launch.num_processes = 2
+    config.launch.env = {} if setting is None else {"OMP_NUM_THREADS": setting}  # type: ignore[dict-item]
+    command = accelerate_command(config, [], port=29501)
+    assert command[command.index("--num_cpu_threads_per_process") + 1] == expected
+
+
+def test_threads_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1e3")
+    with pytest.raises(UserError, match="OMP_NUM_THREADS=1e3 is no number of threads"):
+        accelerate_command(RunConfig(), [], port=29501)
+
+
+@pytest.mark.parametrize(
     ("state", "asked", "finished"),
     [
         ({"state": "finished", "step": 20, "length": [20, 1.0, 32]}, 20, True),

@@ -37,7 +37,9 @@ def told(*_, **__):
     os._exit(int(os.environ["END"]))
 
 forks.runpy.run_module = told
+forked_ranks._LIBRARIES = ("json",)
 ranks = forked_ranks.ForkedRanks()
+ranks.import_libraries()
 env = {**os.environ, "GIVEN": "caf\udce9", "END": "7", "TOLD": sys.argv[1]}
 """
 
@@ -133,7 +135,10 @@ def test_the_command_is_started_where_a_fork_would_differ(tmp_path: Path, change
         "os.readlink = lambda path: '/dev/nvidiactl'",
         "os.readlink = lambda path: '/dev/dri/renderD128'",
         "forks._PROC = Path('/nothing-is-mounted')",
-        "sys.modules['transformers'] = None; ranks.import_libraries()",
+        "forked_ranks._LIBRARIES = ('no_such',); ranks = forked_ranks.ForkedRanks(); ranks.import_libraries()",
+        "import codecs; sys.stdout = codecs.getwriter('utf-8')(sys.stdout.buffer)",
+        "sys.modules['sitecustomize'] = types.SimpleNamespace(__file__='/of/mine/sitecustomize.py')",
+        "sys.modules['usercustomize'] = types.SimpleNamespace(__file__='/of/mine/usercustomize.py')",
     ],
 )
 def test_nothing_is_forked_where_it_is_unsafe(tmp_path: Path, obstacle: str) -> None:
@@ -158,6 +163,32 @@ def test_threads_of_openblas_are_no_obstacle(tmp_path: Path) -> None:
         OMP_NUM_THREADS="2",
     )
     assert lines == ["True", "2", "[7, 7]", "True"]
+
+
+def test_start_up_code_of_a_distribution_is_no_obstacle(tmp_path: Path) -> None:
+    script = """
+        import sysconfig
+        path = sysconfig.get_path("stdlib") + "/sitecustomize.py"
+        sys.modules["sitecustomize"] = types.SimpleNamespace(__file__=path)
+        ranks.fork(2)
+        print(len(ranks._waiting))
+    """
+    assert _run(tmp_path, script) == (["2"], [])
+
+
+def test_an_ignored_end_counts_as_one(tmp_path: Path) -> None:
+    """As for subprocess.Popen: whoever ignores SIGCHLD learns of no exit code."""
+    script = """
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        ranks.fork(2)
+        ended = [ranks.popen(RANK, env) for _ in range(2)]
+        print(ended[0].wait())
+        while ended[1].poll() is None:
+            time.sleep(0.01)
+        print(ended[1].returncode)
+    """
+    lines, _ = _run(tmp_path, script)
+    assert lines == ["0", "0"]
 
 
 def test_forks_that_are_never_told_end(tmp_path: Path) -> None:
@@ -208,7 +239,7 @@ def test_the_places_that_start_ranks_are_still_there() -> None:
         "from accelerate.commands import launch\n"
         "from launcher.train.forked_ranks import ForkedRanks\n"
         "from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler\n"
-        "ranks = ForkedRanks()\n"
+        "ranks = ForkedRanks()\nranks._has_libraries = True\n"
         "ranks.fork(1)\n"
         "ranks.popen = lambda args, env, **more: print('asked for', *args) or launch.sys.exit(0)\n"
         "ranks.begin_in_place_of_popen(launch)\n"
