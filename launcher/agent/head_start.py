@@ -8,7 +8,7 @@ import signal
 import sys
 
 from launcher.base.collector import no_collections
-from launcher.base.forks import Fork, may_fork
+from launcher.base.forks import Fork, close_inherited, may_fork
 
 MODULE = "launcher.train.accelerate_launch"
 SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -34,6 +34,7 @@ def shield() -> None:
 def _import_libraries() -> None:
     os.setsid()  # Ctrl-C reaches only the agent
     shield()
+    close_inherited()
     with no_collections():
         for name in _LIBRARIES:
             try:

@@ -8,6 +8,7 @@ Where something speaks against it, the command is to be started as ever. Standar
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import json
 import os
@@ -77,6 +78,14 @@ def arguments_behind(module: str, command: Sequence[str]) -> list[str] | None:
     """ARG… of `python [-u] -m MODULE ARG…`; None for another command."""
     words = [word for word in command[1:3] if word != "-u"] + list(command[3:])
     return words[2:] if command[0] == sys.executable and words[:2] == ["-m", module] else None
+
+
+def close_inherited() -> None:
+    """Descriptors that this process was started with, beyond the standard ones: a command would not have got them."""
+    for fd in [int(entry.name) for entry in (_PROC / "fd").iterdir()]:
+        with contextlib.suppress(OSError):
+            if fd > 2 and os.get_inheritable(fd):
+                os.close(fd)
 
 
 class Fork:

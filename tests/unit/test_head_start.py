@@ -41,12 +41,14 @@ def test_it_is_what_the_command_would_have_been(tmp_path: Path) -> None:
             atexit.register(lambda: print("the end", flush=True))
             print(sys.argv[1:], sys.orig_argv[1:], os.environ["GIVEN"], repr(sys.stdin.read()))
             print(sys.path[0] == os.getcwd(), os.getsid(0) == os.getpid(), file=sys.stderr)
+            print("9" in os.listdir("/proc/self/fd"))
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 os.kill(os.getpid(), number)
             sys.exit(9)
         ''')
         sys.path[0] = "/the/folder/of/a/script"
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+        os.dup2(0, 9)  # `9> lock` in a shell
         log = open("log", "a")
         print("before", file=log, flush=True)
         begun = head_start.head_start()
@@ -57,7 +59,8 @@ def test_it_is_what_the_command_would_have_been(tmp_path: Path) -> None:
     )
     assert printed == "True 9\n"
     assert (tmp_path / "log").read_text().splitlines() == [
-        "before", f"['--one', 'two'] {['-m', head_start.MODULE, '--one', 'two']} a", "b ''", "True True", "the end",
+        "before", f"['--one', 'two'] {['-m', head_start.MODULE, '--one', 'two']} a", "b ''", "True True", "False",
+        "the end",
     ]  # fmt: skip
 
 
