@@ -172,7 +172,7 @@ def as_text(found: dict[str, Any]) -> str:
             parts.append([strategy, kind, *spent])
     head = ["strategy", "start", "launcher train, s", "bare script, s", "ratio"]
     until = [
-        "command to accelerate launch", "to its ranks", "to the run's folder (imports, process group)",
+        "command to accelerate launch", "to its ranks (imports)", "to the run's folder (process group)",
         "to the loop (data, model, prepare)", "first step",
     ]  # fmt: skip
     return (
