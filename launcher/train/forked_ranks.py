@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import subprocess
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from launcher.base.forks import Fork, arguments_behind, may_fork
@@ -23,6 +25,13 @@ _LIBRARIES = (
     "launcher.train.loop",
 )  # fmt: skip
 """What `launcher.train.__main__` imports."""
+_GPU_DRIVER = Path("/dev/nvidiactl")
+
+
+def _imports_open_devices() -> bool:
+    """transformers asks for a GPU as it is imported, if only flash-attn is installed."""
+    packages = ("flash_attn", "flash_attn_interface")
+    return _GPU_DRIVER.exists() and any(importlib.util.find_spec(name) is not None for name in packages)
 
 
 class ForkedRanks:
@@ -32,7 +41,7 @@ class ForkedRanks:
 
     def import_libraries(self) -> None:
         """What fails here fails in the ranks too, which tell it in a report of their own."""
-        if not may_fork():
+        if not may_fork() or _imports_open_devices():
             return
         with contextlib.suppress(Exception):
             for name in _LIBRARIES:

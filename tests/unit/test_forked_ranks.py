@@ -165,6 +165,24 @@ def test_threads_of_openblas_are_no_obstacle(tmp_path: Path) -> None:
     assert lines == ["True", "2", "[7, 7]", "True"]
 
 
+@pytest.mark.parametrize(("driver", "package", "expected"), [(True, True, "0"), (True, False, "2"), (False, True, "2")])
+def test_nothing_is_imported_in_vain_where_that_opens_a_gpu(
+    tmp_path: Path, driver: bool, package: bool, expected: str
+) -> None:
+    script = f"""
+        ranks = forked_ranks.ForkedRanks()
+        forked_ranks._GPU_DRIVER = Path("/proc" if {driver} else "/nothing/of/that/name")
+        if {package}:
+            Path(sys.argv[1] + "-d").mkdir()
+            Path(sys.argv[1] + "-d/flash_attn.py").touch()
+            sys.path.append(sys.argv[1] + "-d")
+        ranks.import_libraries()
+        ranks.fork(2)
+        print(len(ranks._waiting))
+    """
+    assert _run(tmp_path, script)[0] == [expected]
+
+
 def test_start_up_code_of_a_distribution_is_no_obstacle(tmp_path: Path) -> None:
     script = """
         import sysconfig
