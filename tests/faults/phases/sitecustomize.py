@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import sysconfig
 import time
 from typing import Any
 
@@ -41,3 +42,5 @@ def _watch(phase: dict[str, Any]) -> None:
 
 if os.environ.get("PHASE"):
     _watch(json.loads(os.environ["PHASE"]))
+
+__file__ = f"{sysconfig.get_path('stdlib')}/sitecustomize.py"  # as a distribution's: a hook is there in a fork too
