@@ -11,7 +11,7 @@ from launcher.base.collector import no_collections
 from launcher.base.forks import Fork, close_inherited, may_fork
 
 MODULE = "launcher.train.accelerate_launch"
-SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Slurm and container runtimes signal all processes of a job. torchrun would end the ranks; the agent asks them by the
 STOP file, with the reason. torchrun itself is told to handle SIGHUP alone, or it would not ignore these any more."""
 _LIBRARIES = ("asyncio", "unittest.mock", "multiprocessing.connection", "sympy", "tokenizers", "safetensors", "jinja2")
@@ -27,7 +27,7 @@ def head_start() -> Fork | None:
 
 def shield() -> None:
     """From the signals that a terminal or a cluster sends to all processes."""
-    for number in SHIELDED:
+    for number in _SHIELDED:
         signal.signal(number, signal.SIG_IGN)
 
 

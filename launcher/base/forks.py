@@ -202,13 +202,11 @@ def _become(order: dict[str, Any]) -> None:
     if order["is_new_session"]:
         os.setsid()
     if order["output"] is not None:
-        for path, flags, fds in (
-            (os.devnull, os.O_RDONLY, (0,)), (order["output"], os.O_WRONLY | os.O_APPEND, (1, 2)),
-        ):  # fmt: skip
-            file = os.open(path, flags)
-            for fd in fds:
-                os.dup2(file, fd)
-            os.close(file)
+        null, output = os.open(os.devnull, os.O_RDONLY), os.open(order["output"], os.O_WRONLY | os.O_APPEND)
+        for file, fd in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(file, fd)
+        os.close(null)
+        os.close(output)
     os.environ.clear()
     os.environ.update(order["env"])
     show_as(order["command"], order["env"])
