@@ -102,7 +102,7 @@ class Attempt:
             **({RESTARTED: "1"} if start.is_restart else {}),
         }  # fmt: skip
 
-        command = accelerate_command(self._config, self._arguments, start.port)
+        command = accelerate_command(self._config, self._arguments, start.port, error_dir)
         begun, self._begun = self._begun, None
         if begun is not None:
             if begun.begin(command, env, output=f"/proc/{parent}/fd/{log}"):

@@ -28,18 +28,20 @@ def num_processes(config: RunConfig) -> int:
     return max(1, len(visible_gpus())) * config.launch.num_machines
 
 
-def accelerate_command(config: RunConfig, arguments: Sequence[str], port: int) -> list[str]:
+def accelerate_command(config: RunConfig, arguments: Sequence[str], port: int, log_dir: str) -> list[str]:
     """The command of this machine. Every flag is given, so that no default_config.yaml of the user's is read.
 
     Args:
         arguments: of launcher.train: overrides, or --config-file FILE.
         port: where the ranks meet on the first machine; another one at each start.
+        log_dir: a folder that goes with this start. torchrun would make one in /tmp, and leave it there.
     """
     launch, total = config.launch, num_processes(config)
     command = [
         sys.executable, "-m", MODULE, "--config_file", str(_ACCELERATE_CONFIG),
         "--num_processes", str(total), "--num_machines", str(launch.num_machines), "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(config, total // launch.num_machines)),
+        "--dynamo_backend", "no", "--log_dir", log_dir,
+        "--num_cpu_threads_per_process", str(_threads(config, total // launch.num_machines)),
     ]  # fmt: skip
     if total > 1:
         command += ["--multi_gpu", "--main_process_port", str(port)]

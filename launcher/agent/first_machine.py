@@ -75,6 +75,7 @@ class FirstMachine(OneMachine):
         launch = self._config.launch
         wait = Wait(launch.hang_timeout_s)
         while self._missing:
+            time.sleep(POLL_S)
             self._answer_strangers()
             for number, channel in list(self._others.items()):
                 is_stopped = any(message["kind"] == "stop" for message in channel.receive())

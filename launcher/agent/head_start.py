@@ -21,8 +21,19 @@ OMP_NUM_THREADS, which follows from the settings."""
 
 def head_start() -> Fork | None:
     """A fork of this process, which has imported little yet; None where there can be none."""
-    is_plain = not sys.flags.optimize and not {"numpy", "torch"} & set(sys.modules)
-    return Fork(MODULE, meanwhile=_import_libraries) if is_plain and may_fork() else None
+    if _has_flags_of_its_own() or {"numpy", "torch"} & set(sys.modules) or not may_fork():
+        return None
+    try:
+        return Fork(MODULE, meanwhile=_import_libraries)
+    except OSError:  # no memory for two, or no process more: the command is started when it is known
+        return None
+
+
+def _has_flags_of_its_own() -> bool:
+    """Of this interpreter alone (`python -P`), which a command would not get as it gets variables."""
+    flags = sys.flags
+    is_safe_by_flag = flags.safe_path and not os.environ.get("PYTHONSAFEPATH")
+    return bool(flags.optimize or flags.isolated or flags.ignore_environment or is_safe_by_flag)
 
 
 def shield() -> None:

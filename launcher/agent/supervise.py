@@ -294,9 +294,11 @@ def check_unchanged(config: RunConfig, paths: RunPaths) -> None:
     except (OSError, ValueError, yaml.YAMLError):
         return
     changed = changed_settings(before, config) if isinstance(before, dict) else []
+    step = files.read_json_or(paths.run_state, {}).get("step", 0)
+    if isinstance(step, int) and 0 <= config.train.max_steps < step:
+        changed.append(f"train.max_steps: {step} steps in the run, {config.train.max_steps} now")
     if not changed:
         return
-    step = files.read_json_or(paths.run_state, {}).get("step", 0)
     lines = "\n".join(f"  {line}" for line in changed)
     raise UserError(
         f"{paths.root} is finished, with other settings than these:\n{lines}\n"

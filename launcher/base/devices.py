@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_AMD_DRIVER = Path("/dev/kfd")
 
 
 def visible_gpus() -> list[str]:
@@ -37,6 +38,19 @@ def device_problems(num_local: int, num_machines: int = 1) -> list[str]:
         f"visible. Set launch.num_processes={num_gpus * num_machines}; to train on the CPU instead, export "
         "CUDA_VISIBLE_DEVICES="
     ]
+
+
+def precision_problems(dtype: str, *, has_gpu: bool | None = None) -> list[str]:
+    """Why this machine cannot train in this dtype (`model.dtype`).
+
+    Args:
+        has_gpu: where torch knows; None: as far as it can be seen without.
+    """
+    if dtype != "float16":
+        return []
+    if has_gpu if has_gpu is not None else bool(visible_gpus()) or _AMD_DRIVER.exists():
+        return []
+    return ["model.dtype=float16 is trained on GPUs only, and none is visible here. Set model.dtype=bfloat16"]
 
 
 def spare_device_problems(device: int | None, num_local: int) -> list[str]:

@@ -95,17 +95,23 @@ class Fork:
         module: what it will run, as `python -m` would.
         meanwhile: what it does until it is told.
         close: descriptors of others that wait, which must not be kept open here.
+
+    Raises:
+        OSError: there can be no more processes, or none of this size.
     """
 
-    def __init__(
-        self, module: str, meanwhile: Callable[[], object] | None = None, close: Sequence[int] = ()
-    ) -> None:  # fmt: skip
+    def __init__(self, module: str, meanwhile: Callable[[], object] | None = None, close: Sequence[int] = ()) -> None:
         parent = os.getpid()
         orders, self.order_fd = os.pipe()
         self._module, self._env = module, dict(os.environ)
         self.returncode: int | None = None
         self.args: Sequence[str] = ()
-        self.pid = os.fork()
+        try:
+            self.pid = os.fork()
+        except OSError:
+            os.close(orders)
+            os.close(self.order_fd)
+            raise
         if self.pid == 0:
             for fd in (*close, self.order_fd):
                 os.close(fd)
@@ -162,9 +168,7 @@ class Fork:
         if self.returncode is None:
             try:
                 pid, status = os.waitpid(self.pid, options)
-            except (
-                ChildProcessError
-            ):  # SIGCHLD is ignored: it is gone, with a code that nobody kept; as subprocess does
+            except ChildProcessError:  # SIGCHLD is ignored: gone, with a code that nobody kept; as subprocess does
                 pid, status = self.pid, 0
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode

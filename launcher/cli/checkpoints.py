@@ -13,6 +13,7 @@ from launcher.base import evaluations, files, manifest, words
 from launcher.base.errors import DamagedCheckpointError, UserError
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.text import printable
+from launcher.hub import as_of_now
 from launcher.sweep.runs import is_run
 
 _MAX_NAMED = 5
@@ -22,8 +23,7 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
     """One entry per `checkpoint-N` folder of ours, by rising step; reads manifests and small JSON files only."""
     paths = RunPaths(root)
     info = files.read_json_or(paths.run_state, {})
-    hub = info.get("hub")
-    pushed = (hub.get("pushed") or []) if isinstance(hub, dict) else []
+    pushed = (as_of_now(info.get("hub"), paths) or {}).get("pushed") or []
     evaluated = set(evaluations.steps(paths))
     rows: list[dict[str, Any]] = []
     for step, folder in paths.checkpoint_dirs():

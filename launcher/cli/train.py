@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from launcher.agent.head_start import head_start
-from launcher.base.devices import device_problems, spare_device_problems
+from launcher.base.devices import device_problems, precision_problems, spare_device_problems
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
 from launcher.base.forks import Fork
 from launcher.base.output import survive_closed_output
@@ -57,7 +57,10 @@ def _train(arguments: Arguments, begun: Fork | None) -> int:
     from launcher.agent.command import num_processes
 
     num_local = num_processes(config) // config.launch.num_machines
-    problems = [*cache_problems(config), *device_problems(num_local, config.launch.num_machines)]
+    problems = [
+        *cache_problems(config), *device_problems(num_local, config.launch.num_machines),
+        *precision_problems(config.model.dtype),
+    ]  # fmt: skip
     if config.eval.in_background and config.launch.machine_rank == 0:
         problems += spare_device_problems(config.eval.background_device, num_local)
     if problems:

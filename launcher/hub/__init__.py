@@ -150,6 +150,17 @@ def pushed_checkpoints(paths: RunPaths) -> dict[int, str]:
     return {entry["step"]: entry["commit"] for entry in pushed if entry["step"] is not None}
 
 
+def as_of_now(told: Any, paths: RunPaths) -> dict[str, Any] | None:
+    """What run.json tells of the Hub, with what `launcher push` has sent since the run ended."""
+    if not isinstance(told, dict) or not told.get("pending") or not paths.hub_dir.is_dir():
+        return told if isinstance(told, dict) else None
+    from launcher.hub.records import read_journal
+
+    pending = pending_uploads(paths)
+    now = {"pending": pending, "pushed": list(read_journal(paths.hub_dir / "journal.json")["pushed"])}
+    return {**told, **now} if pending else {**told, **now, "last_error": None, "command": None}
+
+
 def send_left_over(config: RunConfig, paths: RunPaths, is_stopping: Callable[[], bool] = lambda: False) -> list[str]:
     """For a run that is finished: sends what is still pending, waiting at most hub.max_wait_s. Never raises.
 

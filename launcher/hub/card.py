@@ -247,13 +247,13 @@ def _results(facts: RunFacts, items: Sequence[Item]) -> tuple[int | None, dict[s
     newest = items[-1]
     steps = sorted(facts.evals)
     step = newest.step
-    if newest.kind == "final" and facts.get("checkpoint.load_best_model_at_end"):
+    if newest.kind != "checkpoint" and facts.get("checkpoint.load_best_model_at_end"):
         step = _best_by_metric(facts)
     if step not in facts.evals:
         earlier = [s for s in steps if step is None or s <= step]
         step = earlier[-1] if earlier else None
     values = facts.evals.get(step, {}) if step is not None else {}
-    return step, {k: v for k, v in values.items() if k.startswith("eval_") and _is_finite(v)}
+    return step, {k: v for k, v in values.items() if k.startswith("eval_") and k != "eval_runtime_s" and _is_finite(v)}
 
 
 def _best_by_metric(facts: RunFacts) -> int | None:

@@ -13,6 +13,7 @@ from launcher.base import files, lock
 from launcher.base.paths import RunPaths
 from launcher.base.text import printable
 from launcher.config.settings import CheckpointConfig
+from launcher.hub import as_of_now
 
 PENDING, RUNNING, INTERRUPTED = "pending", "running", "interrupted"
 FINISHED, FAILED, PRUNED = "finished", "failed", "pruned"
@@ -93,6 +94,7 @@ def read_run(root: Path, metric: Metric | None) -> RunStatus:
         value = info.get(name)
         if isinstance(value, types) and is_plain(value):
             setattr(status, name, printable(value) if isinstance(value, str) else value)
+    status.hub = as_of_now(status.hub, paths)
     holder = lock.holder(paths.lock)
     if holder is not None:
         status.state, status.host = RUNNING, holder.host

@@ -22,6 +22,7 @@ from optuna.trial import Trial, TrialState
 from launcher.base import files
 from launcher.base.errors import ConfigError
 from launcher.base.paths import RunPaths
+from launcher.base.stop_requests import read_stop, remove_stop
 from launcher.sweep.jobs import Job, SweepTable, needs_run, read_job
 from launcher.sweep.plan import SweepPlan
 from launcher.sweep.runs import FAILED, FINISHED, PRUNED, MetricsTail, RunStatus
@@ -181,6 +182,8 @@ class Search:
         """Tells the study. An interrupted trial stays RUNNING there: the next start continues it."""
         trials = self._trials.pop(job.name)
         tail = self._tails.pop(job.name, None) or MetricsTail(RunPaths(job.output_dir).metrics)
+        if read_stop(stop_file := RunPaths(job.output_dir).stop_file) == "pruned":
+            remove_stop(stop_file)  # by an evaluation that was seen when the job had already stopped, or was at its end
         if status.state not in (FINISHED, PRUNED, FAILED):
             return
         lines = tail.new_lines()

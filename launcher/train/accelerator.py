@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from launcher.base import _deepspeed
+from launcher.base.devices import precision_problems
 from launcher.base.errors import ConfigError
 from launcher.base.paths import RunPaths
 from launcher.base.processes import COLLECTIVE_TIMEOUT
@@ -103,16 +104,11 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
     """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo).
 
     Raises:
-        ConfigError: DeepSpeed has no fp16 on this device.
+        ConfigError: there is no fp16 on this device; Accelerate would train fp32 without a word.
     """
     has_cuda = torch.cuda.is_available()
-    if config.strategy.zero_stage and config.mixed_precision == "fp16" and not has_cuda:
-        raise ConfigError(
-            [
-                f"model.dtype=float16 cannot be trained with strategy={config.strategy.name} on a CPU, and no GPU is "
-                "visible here. Set model.dtype=bfloat16, or strategy=ddp"
-            ]
-        )
+    if problems := precision_problems(config.model.dtype, has_gpu=has_cuda):
+        raise ConfigError(problems)
     handlers: list[Any] = [InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)]
     logs = str(RunPaths(Path(config.output_dir).expanduser().resolve()).logs_dir)
     arguments: dict[str, Any] = {

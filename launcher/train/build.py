@@ -13,7 +13,7 @@ import torch
 
 from launcher.agent import out_of_memory
 from launcher.base import files
-from launcher.base.errors import UserError
+from launcher.base.errors import ResumeMismatchError, UserError
 from launcher.base.freed_memory import keep_freed_memory
 from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
@@ -59,6 +59,8 @@ from launcher.train.spikes import ROLLBACKS, Spikes, idle_settings, known_rollba
 from launcher.train.step import TrainStep
 from launcher.train.trackers import Trackers
 from launcher.train.watchdog import Watchdog
+
+_LENGTH = "steps in all (train.max_steps, or train.num_train_epochs)"
 
 
 def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, RunLock]:
@@ -310,11 +312,34 @@ def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], to
     left_out += ["model.attn_implementation", "attention"]  # known, and compared, once the model is built
     left_out += idle_settings(saved, now)
     saved, now = ({k: v for k, v in settings.items() if k not in left_out} for settings in (saved, now))
-    notices = resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
     before = point.state["total_steps"]
+    if total_steps < before and "imported" not in point.state:  # another tool's schedule is looked at elsewhere
+        saved, now = {**saved, _LENGTH: before}, {**now, _LENGTH: total_steps}
+    _check_architecture(config, point)
+    notices = resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
     if before != total_steps:
         notices.append(f"{before} steps became {total_steps}: the learning-rate schedule is recomputed")
     return notices
+
+
+def _check_architecture(config: RunConfig, point: ResumePoint) -> None:
+    """A resumed model is built as its checkpoint says: other sizes would be left out in silence.
+
+    Raises:
+        ResumeMismatchError: `model.config` asks for another model.
+    """
+    built = files.read_json_or(point.folder / "config.json", {})
+    wrong = [
+        f"model.config.{key}: {built[key]!r} in the checkpoint, {value!r} now"
+        for key, value in (config.model.config or {}).items()
+        if isinstance(value, int | float | str) and isinstance(built, dict) and key in built and built[key] != value
+    ]
+    if wrong and config.checkpoint.accept_changes:
+        raise ResumeMismatchError(
+            f"{point.folder} holds another model, which checkpoint.accept_changes=true cannot change:\n  "
+            + "\n  ".join(wrong)
+            + "\nTo train the new one: output_dir=ANOTHER_FOLDER, or checkpoint.resume_from_checkpoint=never"
+        )
 
 
 def compared_late(

@@ -51,8 +51,9 @@ class ForkedRanks:
     def fork(self, count: int) -> None:
         if not self._has_libraries or not may_fork():
             return
-        for _ in range(count):
-            self._waiting.append(Fork(_MODULE, close=[rank.order_fd for rank in self._waiting]))
+        with contextlib.suppress(OSError):  # no memory, or no process more: the others are started as commands
+            for _ in range(count):
+                self._waiting.append(Fork(_MODULE, close=[rank.order_fd for rank in self._waiting]))
 
     def begin_in_place_of_popen(self, launch: types.ModuleType) -> None:
         """Where torch's agent, or `launch` of Accelerate for a single process, starts a rank."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher.base import files
-from launcher.base.devices import device_problems, spare_device_problems
+from launcher.base.devices import device_problems, precision_problems, spare_device_problems
 from launcher.base.end_report import write_end_report
 from launcher.base.environment import clean_rank, drop_engine_settings, interface_problems, other_engines
 from launcher.base.errors import ConfigError, UserError
@@ -81,7 +81,7 @@ def check_agent(config: RunConfig, argv: Sequence[str]) -> None:
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    problems = [*cache_problems(config), *device_problems(num_local)]
+    problems = [*cache_problems(config), *device_problems(num_local), *precision_problems(config.model.dtype)]
     if config.eval.in_background and rank() == 0:
         problems += spare_device_problems(config.eval.background_device, num_local)
     wanted = config.launch.num_processes

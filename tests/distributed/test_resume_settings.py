@@ -48,3 +48,16 @@ def test_deepspeed_settings_are_compared(lab: Lab, tmp_path: Path) -> None:
     assert lab.run_codes(tmp_path / "run", *run, "train.max_steps=4", changing) == [2]
     assert (tmp_path / "run/config.yaml").read_text() == before  # a refused start is not what the run was trained with
     assert "strategy.deepspeed: {} in the checkpoint, {'gradient_clipping': 0.5} now" in log_text(tmp_path / "run")
+
+
+def test_fewer_steps_are_refused_and_another_model_cannot_be_accepted(lab: Lab, tmp_path: Path) -> None:
+    run = (tmp_path / "run", "single", 1)
+    lab.run(*run, "train.max_steps=4", "checkpoint.save_steps=2")
+    before = (tmp_path / "run/config.yaml").read_text()
+    assert lab.run_codes(*run, "train.max_steps=3") == [2]
+    assert "(train.max_steps, or train.num_train_epochs): 4 in the checkpoint, 3 now" in log_text(tmp_path / "run")
+    accepted = ("train.max_steps=5", "checkpoint.accept_changes=true", "model.config.intermediate_size=24")
+    assert lab.run_codes(*run, *accepted) == [2]
+    assert "model.config.intermediate_size: " in log_text(tmp_path / "run")
+    assert (tmp_path / "run/config.yaml").read_text() == before
+    lab.run(*run, "train.max_steps=3", "checkpoint.accept_changes=true")

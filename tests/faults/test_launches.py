@@ -40,7 +40,9 @@ def test_run_ends_bit_identical_when_it_was_stopped_and_killed_in_every_way(lab:
     undisturbed = lab.run(tmp_path / "a", *_SIZE, *_LONG)
     overrides = [*lab.overrides(tmp_path / "b", _SIZE[0], *_LONG)]
     folder = tmp_path / "b"
-    slow = {"FAULTS": _SLOW}
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    slow = {"FAULTS": _SLOW, "TMPDIR": str(temporary)}
 
     with launched(overrides, folder, slow) as run:
         run.wait_for_step(10)
@@ -89,9 +91,11 @@ def test_run_ends_bit_identical_when_it_was_stopped_and_killed_in_every_way(lab:
         assert run.wait(30) in (1, 75), run.text()
         assert time.monotonic() - started < 20
 
-    with launched(overrides, folder) as run:
+    left = list(temporary.glob("*"))
+    with launched(overrides, folder, {"TMPDIR": str(temporary)}) as run:
         assert run.wait() == 0, run.text()
         assert run.run_state()["state"] == "finished"
+    assert list(temporary.glob("*")) == left and not list(temporary.glob("torchelastic*"))
 
     assert different(undisturbed.checkpoint_dir(_STEPS), run.paths.checkpoint_dir(_STEPS)) == []
     assert losses(run.paths) == losses(undisturbed)

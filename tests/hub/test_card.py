@@ -85,17 +85,19 @@ def test_our_header_entries_follow_the_settings_and_theirs_stay(tmp_path: Path) 
     assert metadata.merge({"license": "mit"}, {}, {"license": "mit"}) == {}
 
 
-def test_results_are_the_best_ones_when_the_best_model_is_sent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["final", "folder"])
+def test_results_are_the_best_ones_when_the_best_model_is_sent(tmp_path: Path, kind: str) -> None:
     config = make_config(tmp_path)
-
     config.checkpoint.load_best_model_at_end = True
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 10, "eval_loss": 0.1}\n{"step": 20, "eval_loss": 0.9}\n{"step": 20, "loss": 1.0}\n'
+        '{"step": 10, "eval_loss": 0.1, "eval_runtime_s": 3.5}\n{"step": 20, "eval_loss": 0.9}\n'
+        '{"step": 20, "loss": 1.0}\n'
     )
     write_model(tmp_path, 1)
-    made = build(tmp_path, [model_item(tmp_path, None)])
+    made = build(tmp_path, [model_item(tmp_path, None, kind=kind)])
     assert "Measured at step 10." in made.text
+    assert "eval_runtime_s" not in made.text
     assert "| 10 |  | 0.1 | `checkpoint-10/`, tag `step-10` | best |" in made.text
 
 

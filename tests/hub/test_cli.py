@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import pytest
 
 from launcher.base.errors import UserError
 from launcher.cli import prefetch, push
+from launcher.cli.checkpoints import list_checkpoints
 from launcher.hub.items import Item, checkpoint_item, model_item
 from launcher.hub.push import Plan, as_data, plan_push
 from launcher.hub.push import push as push_plan
 from launcher.hub.spool import Spool
+from launcher.sweep.runs import read_run
 from tests.hub.helpers import (
     REPO,
     UploaderUnderTest,
@@ -202,3 +205,16 @@ def test_nothing_is_committed_when_everything_is_there(hub: HubServer, env: dict
     done = launcher_push(env, str(run))
     assert done.returncode == 0, done.stderr
     assert hub.count("POST .*/commit/") == commits
+
+
+def test_what_was_pushed_by_hand_is_shown_as_on_the_hub(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run, hub_strategy="all_checkpoints"))
+    spool.add(checkpoint_item(10, make_checkpoint(run, 10)))
+    told = {"pushed": [], "pending": spool.pending(), "last_error": "it is down", "command": f"launcher push {run}"}
+    (run / "run.json").write_text(json.dumps({"state": "finished", "hub": told}))
+    assert [row["on_hub"] for row in list_checkpoints(run)] == [False]
+    assert launcher_push(env, str(run)).returncode == 0
+    assert [row["on_hub"] for row in list_checkpoints(run)] == [True]
+    shown = read_run(run, None).hub
+    assert shown == {"pushed": ["checkpoint-10"], "pending": [], "last_error": None, "command": None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+import types
 from pathlib import Path
 
 import optuna
@@ -12,6 +13,8 @@ import pytest
 from optuna.trial import TrialState
 
 from launcher.sweep.jobs import SweepPaths
+from launcher.sweep.runs import RunStatus
+from launcher.sweep.search import Search
 from tests.sweep.runner import ROOT, SweepRunner, wait_until
 
 OPTUNA = ["hydra/sweeper=optuna", "hydra/sweeper/pruner=none", "sweep.num_slots=2", "hydra.sweeper.sampler.seed=0"]
@@ -157,3 +160,13 @@ def test_samplers_and_pruners_can_be_made_from_their_files() -> None:
     for path in files:
         if path.stem not in needs_more:
             assert instantiate(OmegaConf.load(path)) is not None
+
+
+@pytest.mark.parametrize(("asked", "is_left"), [("pruned", False), ("stop_file", True)])
+def test_no_request_to_prune_outlives_its_job(tmp_path: Path, asked: str, is_left: bool) -> None:
+    """The last evaluation of a job is looked at when it may already have stopped."""
+    (tmp_path / "STOP").write_text(f"{asked}\n")
+    job = types.SimpleNamespace(name="seed=1", output_dir=tmp_path)
+    search = types.SimpleNamespace(_trials={"seed=1": []}, _tails={})
+    Search.ended(search, job, RunStatus(state="pruned", dir=str(tmp_path)))  # type: ignore[arg-type]
+    assert (tmp_path / "STOP").exists() == is_left

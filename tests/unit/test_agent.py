@@ -26,7 +26,7 @@ def test_command_gives_every_flag_when_two_nodes_are_used(monkeypatch: pytest.Mo
     config = RunConfig()
     config.launch.num_processes, config.launch.num_machines = 4, 2
     config.launch.machine_rank, config.launch.main_process_ip = 1, "10.0.0.1"
-    command = accelerate_command(config, ["seed=1"], port=29501)
+    command = accelerate_command(config, ["seed=1"], port=29501, log_dir="/l")
     assert command[0] == sys.executable and command[-3:] == ["-m", "launcher.train", "seed=1"]
     flags = dict(itertools.pairwise(command[3:-2]))
     assert Path(flags["--config_file"]).is_file()
@@ -52,14 +52,14 @@ def test_threads_of_a_rank_are_those_that_were_asked_for(
     config = RunConfig()
     config.launch.num_processes = 2
     config.launch.env = {} if setting is None else {"OMP_NUM_THREADS": setting}  # type: ignore[dict-item]
-    command = accelerate_command(config, [], port=29501)
+    command = accelerate_command(config, [], port=29501, log_dir="/l")
     assert command[command.index("--num_cpu_threads_per_process") + 1] == expected
 
 
 def test_threads_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1e3")
     with pytest.raises(UserError, match="OMP_NUM_THREADS=1e3 is no number of threads"):
-        accelerate_command(RunConfig(), [], port=29501)
+        accelerate_command(RunConfig(), [], port=29501, log_dir="/l")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_another_choice_of_the_best_is_named_when_the_run_is_finished(
     [
         {"launch": {"num_processes": 4}, "strategy": {"name": "zero2"}, "tracker": {"name": None}},
         {
-            "train": {"max_steps": 10, "logging_steps": 1, "per_device_train_batch_size": 1},
+            "train": {"max_steps": 20, "logging_steps": 1, "per_device_train_batch_size": 1},
             "hub": {"push_to_hub": True},
         },
         {"data": {"train_files": ["/moved/rows.jsonl"], "cache_dir": "/x"}, "checkpoint": {"save_steps": 3}},
@@ -184,6 +184,14 @@ def test_finished_run_is_done_when_only_what_decides_nothing_was_changed(
     config = RunConfig(train=TrainConfig(max_steps=20), data=DataConfig(train_files=["rows.jsonl"]))
     paths = finished_run(tmp_path / "run", config)
     check_unchanged(changed(config, **groups), paths)
+
+
+def test_fewer_steps_are_named_when_the_run_is_finished(tmp_path: Path) -> None:
+    config = RunConfig(train=TrainConfig(max_steps=20))
+    paths = finished_run(tmp_path / "run", config)
+    with pytest.raises(UserError, match=r"train\.max_steps: 20 steps in the run, 10 now"):
+        check_unchanged(changed(config, train={"max_steps": 10}), paths)
+    check_unchanged(changed(config, train={"max_steps": 10}, checkpoint={"accept_changes": True}), paths)
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "optim: 3\n", "\0"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.base.devices import device_problems
+from launcher.base.devices import device_problems, precision_problems
 
 
 def test_more_processes_than_gpus_are_refused_with_the_override(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,3 +17,12 @@ def test_more_processes_than_gpus_are_refused_with_the_override(monkeypatch: pyt
 def test_any_number_of_processes_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device_problems(8) == []
+
+
+def test_fp16_is_refused_where_no_gpu_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (problem,) = precision_problems("float16")
+    assert "model.dtype=float16" in problem and "Set model.dtype=bfloat16" in problem
+    assert precision_problems("bfloat16") == precision_problems("float16", has_gpu=True) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert precision_problems("float16") == []

@@ -136,6 +136,7 @@ def test_the_command_is_started_where_a_fork_would_differ(tmp_path: Path, change
         "os.readlink = lambda path: '/dev/dri/renderD128'",
         "forks._PROC = Path('/nothing-is-mounted')",
         "forked_ranks._LIBRARIES = ('no_such',); ranks = forked_ranks.ForkedRanks(); ranks.import_libraries()",
+        "os.fork = lambda: os.open('/nothing/there', 0)",
         "import codecs; sys.stdout = codecs.getwriter('utf-8')(sys.stdout.buffer)",
         "sys.modules['sitecustomize'] = types.SimpleNamespace(__file__='/of/mine/sitecustomize.py')",
         "sys.modules['usercustomize'] = types.SimpleNamespace(__file__='/of/mine/usercustomize.py')",

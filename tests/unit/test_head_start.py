@@ -99,7 +99,22 @@ def test_the_command_is_started_where_it_would_differ(change: str) -> None:
 @pytest.mark.parametrize("obstacle", ["import numpy", "import threading; threading.Timer(30, print).start()"])
 def test_there_is_none_where_a_fork_would_not_be_the_same(obstacle: str) -> None:
     assert _run(f"{obstacle}\nprint(head_start.head_start(), flush=True); os._exit(0)") == "None\n"
-    assert _run("print(head_start.head_start())", "-O") == "None\n"
+
+
+@pytest.mark.parametrize("flag", ["-O", "-P", "-E"])
+def test_there_is_none_where_flags_are_of_this_interpreter_alone(flag: str) -> None:
+    assert _run("print(head_start.head_start())", flag) == "None\n"
+
+
+def test_there_is_none_where_there_can_be_no_more_processes() -> None:
+    script = """
+        def fork():
+            raise OSError(11, "no more")
+        os.fork = fork
+        before = os.listdir("/proc/self/fd")
+        print(head_start.head_start(), os.listdir("/proc/self/fd") == before)
+        """
+    assert _run(script) == "None True\n"
 
 
 def test_what_it_imports_reads_no_number_of_threads() -> None:
