@@ -17,6 +17,12 @@ from tests.distributed.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _TIMEOUT_S = 150
+GROUP_OF_ONE = {
+    "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "gpu",
+}  # fmt: skip
+"""What an agent gives the rank of a process group of one, over nccl; without its id a rank takes the others for
+leftovers."""
 
 
 def has_cuda() -> bool:
@@ -52,9 +58,8 @@ class Runs:
     def _start(self, name: str, more: tuple[str, ...]) -> list[int]:
         output_dir = self.folder / name
         output_dir.mkdir(exist_ok=True)
-        env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        is_ddp = "strategy=ddp" in more  # a process group of one, over nccl
-        return self._zygote.start(self.overrides(output_dir, *more), 1, output_dir / "test.log", env if is_ddp else {})
+        env = GROUP_OF_ONE if "strategy=ddp" in more else {}
+        return self._zygote.start(self.overrides(output_dir, *more), 1, output_dir / "test.log", env)
 
     def run(self, name: str, *more: str) -> RunPaths:
         """To its end; fails with its output where it does not exit 0."""

@@ -43,4 +43,4 @@ def test_host_waits_once_in_a_step(form: str, name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(step_module, "_read", read)
     with sync_is("error"):
         sums = train(step, 1)
-    assert reads == [3] and sums.loss_sum > 0 and sums.is_applied
+    assert reads == [4] and sums.loss_sum > 0 and sums.is_applied

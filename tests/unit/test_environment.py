@@ -9,6 +9,7 @@ import pytest
 
 from launcher.base.environment import clean_rank, other_engines, without_inherited
 from launcher.base.output import SurvivingStream
+from tests.gpu.start import GROUP_OF_ONE
 
 POD = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "pod-0", "MASTER_PORT": "2222"}
 
@@ -33,6 +34,11 @@ def test_rank_of_an_agent_keeps_its_place_but_not_what_divides_gradients() -> No
     env = {**POD, "TORCHELASTIC_RUN_ID": "none", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     (notice,) = clean_rank(env)
     assert env == {**POD, "TORCHELASTIC_RUN_ID": "none"} and "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4" in notice
+
+
+def test_process_group_of_one_that_the_gpu_tests_ask_for_is_kept() -> None:
+    env = dict(GROUP_OF_ONE)
+    assert clean_rank(env) == [] and env == GROUP_OF_ONE
 
 
 @pytest.mark.parametrize("value", ["1", "no", "false"])
