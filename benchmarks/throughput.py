@@ -52,16 +52,23 @@ _TRL_OPTIONS = {"trl": {}, "trl-packed": {"packing": True, "gradient_checkpointi
 _PEERS = ["trainer", "trainer-compiled", *_TRL_OPTIONS]
 
 
+def environment() -> dict[str, str]:
+    """Of a contender: PYTHONPATH keeps what it had, since the packages of a bundle may be found by it alone."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+
+
 class Contender:
     """A process that makes one step when it is told to."""
 
     def __init__(self, spec: dict[str, Any], log: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
-        environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         self._log = log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.throughput_ranks", json.dumps(spec)], cwd=ROOT, env=environment,
+                [sys.executable, "-m", "benchmarks.throughput_ranks", json.dumps(spec)], cwd=ROOT, env=environment(),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
             )  # fmt: skip
         self._is_ready = False
