@@ -20,7 +20,7 @@ FOLDER = ROOT / ".gpu-bundle"
 _MAX_BYTES = 45 * 2**20
 _WHEELS = (
     "hydra-core", "omegaconf", "datasets", "dill", "multiprocess", "pydantic", "pydantic_core", "annotated_types",
-    "typing_inspection", "hjson", "trl", "liger-kernel",
+    "typing_inspection", "hjson", "einops", "trl", "liger-kernel",
 )  # fmt: skip
 _SOURCES = ("deepspeed", "antlr4-python3-runtime==4.9.3")
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
