@@ -14,6 +14,7 @@ export OUT PYTHONUNBUFFERED=1 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} HF
 WORK=${WORK:-$(mktemp -d /tmp/gpu-XXXXXX)}
 export WORK TRITON_CACHE_DIR=$WORK/triton TORCH_EXTENSIONS_DIR=$WORK/extensions TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
 began=$SECONDS
+ip link set lo up 2>/dev/null || true # a network namespace begins without it, and process groups meet there
 
 PYTHON=${PYTHON:-python3}
 site=$WORK/site

@@ -16,7 +16,7 @@ _GLOO = "GLOO_SOCKET_IFNAME"
 
 
 def check_loopback() -> None:
-    """The ranks of one machine meet at 127.0.0.1, and would wait there for minutes.
+    """The ranks of one machine meet at 127.0.0.1, and would wait there for minutes; under ZeRO one alone does, too.
 
     Raises:
         UserError: nothing answers there, as in a network namespace that somebody made and left as it was.
@@ -27,7 +27,7 @@ def check_loopback() -> None:
     except OSError as error:
         raise UserError(
             f"the processes of a run meet at 127.0.0.1, which cannot be reached here: {error}. Switch the loopback "
-            "interface on (ip link set lo up), or train with launch.num_processes=1"
+            "interface on (ip link set lo up), or train with launch.num_processes=1 strategy=single"
         ) from error
 
 

@@ -90,7 +90,7 @@ def supervise(
     """
     _append_to_own_output()
     RunPaths(Path(config.output_dir).expanduser().resolve()).refuse_links()
-    if config.launch.num_machines == 1 and num_processes(config) > 1:
+    if config.launch.num_machines == 1 and (num_processes(config) > 1 or config.strategy.zero_stage):
         check_loopback()
     with Requests().installed() as requests:
         return _Supervisor(config, arguments, requests, caller or Caller(), begun).run()

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from launcher.agent.interface import check_loopback
 from launcher.base import _deepspeed
 from launcher.base.devices import precision_problems
 from launcher.base.errors import ConfigError
@@ -94,7 +95,13 @@ class LauncherAccelerator(Accelerator):
 
 
 def use_single_process_env() -> None:
-    """DeepSpeed wants a process group even for one process, which `accelerate launch` does not describe."""
+    """DeepSpeed wants a process group even for one process, which `accelerate launch` does not describe.
+
+    Raises:
+        UserError: it cannot be opened here. The agent has not asked where `strategy=auto` became ZeRO only now.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        check_loopback()
     values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in values.items():
         os.environ.setdefault(name, value)

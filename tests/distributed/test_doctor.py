@@ -144,10 +144,17 @@ def test_processes_that_cannot_meet_are_named_at_once(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode:
         pytest.skip("a network of its own can only be made as root")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    alone, told = ["unshare", "--net", sys.executable, "-m", "launcher.cli"], {"capture_output": True, "text": True}
-    train = ["train", "output_dir=run", "launch.num_processes=2", "data.train_files=[rows.jsonl]"]
-    done = subprocess.run([*alone, *train], timeout=60, check=False, **told)  # type: ignore[call-overload]
-    assert done.returncode == 2 and "ip link set lo up" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    found = subprocess.run([*alone, "doctor", "--json"], timeout=60, check=False, **told)  # type: ignore[call-overload]
+    alone, told = ["unshare", "--net", sys.executable, "-m"], {"capture_output": True, "text": True}
+    where = [f"output_dir={tmp_path / 'run'}", f"data.train_files=[{tmp_path / 'rows.jsonl'}]"]
+    for how in (
+        ["launcher.cli", "train", "launch.num_processes=2"],
+        ["launcher.cli", "train", "launch.num_processes=1", "strategy=zero2"],
+        ["launcher.train", "strategy=zero2"],  # as a rank does whose strategy=auto became ZeRO
+    ):
+        done = subprocess.run([*alone, *how, *where], timeout=60, check=False, **told)  # type: ignore[call-overload]
+        assert done.returncode == 2 and "ip link set lo up" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    doctor = [*alone, "launcher.cli", "doctor", "--json"]
+    found = subprocess.run(doctor, timeout=60, check=False, **told)  # type: ignore[call-overload]
     fixes = [finding["fix"] for finding in json.loads(found.stdout)["findings"] if finding["name"] == "network"]
     assert fixes[0] == "ip link set lo up"
