@@ -70,14 +70,15 @@ class Checkpointer:
         hang_timeout_s: a writer that did nothing for so long is ended, and its save fails.
         fence: the run's lock (main process): without it nothing is committed, deleted or discarded.
         low_memory: write piece by piece while training waits, without a copy; None: where host memory is short.
+        alive: called in that wait, for the watchdog; a writer that stands still is ended after hang_timeout_s.
     """
 
     def __init__(
         self, processes: Processes, plan: Callable[[], SnapshotPlan], statics: dict[str, bytes], *, zero_stage: int,
         is_async: bool, device: torch.device, hang_timeout_s: float = math.inf, fence: Fence | None = None,
-        low_memory: bool | None = False,
+        low_memory: bool | None = False, alive: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self._low_memory = low_memory
+        self._low_memory, self._alive = low_memory, alive
         self._processes, self._make_plan = processes, plan
         self._zero_stage, self._hang_timeout_s, self._fence = zero_stage, hang_timeout_s, fence
         self._cuda = device.type == "cuda"
@@ -219,6 +220,7 @@ class Checkpointer:
             self._try_send({**command, **more, "ranges": piece.ranges, "piece": number})
             while not self._own_work_done and self._own_error is None:
                 self.status(timeout_s=1.0)
+                self._alive()
 
     def _temporary(self, target: Path) -> Path:
         """Where a save is written before it gets its name; a second attempt at it has a folder of its own, since the

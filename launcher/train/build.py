@@ -223,11 +223,12 @@ def build_run(
         state.take_first_masters(built.first_weights, built.new_rows)
     state.settings = settings
     state.origin = point.state.get("origin") if point is not None else None
+    watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
     checkpointer = Checkpointer(
         processes, lambda: state.plan(config.checkpoint.save_only_model), statics,
         zero_stage=config.strategy.zero_stage, is_async=config.checkpoint.async_save, device=accelerator.device,
         hang_timeout_s=config.launch.hang_timeout_s, fence=lock.fence() if processes.is_main else None,
-        low_memory=config.checkpoint.low_memory,
+        low_memory=config.checkpoint.low_memory, alive=watchdog.alive,
     )  # fmt: skip
     accelerator.attach(state, checkpointer)
     if point is not None:
@@ -261,7 +262,6 @@ def build_run(
     sizes = sizing.sizes_in_use(config, processes.world_size, can_recompute=can_recompute)
     recorder.update_run(**{out_of_memory.IN_USE: out_of_memory.in_use(sizes, asked)})
     hub = build_hub(config, paths) if processes.is_main else NoHub()
-    watchdog = Watchdog(paths.stacks(processes.rank), config.launch.hang_timeout_s)
     evaluator = Evaluator(
         config, processes, accelerator, model, tokenizer, data, loss, watchdog, total_steps=total_steps
     )  # fmt: skip

@@ -53,6 +53,25 @@ def test_checkpoint_has_the_same_bytes_when_it_was_written_in_pieces(
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_slow_save_is_no_hang_when_it_is_written_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    take, times = engine.snapshot.take, [time.monotonic()]
+
+    def slow(*args: object) -> None:
+        time.sleep(0.05)
+        take(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.snapshot, "take", slow)
+    group = Group(tmp_path, 1, is_async=is_async, low_memory=True, alive=lambda: times.append(time.monotonic()))
+    num_pieces = len(list(low_memory.pieces(group.members[0].plan, _PIECE_BYTES)))
+    group.save(1)
+    assert num_pieces > 3 and len(times) > num_pieces
+    assert group.finish().error is None
+    group.close()
+
+
 def test_save_fails_cleanly_and_the_next_one_is_whole_when_the_writer_dies_between_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

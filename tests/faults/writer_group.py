@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +56,7 @@ class Group:
     def __init__(
         self, root: Path, world_size: int, *, is_async: bool = True, hang_timeout_s: float = 600.0,
         fence: Fence | None = None, low_memory: bool = False, is_one_machine: bool = True,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.paths = RunPaths(root)
         self.tensor = torch.arange(NUMEL, dtype=torch.float32)
@@ -64,7 +66,7 @@ class Group:
                 processes[rank], lambda rank=rank: self._plan(rank, world_size),  # type: ignore[arg-type,misc]
                 {"config.json": b"{}"} if rank == 0 else {}, zero_stage=0, is_async=is_async,
                 device=torch.device("cpu"), hang_timeout_s=hang_timeout_s,
-                fence=fence if rank == 0 else None, low_memory=low_memory,
+                fence=fence if rank == 0 else None, low_memory=low_memory, alive=alive,
             )
             for rank in range(world_size)
         ]  # fmt: skip
