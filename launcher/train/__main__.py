@@ -30,19 +30,21 @@ def main() -> None:
             from launcher.base.processes import Processes
             from launcher.train import sizing
             from launcher.train.accelerator import build_accelerator
-            from launcher.train.build import build_run, open_output_dir
+            from launcher.train.build import build_run, open_output_dir, tell
             from launcher.train.early_stop import EarlyStop
             from launcher.train.finish import finish, interrupted
             from launcher.train.loop import fit
 
             asked = out_of_memory.asked_for(config, int(os.environ.get("WORLD_SIZE", 1)))
-            config = sizing.settle(config)
+            config, notices = sizing.settle(config)
             accelerator = build_accelerator(config)
             processes = Processes()
         sizing.check_agreement(config, processes)
         paths, lock = open_output_dir(config, processes)
         early = EarlyStop(paths, processes, lock)
         rank_setup.opened(paths, lock, processes, early)
+        for notice in notices:
+            tell(processes, notice)
         run = build_run(config, accelerator, processes, paths, lock, early, asked)
         rank_setup.training_began(run.recorder, run.state)
         code = EXIT_DONE

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,23 +35,27 @@ class _Settled:
     train: int
     eval: int
     gradient_checkpointing: bool
+    notices: list[str]
+    """Nothing of a rank reaches the terminal before output_dir is its own."""
 
 
-def settle(config: RunConfig) -> RunConfig:
-    """The config with `auto` replaced and within the limits of an earlier start that ran out of memory. Collective.
+def settle(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The config with `auto` replaced and within the limits of an earlier start that ran out of memory, and what the
+    user should know of that. Collective.
 
     Raises:
         ConfigError: the model's config is wrong. UserError: it cannot be read.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     settled: _Settled = ask_main(_own_device(config, world_size), lambda devices: decide(config, world_size, devices))
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, gradient_checkpointing=settled.gradient_checkpointing),
         train=dataclasses.replace(config.train, per_device_train_batch_size=settled.train),
         eval=dataclasses.replace(config.eval, per_device_eval_batch_size=settled.eval),
         strategy=StrategyConfig(settled.strategy, config.strategy.deepspeed),
     )
+    return config, settled.notices
 
 
 def _own_device(config: RunConfig, world_size: int) -> Device | None:
@@ -68,23 +71,27 @@ def decide(config: RunConfig, world_size: int, devices: list[Device | None]) -> 
     """On the main process: what all use, by the smallest of their devices."""
     paths = RunPaths(Path(config.output_dir).expanduser())
     limit = out_of_memory.limits_for(config, world_size, paths)
+    notices: list[str] = []
     asked = config.train.per_device_train_batch_size
     if limit is not None:
         used = BatchSizes(config.train.micro_batch_size, config.eval.per_device_eval_batch_size, *_recompute(config))
         config = _limited(config, limit)
         now = BatchSizes(config.train.micro_batch_size, config.eval.per_device_eval_batch_size, *_recompute(config))
         if change := used.change_to(now):
-            _say(f"this run once ran out of memory: {change}. To try more again: train.on_out_of_memory=stop")
+            notices.append(
+                f"this run once ran out of memory: {change}. To try more again: train.on_out_of_memory=stop"
+            )
     known = [device for device in devices if device is not None]
     if known:
         smallest = min(known, key=lambda device: device.num_bytes)
-        config = _without_auto(config, world_size, smallest, paths)
+        config = _without_auto(config, world_size, smallest, paths, notices)
     size = config.train.micro_batch_size
     if limit is not None and asked == AUTO:
         size = min(size, limit.train)
     return _Settled(
-        config.strategy.name, size, config.eval.per_device_eval_batch_size, config.model.gradient_checkpointing
-    )
+        config.strategy.name, size, config.eval.per_device_eval_batch_size, config.model.gradient_checkpointing,
+        notices,
+    )  # fmt: skip
 
 
 def _recompute(config: RunConfig) -> tuple[bool, bool]:
@@ -104,7 +111,10 @@ def _limited(config: RunConfig, limit: BatchSizes) -> RunConfig:
     )
 
 
-def _without_auto(config: RunConfig, world_size: int, device: Device, paths: RunPaths) -> RunConfig:
+def _without_auto(
+    config: RunConfig, world_size: int, device: Device, paths: RunPaths, notices: list[str]
+) -> RunConfig:
+    """Adds to `notices` what was chosen, where the memory decided."""
     from launcher.model.memory.plan import MemoryModel
 
     is_strategy_open = config.strategy.name == AUTO
@@ -119,17 +129,17 @@ def _without_auto(config: RunConfig, world_size: int, device: Device, paths: Run
         return dataclasses.replace(config, strategy=StrategyConfig(simplest, config.strategy.deepspeed))
     try:
         memory = MemoryModel(config, device, world_size, build_tokenizer(config) if config.model.config else None)
-        return _chosen(config, memory)
+        return _chosen(config, memory, notices)
     except ConfigError:
         raise
     except UserError as error:
         if is_batch_open:
             raise
-        _say(f"strategy={simplest}, the simplest: {error}")
+        notices.append(f"strategy={simplest}, the simplest: {error}")
         return dataclasses.replace(config, strategy=StrategyConfig(simplest, config.strategy.deepspeed))
 
 
-def _chosen(config: RunConfig, memory: MemoryModel) -> RunConfig:
+def _chosen(config: RunConfig, memory: MemoryModel, notices: list[str]) -> RunConfig:
     """With the simplest strategy that fits, and the largest micro-batch where that is open."""
     is_batch_open, device = config.train.per_device_train_batch_size == AUTO, memory.device
     is_strategy_open, plans = config.strategy.name == AUTO, []
@@ -141,7 +151,7 @@ def _chosen(config: RunConfig, memory: MemoryModel) -> RunConfig:
     own = samples_of_a_step(config, memory.num_processes)
     size = min(max(chosen.largest_micro_batch, 1), own) if is_batch_open else memory.micro_batch
     needed = memory.parts(chosen.name, size).total
-    _say(
+    notices.append(
         f"strategy={chosen.name}, {size} samples per forward and backward: needs {size_text(needed)} of "
         f"{size_text(device.num_bytes)} per process, {device.source}"
         f"{'' if chosen.fits else '. That does not fit; nothing else needs less: launcher plan shows the parts'}"
@@ -193,7 +203,3 @@ def _strategy_before(paths: RunPaths, world_size: int) -> str | None:
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, RecursionError):
         return None
     return name if isinstance(name, str) and name in STRATEGIES else None
-
-
-def _say(text: str) -> None:
-    print(f"launcher: {text}", file=sys.stderr, flush=True)

@@ -32,7 +32,10 @@ def test_nothing_is_overwritten_when_output_goes_to_a_file(
     log.write_text("of another run\n")
     fault = [{"kind": "kill", "rank": num_processes - 1, "step": 12, "once": str(once)}]
     strategy = "ddp" if num_processes > 1 else "single"
-    more = (f"launch.num_processes={num_processes}", f"output_dir={tmp_path / 'run'}", "checkpoint.save_steps=4")
+    more = (
+        f"launch.num_processes={num_processes}", f"output_dir={tmp_path / 'run'}", "checkpoint.save_steps=4",
+        "train.per_device_train_batch_size=auto",
+    )  # fmt: skip
     command = [sys.executable, "-m", "launcher.cli", "train", *lab.overrides(tmp_path / "run", strategy, *more)]
     line = f"{{ echo before; {shlex.join(command)}; }} {how.format(log)}"
     env = {**environment(), "FAULTS": json.dumps(fault)}
@@ -42,6 +45,8 @@ def test_nothing_is_overwritten_when_output_goes_to_a_file(
     assert text.startswith("of another run\nbefore\n" if ">>" in how else "before\n"), text
     first, again, second = text.partition(" (1 of 3)\n")
     assert again and f"rank {num_processes - 1} on" in first, text
+    decision = f"launcher: strategy={strategy}, {8 // num_processes} samples per forward and backward: needs"
+    assert first.count(decision) == second.count(decision) == 1, f"what was decided is told once in a start\n{text}"
     line_of_step = re.compile(r"^step (\d+)/20  epoch .* tokens/s.*$", re.MULTILINE)
     steps = [[int(number) for number in line_of_step.findall(part)] for part in (first, second)]
     assert steps[0] in (list(range(1, 12)), list(range(1, 13))), (

@@ -30,6 +30,12 @@ _AUTO = (
 def settled(
     monkeypatch: pytest.MonkeyPatch, num_processes: int, num_bytes: float, *overrides: str, kind: str = "cuda"
 ) -> RunConfig:
+    return settled_and_told(monkeypatch, num_processes, num_bytes, *overrides, kind=kind)[0]
+
+
+def settled_and_told(
+    monkeypatch: pytest.MonkeyPatch, num_processes: int, num_bytes: float, *overrides: str, kind: str = "cuda"
+) -> tuple[RunConfig, list[str]]:
     monkeypatch.setenv("WORLD_SIZE", str(num_processes))
     monkeypatch.setattr(devices, "find_device", lambda *_: Device(kind, int(num_bytes), "as the test says"))
     monkeypatch.setattr(sizing, "ask_main", lambda device, decide: decide([device]))
@@ -47,11 +53,11 @@ def device_bytes(needed: float) -> float:
 
 @pytest.mark.parametrize(("num_processes", "expected"), [(1, "single"), (2, "ddp"), (3, "ddp"), (4, "ddp")])
 def test_simplest_strategy_is_chosen_when_all_fit(
-    num_processes: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    num_processes: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settled(monkeypatch, num_processes, 80e9)
+    config, (notice,) = settled_and_told(monkeypatch, num_processes, 80e9)
     assert config.strategy.name == expected and config.train.per_device_train_batch_size == 8
-    assert f"strategy={expected}, 8 samples" in capsys.readouterr().err
+    assert notice.startswith(f"strategy={expected}, 8 samples")
 
 
 def test_less_memory_leads_to_more_partitioning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,12 +89,12 @@ def test_plan_does_not_depend_on_what_was_asked_before() -> None:
 
 @pytest.mark.parametrize(("num_processes", "expected"), [(1, "single"), (2, "ddp"), (3, "ddp")])
 def test_default_is_the_simplest_strategy_on_a_cpu_and_asks_no_model(
-    num_processes: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    num_processes: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert RunConfig().strategy.name == "auto"
     monkeypatch.setattr(plan, "MemoryModel", None)
-    assert settled(monkeypatch, num_processes, 10, kind="cpu").strategy.name == expected
-    assert not capsys.readouterr().err
+    config, notices = settled_and_told(monkeypatch, num_processes, 10, kind="cpu")
+    assert config.strategy.name == expected and not notices
 
 
 def test_smallest_device_decides_for_all() -> None:
@@ -99,15 +105,13 @@ def test_smallest_device_decides_for_all() -> None:
     assert sizing.decide(config, 2, devices).train == 3
 
 
-def test_model_that_cannot_be_planned_gets_the_simplest_strategy_and_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_model_that_cannot_be_planned_gets_the_simplest_strategy_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise UserError("it cannot be planned")
 
     monkeypatch.setattr(plan, "MemoryModel", refuse)
-    assert settled(monkeypatch, 2, 80e9).strategy.name == "ddp"
-    assert "strategy=ddp, the simplest: it cannot be planned" in capsys.readouterr().err
+    config, notices = settled_and_told(monkeypatch, 2, 80e9)
+    assert config.strategy.name == "ddp" and notices == ["strategy=ddp, the simplest: it cannot be planned"]
     with pytest.raises(UserError):
         settled(monkeypatch, 2, 80e9, "train.per_device_train_batch_size=auto")
 
