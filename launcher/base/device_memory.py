@@ -79,16 +79,28 @@ def oom_kills() -> int:
 
 
 def gpu_bytes() -> int | None:
-    """Memory of the smallest visible GPU; None without one."""
-    if not visible_gpus() or not shutil.which("nvidia-smi"):
+    """Memory of the smallest visible GPU; None without one.
+
+    Of the smallest of all where a visible one is not in nvidia-smi's list, as parts of a GPU (MIG) are not.
+    """
+    names = visible_gpus()
+    if not names or not shutil.which("nvidia-smi"):
         return None
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    sizes = [int(line) * 2**20 for line in answer.stdout.split() if line.isdigit()]
+    rows = [[field.strip() for field in line.split(",")] for line in answer.stdout.splitlines()]
+    known = [(row[0], row[1], int(row[2]) * 2**20) for row in rows if len(row) == 3 and row[2].isdigit()]
+    visible = [row for row in known if any(_is_meant(name, *row[:2]) for name in names)]
+    sizes = [size for *_, size in (visible if len(visible) == len(names) else known)]
     return min(sizes, default=None)
+
+
+def _is_meant(name: str, index: str, uuid: str) -> bool:
+    """CUDA_VISIBLE_DEVICES holds indices, or UUIDs of which the beginning is enough."""
+    return name == index if name.isdigit() else uuid.startswith(name)
 
 
 def _text(path: Path) -> str:
