@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from launcher.agent import out_of_memory
 from launcher.agent.out_of_memory import BatchSizes
 from launcher.base import files
+from launcher.base.device_memory import host_bytes
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes, ask_main
@@ -151,14 +152,26 @@ def _chosen(config: RunConfig, memory: MemoryModel, notices: list[str]) -> RunCo
     own = samples_of_a_step(config, memory.num_processes)
     size = min(max(chosen.largest_micro_batch, 1), own) if is_batch_open else memory.micro_batch
     needed = memory.parts(chosen.name, size).total
+    host, lack = _on_the_host(config, memory, chosen.name)
+    if not chosen.fits:
+        lack = ". That does not fit; nothing else needs less: launcher plan shows the parts"
     notices.append(
         f"strategy={chosen.name}, {size} samples per forward and backward: needs {size_text(needed)} of "
-        f"{size_text(device.num_bytes)} per process, {device.source}"
-        f"{'' if chosen.fits else '. That does not fit; nothing else needs less: launcher plan shows the parts'}"
+        f"{size_text(device.num_bytes)} per process, {device.source}{host}{lack}"
     )
     train = dataclasses.replace(config.train, per_device_train_batch_size=size) if is_batch_open else config.train
     strategy = StrategyConfig(chosen.name, config.strategy.deepspeed) if is_strategy_open else config.strategy
     return dataclasses.replace(config, train=train, strategy=strategy)
+
+
+def _on_the_host(config: RunConfig, memory: MemoryModel, name: str) -> tuple[str, str]:
+    """What all processes of this machine keep in its memory instead of on their devices, and what that lacks."""
+    needed = memory.offloaded_bytes(name) * math.ceil(memory.num_processes / config.launch.num_machines)
+    if not needed:
+        return "", ""
+    there = host_bytes()
+    lack = "" if needed <= there else ". This host does not have that: launcher plan shows the parts"
+    return f", and {size_text(needed)} of {size_text(there)} host memory", lack
 
 
 def samples_of_a_step(config: RunConfig, world_size: int) -> int:

@@ -10,6 +10,7 @@ import yaml
 
 from launcher.base.errors import ConfigError, UserError
 from launcher.base.processes import Processes
+from launcher.base.words import size as size_text
 from launcher.config.compose import compose
 from launcher.config.settings import RunConfig, to_dict
 from launcher.data import build_tokenizer
@@ -68,6 +69,22 @@ def test_less_memory_leads_to_more_partitioning(monkeypatch: pytest.MonkeyPatch)
         simpler = [other for other in list(needs)[: list(needs).index(name)] if needs[other] <= needed]
         chosen = settled(monkeypatch, 4, device_bytes(needed), "model.dtype=bfloat16").strategy.name
         assert chosen == (simpler[0] if simpler else name)
+
+
+@pytest.mark.parametrize(
+    ("host_bytes", "num_machines", "is_enough"), [(10**12, 1, True), (40_000_000, 1, False), (40_000_000, 2, True)]
+)
+def test_decision_says_what_the_host_must_hold(
+    monkeypatch: pytest.MonkeyPatch, host_bytes: int, num_machines: int, is_enough: bool
+) -> None:
+    asked = ("strategy=zero3_offload", "model.dtype=bfloat16", "train.per_device_train_batch_size=auto")
+    needed = memory_of(compose([*_AUTO, *asked]), 4).offloaded_bytes("zero3_offload") * 4 // num_machines
+    monkeypatch.setattr(sizing, "host_bytes", lambda: host_bytes)
+    machines = [f"launch.num_machines={num_machines}", "launch.main_process_ip=10.0.0.1"] if num_machines > 1 else []
+    _, (notice,) = settled_and_told(monkeypatch, 4, 80e9, *asked, *machines)
+    assert f", and {size_text(needed)} of {size_text(host_bytes)} host memory" in notice
+    assert ("This host does not have that" in notice) is not is_enough
+    assert "host" not in settled_and_told(monkeypatch, 4, 80e9)[1][0]
 
 
 def test_largest_micro_batch_is_found_and_never_exceeds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

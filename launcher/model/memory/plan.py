@@ -16,7 +16,7 @@ from launcher.config.settings import STRATEGIES, RunConfig, StrategyConfig
 from launcher.model.memory.activations import ActivationModel, Pass, SampledLayers
 from launcher.model.memory.devices import Device
 from launcher.model.memory.empty import EmptyModel, OptimizerStates, build_empty
-from launcher.model.memory.strategies import MemoryParts, Setting, Sizes, memory_parts
+from launcher.model.memory.strategies import MemoryParts, Setting, Sizes, host_bytes, memory_parts
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,10 @@ class MemoryModel:
         )
         states = 0 if checkpoint.save_only_model else self.sizes.plain_states
         return (trained + frozen + masters + states) / self.num_processes
+
+    def offloaded_bytes(self, name: str) -> int:
+        """Host memory of one process for what a strategy keeps there instead of on its device."""
+        return host_bytes(self.sizes, self.setting(name), 0.0)["offloaded"] if self.device.is_cuda else 0
 
     def _passes(self, setting: Setting, batch: int) -> Pass:
         dtype, has_autocast = setting.forward_dtype, setting.mixed_precision != "no" and not setting.stage
