@@ -83,8 +83,13 @@ def _by_sdpa(
         allowed = ((distance >= 0) & (distance < (window or num_keys)))[None, None]
         if mask is not None:  # a padded query sees itself: a row without any key would be NaN
             allowed = (allowed & mask[:, None, None, :num_keys].bool()) | (distance == 0)[None, None]
+    group = query.shape[1] // key.shape[1]
+    # As transformers' use_gqa_in_sdpa: with a mask, or values of another width, torch's fast kernels know no groups, and
+    # the slow one that is left holds the square of the row's length.
+    has_groups = group > 1 and allowed is None and key.shape[-1] == value.shape[-1]
+    if group > 1 and not has_groups:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=has_groups
+    )
     return output.transpose(1, 2)
