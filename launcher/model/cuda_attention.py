@@ -84,8 +84,8 @@ def _by_sdpa(
         if mask is not None:  # a padded query sees itself: a row without any key would be NaN
             allowed = (allowed & mask[:, None, None, :num_keys].bool()) | (distance == 0)[None, None]
     group = query.shape[1] // key.shape[1]
-    # As transformers' use_gqa_in_sdpa: with a mask, or values of another width, torch's fast kernels know no groups, and
-    # the slow one that is left holds the square of the row's length.
+    # As transformers' use_gqa_in_sdpa: with a mask, or values of another width, torch's fast kernels know no groups,
+    # and the slow one that is left holds the square of the row's length.
     has_groups = group > 1 and allowed is None and key.shape[-1] == value.shape[-1]
     if group > 1 and not has_groups:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

@@ -79,9 +79,7 @@ def decide(config: RunConfig, world_size: int, devices: list[Device | None]) -> 
         config = _limited(config, limit)
         now = BatchSizes(config.train.micro_batch_size, config.eval.per_device_eval_batch_size, *_recompute(config))
         if change := used.change_to(now):
-            notices.append(
-                f"this run once ran out of memory: {change}. To try more again: train.on_out_of_memory=stop"
-            )
+            notices.append(f"this run once ran out of memory: {change}. To try more again: train.on_out_of_memory=stop")
     known = [device for device in devices if device is not None]
     if known:
         smallest = min(known, key=lambda device: device.num_bytes)
@@ -112,9 +110,7 @@ def _limited(config: RunConfig, limit: BatchSizes) -> RunConfig:
     )
 
 
-def _without_auto(
-    config: RunConfig, world_size: int, device: Device, paths: RunPaths, notices: list[str]
-) -> RunConfig:
+def _without_auto(config: RunConfig, world_size: int, device: Device, paths: RunPaths, notices: list[str]) -> RunConfig:
     """Adds to `notices` what was chosen, where the memory decided."""
     from launcher.model.memory.plan import MemoryModel
 
