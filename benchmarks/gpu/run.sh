@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a machine with one GPU can prove, most valuable first, in less than eight minutes.
+# Everything that a machine with one GPU can prove, most valuable first, in about eight minutes.
 #
 #   make gpu-bundle                              on a machine with a network: .gpu-bundle/
 #   bash benchmarks/gpu/run.sh [PART…]           on the GPU machine, which needs none
@@ -12,7 +12,9 @@ OUT=${OUT:-benchmarks/results/gpu}
 mkdir -p "$OUT"
 export OUT PYTHONUNBUFFERED=1 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 WORK=${WORK:-$(mktemp -d /tmp/gpu-XXXXXX)}
-export WORK TRITON_CACHE_DIR=$WORK/triton TORCH_EXTENSIONS_DIR=$WORK/extensions TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
+SHM_WORK=/dev/shm/gpu-$$
+export WORK SHM_WORK TRITON_CACHE_DIR=$WORK/triton TORCH_EXTENSIONS_DIR=$WORK/extensions TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
+trap 'rm -rf "$SHM_WORK"' EXIT
 began=$SECONDS
 ip link set lo up 2>/dev/null || true # a network namespace begins without it, and process groups meet there
 
@@ -38,13 +40,17 @@ part() { # NAME LIMIT_S COMMAND…
   local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
   echo "== $name"
-  PART=$name-$$ timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 &
+  : >"$OUT/$name.log" # else tail can begin with what an earlier run left there
+  mkdir -p "$WORK/part"
+  PART=$name-$$ TMPDIR=$WORK/part timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 &
   tail -n +1 -f --pid=$! "$OUT/$name.log"
   wait $! || code=$?
   # What it left running keeps memory of the device: the next part would run out of it.
   for environ in $(grep -lsz "^PART=$name-$$\$" /proc/[0-9]*/environ); do
     kill -KILL "$(basename "$(dirname "$environ")")" 2>/dev/null
   done
+  # Nor does a part that hit its limit remove its folders.
+  rm -rf "$WORK/part" "$SHM_WORK"
   echo "== $name: exit $code after $((SECONDS - start)) s ($((SECONDS - began)) s in all)"
 }
 
@@ -56,7 +62,7 @@ for name in ${*:-tests saves throughput sweep}; do
     tests) part tests "${TESTS_S:-150}" $PYTHON -m pytest ${TESTS:-tests/gpu} -q -n "${WORKERS:-8}" --timeout=140 -p no:cacheprovider --tb=short -W default ;;
     saves) part saves "${SAVES_S:-80}" $PYTHON -m benchmarks.gpu.saves ;;
     throughput) part throughput "${THROUGHPUT_S:-170}" $PYTHON -m benchmarks.gpu.throughput ;;
-    sweep) part sweep 60 $PYTHON -m benchmarks.gpu.sweep ;;
+    sweep) part sweep "${SWEEP_S:-90}" $PYTHON -m benchmarks.gpu.sweep ;;
     *) echo "unknown part $name: tests saves throughput sweep" >&2 ;;
   esac
 done

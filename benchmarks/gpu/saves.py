@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, Spread
 from benchmarks.gpu.models import make_model, write_documents
+from benchmarks.gpu.places import in_memory
 from benchmarks.rank import build_product, timed
 
 _MAX_DURING_S = 25.0
@@ -32,8 +33,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     arguments = parser.parse_args()
     # In memory: what is asked is the training's part, not how fast this machine's disk is.
-    base = "/dev/shm" if shutil.disk_usage("/dev/shm").free > 60 * 2**30 else None
-    work_dir = Path(tempfile.mkdtemp(prefix="saves-", dir=base))
+    work_dir = Path(tempfile.mkdtemp(prefix="saves-", dir=in_memory(60 * 2**30)))
     print(f"in {work_dir}, {shutil.disk_usage(work_dir).free / 2**30:.0f} GiB free", flush=True)
     code = 1
     try:

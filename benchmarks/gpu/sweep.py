@@ -11,38 +11,61 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT
 from benchmarks.gpu.models import make_model, write_documents
 
+_LIMIT_S = 70.0
+"""Of both halves together, below that of the part in run.sh: it would end this process before a word was written."""
+
+
+class _Launcher:
+    """Runs commands of the launcher, all of them within one limit."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._ends_at = time.monotonic() + limit_s
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "launcher.cli", *arguments], check=False, capture_output=True, text=True,
+            timeout=max(1.0, self._ends_at - time.monotonic()), cwd=ROOT,
+        )  # fmt: skip
+
 
 def main() -> None:
     import torch
 
     has_cuda = torch.cuda.is_available()
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="gpu-sweep-", ignore_cleanup_errors=True) as name:
-        found["sweep"] = _sweep(Path(name))
-        print(f"sweep: {found['sweep']}", flush=True)
-        found["plan"] = _plan(Path(name), "qwen3-0.6b" if has_cuda else "tiny", has_cuda)
-        print(f"plan: {found['plan']}", flush=True)
+        folder, launcher = Path(name), _Launcher(_LIMIT_S)
+        model = "qwen3-0.6b" if has_cuda else "tiny"
+        write_halves({
+            "sweep": lambda: _sweep(folder, launcher),
+            "plan": lambda: _plan(folder, model, launcher, has_cuda=has_cuda),
+        })  # fmt: skip
+
+
+def write_halves(halves: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
+    """Runs and prints them, and writes $OUT/sweep.json after each; one that fails does not skip the next."""
     out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results" / "gpu"))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "sweep.json").write_text(json.dumps(found, indent=1))
+    found: dict[str, Any] = {}
+    for name, run in halves.items():
+        try:
+            found[name] = run()
+        except Exception as error:
+            tail = getattr(error, "stderr", None) or b""  # of a command that ran out of time: bytes, even of text
+            found[name] = {"error": f"{type(error).__name__}: {error}"[-1500:], "tail": str(tail)[-600:]}
+        print(f"{name}: {found[name]}", flush=True)
+        (out / "sweep.json").write_text(json.dumps(found, indent=1))
 
 
-def _launcher(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launcher.cli", *arguments], check=False, capture_output=True, text=True,
-        timeout=timeout_s, cwd=ROOT,
-    )  # fmt: skip
-
-
-def _sweep(folder: Path) -> dict[str, Any]:
+def _sweep(folder: Path, launcher: _Launcher) -> dict[str, Any]:
     started = time.perf_counter()
-    done = _launcher(
+    done = launcher(
         "train", "-m", f"output_dir={folder / 'sweep'}", "sweep.num_slots=2", "launch.num_processes=1",
         "strategy=single", "optim.learning_rate=1e-3,2e-3", "train.max_steps=30",
     )  # fmt: skip
@@ -53,7 +76,7 @@ def _sweep(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plan(folder: Path, name: str, has_cuda: bool) -> dict[str, Any]:
+def _plan(folder: Path, name: str, launcher: _Launcher, *, has_cuda: bool) -> dict[str, Any]:
     """Peaks as the allocator counted them, in a run of a few steps each, beside the plan's total."""
     length = 4096 if has_cuda else 256
     model = make_model(name, folder, "cuda" if has_cuda else "cpu")
@@ -67,8 +90,8 @@ def _plan(folder: Path, name: str, has_cuda: bool) -> dict[str, Any]:
             "train.per_device_train_batch_size=2", "train.max_steps=4", "checkpoint=off", "tracker=off",
             "launch.num_processes=1", f"output_dir={folder / strategy}", f"data.cache_dir={folder / 'cache'}",
         ]  # fmt: skip
-        planned = _launcher("plan", "--json", *overrides)
-        done = _launcher("train", *overrides)
+        planned = launcher("plan", "--json", *overrides)
+        done = launcher("train", *overrides)
         lines = [json.loads(x) for x in (folder / strategy / "metrics.jsonl").read_text().splitlines()]
         measured = max((line.get("memory_bytes") or 0 for line in lines), default=0)
         total = json.loads(planned.stdout)["memory_bytes_per_device"]["total"] if not planned.returncode else None

@@ -14,14 +14,17 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.common import ROOT
 from benchmarks.gpu.models import flops_per_token, make_model, write_documents
+from benchmarks.gpu.places import in_memory
 from benchmarks.throughput import Contender
 
+T = TypeVar("T")
 _STEPS = 6
 _NUM_TOKENS = 2_000_000
 
@@ -42,21 +45,23 @@ def _ours(**train: Any) -> dict[str, Any]:
     return {"train": train}
 
 
-CASES = {
-    "0.6b-4k": Case("qwen3-0.6b", 4096, 1, ("trainer",)),  # of 8,192 tokens both do not fit beside each other
+CASES = {  # one of each model first: time may not suffice for all
     "0.6b-8k": Case("qwen3-0.6b", 8192, 1),
+    "1b-4k": Case("llama-3.2-1b", 4096, 4, ("trainer",)),
+    "8b-lora-4k": Case("llama-3-8b", 4096, 1, (), {"model": {"gradient_checkpointing": False}}, is_lora=True),
+    "0.6b-4k": Case("qwen3-0.6b", 4096, 1, ("trainer",)),  # of 8,192 tokens both do not fit beside each other
     "0.6b-8k-compiled": Case("qwen3-0.6b", 8192, 1, (), _ours(torch_compile=True)),
     "0.6b-8k-x4-compiled": Case("qwen3-0.6b", 8192, 4, (), _ours(torch_compile=True)),
     "0.6b-8k-zero2-compiled": Case(
         "qwen3-0.6b", 8192, 2, (), {**_ours(torch_compile=True), "strategy": {"name": "zero2"}}
     ),
-    "1b-4k": Case("llama-3.2-1b", 4096, 4, ("trainer",)),
     "1b-4k-compiled": Case("llama-3.2-1b", 4096, 4, (), _ours(torch_compile=True)),
-    "8b-lora-4k": Case("llama-3-8b", 4096, 1, (), {"model": {"gradient_checkpointing": False}}, is_lora=True),
     "8b-lora-4k-compiled": Case("llama-3-8b", 4096, 1, (), _ours(torch_compile=True), is_lora=True),
     "tiny": Case("tiny", 512, 2, ("trainer",)),
 }
 _DEFAULT = [name for name in CASES if name != "tiny"]
+_MODELS_BYTES = 30 * 2**30
+"""Of all cases together, with their data."""
 
 
 def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> dict[str, Any]:
@@ -68,12 +73,37 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
         total = _NUM_TOKENS if device == "cuda" else 100_000
         counts_path.write_text(json.dumps(write_documents(data, total, case.length)))
     counts = json.loads(counts_path.read_text())
+    spec = {
+        "settings": _settings(case, work_dir / f"run-{name}", model, data), "work_dir": str(work_dir),
+        "model": str(model), "data": str(data), "dtype": "bfloat16", "batch": case.rows, "max_length": case.length,
+        "use_cpu": device == "cpu",
+    }  # fmt: skip
+    flops = flops_per_token(case.model, counts["mean_attended"], is_lora=case.is_lora)
+    sides = {kind: {**spec, "kind": _kind(kind), **_options(kind)} for kind in ("ours", *case.peers)}
+    found: dict[str, Any] = {"case": name, "flops_per_token": flops, "mean_attended": counts["mean_attended"]}
+    (taken, found["profile"]), failure = beside_or_alone(lambda some: _in_turns(name, some, work_dir, steps), sides)
+    if failure is not None:
+        found["alone_since"] = failure
+    for kind, lines in taken.items():
+        rates = [line["tokens"] / line["seconds"] for line in lines[2:]]
+        rate = statistics.median(rates)
+        found[kind] = {
+            "tokens_per_second": rate, "lowest": min(rates), "highest": max(rates), "mfu": rate * flops / peak,
+            "peak_memory_bytes": lines[-1].get("peak_memory_bytes"), "first_step_s": lines[0]["seconds"],
+            "losses": [line["loss"] for line in lines], "syncs": lines[-1].get("syncs"),
+            "tokens_per_step": lines[-1]["tokens"],
+        }  # fmt: skip
+    return found
+
+
+def _settings(case: Case, output_dir: Path, model: Path, data: Path) -> dict[str, Any]:
     more = {key: dict(value) for key, value in case.settings.items()}
     settings = {
-        "output_dir": str(work_dir / f"run-{name}"),
+        "output_dir": str(output_dir),
         "model": {"model_name_or_path": str(model), "dtype": "bfloat16", **more.pop("model", {})},
         "data": {
-            "train_files": [str(data)], "max_length": case.length, "packing": True, "cache_dir": str(work_dir / "cache")
+            "train_files": [str(data)], "max_length": case.length, "packing": True,
+            "cache_dir": str(output_dir.with_name("cache")),
         },
         "train": {
             "max_steps": 100_000, "train_batch_size": case.rows, "per_device_train_batch_size": case.rows,
@@ -90,18 +120,28 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
             "lora_alpha": 32,
             "target_modules": "all-linear",
         }
-    spec = {
-        "settings": settings, "work_dir": str(work_dir), "model": str(model), "data": str(data), "dtype": "bfloat16",
-        "batch": case.rows, "max_length": case.length, "use_cpu": device == "cpu",
-    }  # fmt: skip
-    flops = flops_per_token(case.model, counts["mean_attended"], is_lora=case.is_lora)
-    sides = {"ours": spec} | {peer: {**spec, "kind_of_peer": peer} for peer in case.peers}
-    found: dict[str, Any] = {"case": name, "flops_per_token": flops, "mean_attended": counts["mean_attended"]}
+    return settings
+
+
+def beside_or_alone(run: Callable[[Mapping[str, Any]], T], sides: Mapping[str, Any]) -> tuple[T, str | None]:
+    """Ours with its peers; where any of them fails (two may need more memory than there is), ours alone and why."""
+    try:
+        return run(sides), None
+    except SystemExit as error:
+        if len(sides) == 1:
+            raise
+        failure = str(error)
+    return run({"ours": sides["ours"]}), failure
+
+
+def _in_turns(
+    name: str, sides: Mapping[str, Any], work_dir: Path, steps: int
+) -> tuple[dict[str, list[dict[str, float]]], str]:
+    """What each said of its steps, and a profile of ours."""
     running: dict[str, Contender] = {}
     taken: dict[str, list[dict[str, float]]] = {}
     try:
         for kind, side in sides.items():
-            side = {**side, "kind": _kind(kind), **_options(kind)}
             running[kind], taken[kind] = Contender(side, work_dir / f"{name}-{kind}.log"), []
         for contender in running.values():
             contender.wait_until_ready()
@@ -109,20 +149,10 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
             order = list(running) if number % 2 == 0 else list(running)[::-1]
             for kind in order:
                 taken[kind].append(running[kind].step())
-        found["profile"] = running["ours"].profile()
+        return taken, running["ours"].profile()
     finally:
         for contender in running.values():
             contender.close()
-    for kind, lines in taken.items():
-        rates = [line["tokens"] / line["seconds"] for line in lines[2:]]
-        rate = statistics.median(rates)
-        found[kind] = {
-            "tokens_per_second": rate, "lowest": min(rates), "highest": max(rates), "mfu": rate * flops / peak,
-            "peak_memory_bytes": lines[-1].get("peak_memory_bytes"), "first_step_s": lines[0]["seconds"],
-            "losses": [line["loss"] for line in lines], "syncs": lines[-1].get("syncs"),
-            "tokens_per_step": lines[-1]["tokens"],
-        }  # fmt: skip
-    return found
 
 
 def _kind(name: str) -> str:
@@ -161,6 +191,8 @@ def line_of(found: dict[str, Any]) -> str:
                 f", MFU {value['mfu']:.1%}{memory}, first step {value['first_step_s']:.1f} s, syncs {value['syncs']}, "
                 f"loss {value['losses'][0]:.4f} to {value['losses'][-1]:.4f}"
             )
+    if "alone_since" in found:
+        parts.append(f"ours alone, since beside a peer: {found['alone_since'][-1500:]}")
     return "\n    ".join(parts)
 
 
@@ -174,11 +206,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results" / "gpu"))
     out.mkdir(parents=True, exist_ok=True)
-    base = "/dev/shm" if Path("/dev/shm").is_dir() else None
     peak = peak_flops(device)
     print(f"peak of a bf16 product: {peak / 1e12:.0f} TFLOP/s", flush=True)
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="gpu-", dir=base) as name:
+    with tempfile.TemporaryDirectory(prefix="gpu-", dir=in_memory(_MODELS_BYTES)) as name:
         for case in arguments.case or (_DEFAULT if device == "cuda" else ["tiny"]):
             try:
                 found = measure(case, Path(name), arguments.steps, peak, device)
