@@ -7,28 +7,22 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 from launcher.base.paths import default_cache_dir
 from launcher.config import sbatch
 from launcher.config.background_rules import background_problems
+from launcher.config.data_rules import data_problems
 from launcher.config.launch_rules import folder_problems, launch_problems, secret_problems
 from launcher.config.model_rules import model_problems
 from launcher.config.optimizers import optimizer_problems
-from launcher.config.schema import did_you_mean
 from launcher.config.settings import (
     AUTO,
-    DATA_COLUMNS,
-    DATA_SUFFIX,
     MIXED_PRECISION,
     CheckpointConfig,
     DataConfig,
     RunConfig,
     expand_files,
-    is_day,
-    no_files_text,
 )
 from launcher.config.trackers import tracker_problems
 
@@ -101,51 +95,6 @@ def resource_notices(config: RunConfig) -> Iterator[str]:
         yield "no memory is asked for: the cluster's default counts. To ask: launch.sbatch.mem=64G (a node; 0: all)"
 
 
-def _data_problems(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    given = [key for key in ("train_files", "dataset_name", "sources", "generator") if getattr(data, key)]
-    if not given:
-        yield "no training data. Set data.train_files=[FILE.jsonl], data.dataset_name=ORG/NAME or data=arithmetic"
-    elif len(given) > 1:
-        yield (
-            f"{' and '.join('data.' + key for key in given)} are set together; they are alternatives. "
-            "To mix several, use data.sources"
-        )
-    yield from _missing_files("data.train_files", data.train_files)
-    yield from _missing_files("data.eval_files", data.eval_files)
-    yield from _source_problems(data)
-    if isinstance(data.eval_split, float) and not 0 < data.eval_split < 1:
-        yield f"data.eval_split as a fraction must lie between 0 and 1 (got {data.eval_split})"
-    yield from _column_problems(data)
-    template = data.chat_template
-    if template and re.search(r"\.(jinja2?|j2|txt)$", template) and not Path(template).expanduser().is_file():
-        yield f"data.chat_template={template} does not exist (looked in {Path.cwd()})"
-    yield from _date_problems(data.chat_template_date)
-    for key, value in (("data.generator", data.generator), ("eval.metric", config.eval.metric)):
-        if value and not isinstance(value.get("_target_"), str):
-            yield f"{key} needs a `_target_`: the import path of a class. Set {key}._target_=PACKAGE.MODULE.CLASS"
-
-
-def _date_problems(day: str | None) -> Iterator[str]:
-    if day is not None and not is_day(day):
-        yield f"data.chat_template_date must be a day as YYYY-MM-DD (got {day}): data.chat_template_date={date.today()}"
-
-
-def _column_problems(data: DataConfig) -> Iterator[str]:
-    """Also: which turns bear loss."""
-    for ours, theirs in data.columns.items():
-        if ours not in DATA_COLUMNS:
-            hint = did_you_mean(ours, DATA_COLUMNS) or f" Valid: {', '.join(DATA_COLUMNS)}."
-            yield f"data.columns.{ours} is no name of ours; it is data.columns.OURS=YOURS.{hint}"
-        elif not isinstance(theirs, str) or not theirs:
-            yield f"data.columns.{ours} must be the name of a column (got {theirs!r})"
-    if data.completion_only_loss is False and data.loss_on != "all_assistant_turns":
-        yield (
-            f"data.loss_on={data.loss_on} and data.completion_only_loss=false contradict each other: the one learns "
-            "from one turn, the other from the whole text. Set data.completion_only_loss=null"
-        )
-
-
 def cache_problems(config: RunConfig) -> Iterator[str]:
     """Asked where a run starts, not wherever settings are read: a cache need not be writable to show them."""
     folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
@@ -154,25 +103,6 @@ def cache_problems(config: RunConfig) -> Iterator[str]:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = f"{above} is {'not writable' if above.is_dir() else 'no folder'}"
         yield f"tokenised data cannot be kept in {folder}: {why}. Set data.cache_dir=FOLDER"
-
-
-def _missing_files(key: str, names: Any) -> Iterator[str]:
-    for name in [names] if isinstance(names, str) else names or []:
-        if not expand_files([str(name)]):
-            yield f"{key}: {no_files_text(str(name))}"
-        elif not DATA_SUFFIX.search(str(name)) and not Path(str(name)).expanduser().is_dir():
-            yield f"{key}: {name} must be a .jsonl, .ndjson, .json, .csv or .parquet (.gz, .zst), or a folder of such"
-
-
-def _source_problems(data: DataConfig) -> Iterator[str]:
-    for i, source in enumerate(data.sources):
-        key = f"data.sources[{i}]"
-        if bool(source.get("train_files")) == bool(source.get("dataset_name")):
-            yield f"{key} needs either train_files or dataset_name (got {', '.join(source) or 'nothing'})"
-        yield from _missing_files(f"{key}.train_files", source.get("train_files"))
-        weight = source.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-            yield f"{key}.weight must be a number above 0 (got {weight!r})"
 
 
 def _eval_problems(config: RunConfig) -> Iterator[str]:
@@ -321,7 +251,7 @@ def _hub_problems(config: RunConfig) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
-    model_problems, _data_problems, _eval_problems, background_problems, _early_stopping_problems, _precision_problems,
+    model_problems, data_problems, _eval_problems, background_problems, _early_stopping_problems, _precision_problems,
     _length_problems, _checkpoint_problems, _spike_problems,
     _hub_problems, secret_problems, tracker_problems, launch_problems, folder_problems, optimizer_problems,
 )  # fmt: skip

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ConfigError
-from launcher.config.schema import did_you_mean
-from launcher.config.settings import DataConfig, expand_files, no_files_text
+from launcher.config.data_rules import source_problems
+from launcher.config.settings import DataConfig, expand_files
 from launcher.data.sources import FileSource, GeneratorSource, HubSource, Source
-
-_SOURCE_KEYS = ("train_files", "dataset_name", "dataset_config", "train_split", "generator", "weight")
 
 
 @dataclass(frozen=True)
@@ -27,41 +25,25 @@ class DataPlan:
 
 def data_plan(data: DataConfig) -> DataPlan:
     """Raises: ConfigError, with everything that is wrong."""
-    problems: list[str] = []
-    weights: list[float] | None = None
-    if data.sources:
-        train = [_source(entry, f"data.sources[{i}]", problems) for i, entry in enumerate(data.sources)]
-        weights = _weights(data.sources)
-    else:
-        own = {f.name: getattr(data, f.name) for f in fields(data) if f.name in _SOURCE_KEYS}
-        train = [_source({key: value for key, value in own.items() if value}, "data", problems)]
-    eval_source, eval_fraction = _evaluation(data, problems)
-    if problems:
+    if problems := list(source_problems(data)):
         raise ConfigError(problems)
-    return DataPlan([source for source in train if source], weights, eval_source, eval_fraction)
+    entries: list[dict[str, Any]] = data.sources or [vars(data)]
+    train = [_source(entry, data.generator) for entry in entries]
+    weights = _weights(data.sources) if data.sources else None
+    return DataPlan(train, weights, *_evaluation(data))
 
 
-def _source(entry: dict[str, Any], key: str, problems: list[str]) -> Source | None:
-    for name in entry:
-        if name not in _SOURCE_KEYS:
-            hint = did_you_mean(name, _SOURCE_KEYS) or f" Valid: {', '.join(_SOURCE_KEYS)}."
-            problems.append(f"{key}.{name} is not a setting.{hint}")
-    given = [name for name in ("train_files", "dataset_name", "generator") if entry.get(name)]
-    if len(given) != 1:
-        problems.append(f"{key} needs exactly one of train_files, dataset_name and generator (got {given or 'none'})")
-        return None
-    if given == ["generator"]:
-        return GeneratorSource(entry["generator"], "train")
-    if given == ["dataset_name"]:
+def _source(entry: Mapping[str, Any], generator: dict[str, Any]) -> Source:
+    """Of `data.sources`, or what `data` itself names."""
+    if entry.get("train_files"):
+        return _file_source(entry["train_files"])
+    if entry.get("dataset_name"):
         return HubSource(entry["dataset_name"], entry.get("dataset_config"), entry.get("train_split") or "train")
-    return _file_source(entry["train_files"], f"{key}.train_files", problems)
+    return GeneratorSource(generator, "train")
 
 
-def _file_source(names: Any, key: str, problems: list[str]) -> FileSource:
-    names = [names] if isinstance(names, str) else list(names)
-    missing = [name for name in names if not expand_files([name])]
-    problems += [f"{key}: {no_files_text(name)}" for name in missing]
-    return FileSource(tuple(expand_files(names)))
+def _file_source(names: str | list[str]) -> FileSource:
+    return FileSource(tuple(expand_files([names] if isinstance(names, str) else list(names))))
 
 
 _EVALUATION = re.compile(r"(?:^|[^a-z])(?:test|testing|eval|evaluation|val|valid|validation|dev)(?:$|[^a-z])")
@@ -94,20 +76,11 @@ def _weights(entries: list[dict[str, Any]]) -> list[float] | None:
     return [float(entry.get("weight") or 1.0) for entry in entries]
 
 
-def _evaluation(data: DataConfig, problems: list[str]) -> tuple[Source | None, float | None]:
-    split = data.eval_split
+def _evaluation(data: DataConfig) -> tuple[Source | None, float | None]:
     if data.eval_files:
-        if split is not None:
-            problems.append("data.eval_files and data.eval_split are both set. Set data.eval_split=null")
-        return _file_source(data.eval_files, "data.eval_files", problems), None
-    if isinstance(split, float):
-        return None, split
-    if isinstance(split, str):
-        if not data.dataset_name:
-            problems.append(
-                f"data.eval_split={split} names a split, which needs data.dataset_name. "
-                "Set a fraction (data.eval_split=0.01) or data.eval_files=[FILE]"
-            )
-            return None, None
-        return HubSource(data.dataset_name, data.dataset_config, split), None
+        return _file_source(data.eval_files), None
+    if isinstance(data.eval_split, float):
+        return None, data.eval_split
+    if isinstance(data.eval_split, str) and data.dataset_name:
+        return HubSource(data.dataset_name, data.dataset_config, data.eval_split), None
     return (GeneratorSource(data.generator, "eval") if data.generator else None), None

@@ -383,6 +383,16 @@ def test_contradiction_names_key_and_mend(overrides: list[str], text: str) -> No
     assert re.search(text if "|" in text else re.escape(text), problem(*overrides))
 
 
+def test_what_is_wrong_with_sources_and_splits_joins_the_other_problems(rows: str) -> None:
+    found = problems(f"data.sources=[{{train_files: {rows}, weigth: 3}}]", "data.eval_split=test", "seed=-1")
+    assert [text.partition(" ")[0] for text in found] == ["seed", "data.sources[0].weigth", "data.eval_split=test"]
+    assert found[1].endswith("Did you mean weight?") and "data.eval_split=0.01" in found[2]
+    assert "data.eval_split=null" in problem(
+        f"data.train_files={rows}", f"data.eval_files={rows}", "data.eval_split=0.1"
+    )
+    assert "Did you mean train_files?" in problem(f"data.sources=[{{train_file: {rows}}}]")
+
+
 def test_config_dir_that_is_absent_joins_the_other_problems() -> None:
     assert len(problems("bad.key=1", config_dir="absent")) == 2
 

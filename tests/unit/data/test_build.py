@@ -290,7 +290,7 @@ def test_sources_when_keys_are_wrong(make_data: Make, write_rows: Write) -> None
     with pytest.raises(ConfigError) as error:
         make_data(sources=[{"train_file": [file]}, {"train_files": [file], "dataset_name": "a/b"}])
     assert "data.sources[0].train_file is not a setting. Did you mean train_files?" in str(error.value)
-    assert "data.sources[1] needs exactly one of" in str(error.value)
+    assert "data.sources[1] needs either train_files or dataset_name" in str(error.value)
 
 
 # ---------------------------------------------------------------------- fingerprint
