@@ -24,6 +24,7 @@ from launcher.config.settings import (
     RunConfig,
     expand_files,
 )
+from launcher.config.strategy_rules import strategy_notices, strategy_problems
 from launcher.config.trackers import tracker_problems
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -45,7 +46,7 @@ def contradictions(config: RunConfig, explicit: Collection[str] = ()) -> list[st
 
 def notices(config: RunConfig) -> list[str]:
     """What a user should know before the run starts although nothing is wrong."""
-    return [*_file_notices(config.data), *_eval_notices(config), *_slurm_notices(config)]
+    return [*_file_notices(config.data), *_eval_notices(config), *_slurm_notices(config), *strategy_notices(config)]
 
 
 def _file_notices(data: DataConfig) -> Iterator[str]:
@@ -254,4 +255,5 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     model_problems, data_problems, _eval_problems, background_problems, _early_stopping_problems, _precision_problems,
     _length_problems, _checkpoint_problems, _spike_problems,
     _hub_problems, secret_problems, tracker_problems, launch_problems, folder_problems, optimizer_problems,
+    strategy_problems,
 )  # fmt: skip

@@ -18,7 +18,7 @@ from launcher.base.devices import precision_problems
 from launcher.base.errors import ConfigError
 from launcher.base.paths import RunPaths
 from launcher.base.processes import COLLECTIVE_TIMEOUT
-from launcher.config.settings import RunConfig
+from launcher.config.settings import AUTO, RunConfig
 
 
 class Saves(Protocol):
@@ -164,6 +164,8 @@ def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda}
         zero["offload_param"] = {"device": "cpu", "pin_memory": has_cuda}
     merged = _merged(settings, config.strategy.deepspeed)
+    merged.pop("train_batch_size", None)  # its accumulation is not ours
+    merged["train_micro_batch_size_per_gpu"] = config.train.per_device_train_batch_size  # may have been halved
     offload = merged["zero_optimization"].get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":  # also where strategy.deepspeed asks for it under another stage
         merged.setdefault("zero_force_ds_cpu_optimizer", has_cuda and is_plain_adamw(config))
@@ -178,6 +180,8 @@ def is_plain_adamw(config: RunConfig) -> bool:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`auto`, which DeepSpeed's settings of the Trainer hold, means ours."""
+    over = {key: value for key, value in over.items() if key not in base or value != AUTO}
     merged = {**base, **over}
     for key in base.keys() & over.keys():
         if isinstance(base[key], dict) and isinstance(over[key], dict):
