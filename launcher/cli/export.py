@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher.base.errors import EXIT_DONE, UserError
 from launcher.config.settings import DTYPES
+from launcher.saving.interop.target import refuse_missing
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> int:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     checkpoint, target = options.checkpoint.expanduser(), options.target.expanduser()
     size = _num_bytes(options.max_shard_size)
+    refuse_missing(checkpoint)
     if options.base and not options.merge:
         raise UserError("--base is of --merge. Add --merge, or leave it out")
     if options.format == "trainer" and options.merge:

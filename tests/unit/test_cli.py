@@ -58,6 +58,13 @@ def test_mistake_is_answered_within_a_second_and_without_torch() -> None:
     assert "3 settings are wrong" in err and "Traceback" not in err
 
 
+def test_missing_checkpoint_is_named_without_torch_when_it_is_exported() -> None:
+    for more in (("--format", "safetensors"), ("--format", "trainer"), ("--format", "safetensors", "--merge")):
+        report, _, err = probe("export", "missing", "served", *more)
+        assert report["code"] == 2 and report["heavy"] == []
+        assert "missing is no folder" in err
+
+
 def test_cfg_prints_settings_that_can_be_used_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["train", "--cfg", "job", "seed=7"]) == 0
     first = capsys.readouterr().out

@@ -33,6 +33,12 @@ class Exported:
         return "adapter_model" if "adapter_config.json" in self.copied else "model"
 
 
+def refuse_missing(path: Path) -> None:
+    """Raises: UserError, there is no such folder. Needs no torch, unlike what reads it."""
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder. Give a checkpoint-N folder, or the output_dir of a run")
+
+
 def choose(path: Path, *, newest: bool) -> Exported:
     """What CHECKPOINT means, every byte of it verified.
 
@@ -43,8 +49,7 @@ def choose(path: Path, *, newest: bool) -> Exported:
     Raises:
         UserError: there is nothing of ours, or a file of the model is a link. DamagedCheckpointError: it is not whole.
     """
-    if not path.is_dir():
-        raise UserError(f"{path} is no folder. Give a checkpoint-N folder, or the output_dir of a run")
+    refuse_missing(path)
     folder = path if (path / manifest.NAME).is_file() else _of_run(RunPaths(path), newest=newest)
     if folder is None:
         if (path / "run.json").is_file() and (path / "config.json").is_file():
