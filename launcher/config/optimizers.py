@@ -23,10 +23,26 @@ def full_name(name: str) -> str:
 def optimizer_problems(config: RunConfig) -> Iterator[str]:
     name = config.optim.name
     if "." in name:
+        yield from _beta_problems(name, config.optim.kwargs)
         return
     meant = near_miss(name.lower(), [short.lower() for short in SHORT_NAMES])
     hint = f" Did you mean optim.name={full_name(meant)}?" if meant else ""
     yield f"optim.name={name} is no import path of a class.{hint} Valid: PACKAGE.MODULE.CLASS, {', '.join(SHORT_NAMES)}"
+
+
+def _beta_problems(name: str, kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """torch's optimizers take two; others may take three (Adan, CAME)."""
+    betas = kwargs.get("betas")
+    if betas is None or not name.startswith("torch.optim."):
+        return
+    is_right = (
+        isinstance(betas, list) and len(betas) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in betas)
+    )
+    if not is_right:
+        yield (
+            f"optim.kwargs.betas must be two numbers from 0 to below 1 (got {betas!r}). "
+            "The default is 'optim.kwargs.betas=[0.9,0.999]'"
+        )
 
 
 def left_over_arguments(preset: Mapping[str, Any], optim: Mapping[str, Any], named: Collection[str]) -> list[str]:
