@@ -164,10 +164,8 @@ def _candidates(paths: RunPaths, notices: list[str]) -> list[str]:
     found = []
     for _, folder in paths.checkpoint_dirs():
         if not _is_ours(folder):
-            notices.append(
-                f"{folder.name} has no manifest.json of ours and is ignored; to use it: "
-                f"checkpoint.resume_from_checkpoint={folder}"
-            )
+            mend = f"; to use it: checkpoint.resume_from_checkpoint={folder}" if _is_importable(folder) else ""
+            notices.append(f"{folder.name} has no manifest.json of ours and is ignored{mend}")
         else:
             found.append(str(folder))
             if folder.is_symlink():
@@ -176,6 +174,19 @@ def _candidates(paths: RunPaths, notices: list[str]) -> list[str]:
                     "checkpoint.save_total_limit does not count it"
                 )
     return found[::-1]
+
+
+def _is_importable(folder: Path) -> bool:
+    """Whether the Trainer left a training state there, alone, under DDP or under DeepSpeed."""
+    return (folder / "optimizer.pt").is_file() or any(folder.glob("global_step*/"))
+
+
+def from_weights(folder: Path) -> str:
+    """The overrides by which a new run starts from the weights of a checkpoint, whatever the old one started from."""
+    is_adapter = (folder / "adapter_config.json").is_file()
+    return (
+        f"model.adapter_name_or_path={folder}" if is_adapter else f"model.model_name_or_path={folder} model.config=null"
+    )
 
 
 def _is_of_later_version(folder: Path, *, is_refused: bool) -> bool:
@@ -249,8 +260,8 @@ def _open(folder: Path, processes: Processes) -> ResumePoint:
     if all(entry.path != _STATE_PATH for entry in found.files):
         raise ResumeError(
             f"{folder} holds only the model (it was saved with checkpoint.save_only_model=true) and cannot be resumed. "
-            f"To train on from its weights: model.model_name_or_path={folder} in another output_dir, or start again "
-            "with checkpoint.resume_from_checkpoint=never"
+            f"To train on from its weights: {from_weights(folder)} in another output_dir, or start again with "
+            "checkpoint.resume_from_checkpoint=never"
         )
     state = read_state(folder)
     point = ResumePoint(folder, found.step, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from launcher.config.data_rules import evaluating
 from launcher.config.settings import RunConfig
 
 _OFF = "or eval.in_background=false"
@@ -21,7 +22,7 @@ def background_problems(config: RunConfig) -> Iterator[str]:
     if ev.eval_strategy == "no":
         yield (
             "eval.in_background=true evaluates checkpoints but eval.eval_strategy=no. "
-            f"Set eval.eval_strategy=steps, {_OFF}"
+            f"Set {evaluating(config.data)}, {_OFF}"
         )
         return
     yield from _unsaved(config)

@@ -39,6 +39,12 @@ def data_problems(config: RunConfig) -> Iterator[str]:
             yield f"{key} needs a `_target_`: the import path of a class. Set {key}._target_=PACKAGE.MODULE.CLASS"
 
 
+def evaluating(data: DataConfig) -> str:
+    """The overrides that switch evaluation on, with data for it where there are none yet."""
+    has_data = data.eval_files or data.eval_split or data.generator
+    return "eval.eval_strategy=steps" + ("" if has_data else " data.eval_split=0.01")
+
+
 def source_problems(data: DataConfig) -> Iterator[str]:
     """What is wrong with the names of files and splits, and with the entries of `data.sources`."""
     given = [key for key in ("train_files", "dataset_name", "sources", "generator") if getattr(data, key)]

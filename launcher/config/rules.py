@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher.base.paths import default_cache_dir
 from launcher.config import sbatch
 from launcher.config.background_rules import background_problems
-from launcher.config.data_rules import data_problems
+from launcher.config.data_rules import data_problems, evaluating
 from launcher.config.launch_rules import folder_problems, launch_problems, secret_problems
 from launcher.config.model_rules import model_problems
 from launcher.config.optimizers import optimizer_problems
@@ -112,12 +112,12 @@ def _eval_problems(config: RunConfig) -> Iterator[str]:
         if ev.eval_every_s is not None:
             yield (
                 f"eval.eval_every_s={ev.eval_every_s:g} evaluates but eval.eval_strategy=no. "
-                "Set eval.eval_strategy=steps, or eval.eval_every_s=null"
+                f"Set {evaluating(data)}, or eval.eval_every_s=null"
             )
         if config.scheduler.lr_scheduler_type == "reduce_lr_on_plateau":
             yield (
                 "scheduler.lr_scheduler_type=reduce_lr_on_plateau follows an evaluation but eval.eval_strategy=no. "
-                "Set eval.eval_strategy=steps"
+                f"Set {evaluating(data)}"
             )
         return
     if not (data.eval_files or data.eval_split or data.generator):
@@ -169,7 +169,7 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
     if isinstance(ck.save_steps, int) and ck.save_steps < 1:
         yield (
             f"checkpoint.save_steps must be at least 1 (got {ck.save_steps}). To save only at the end: "
-            "checkpoint.save_strategy=epoch; never: checkpoint=off"
+            "checkpoint.save_steps=1000000000; never: checkpoint=off"
         )
     if ck.mtbf_s == math.inf:
         yield "checkpoint.mtbf_s must be finite (got inf). A failure a year: checkpoint.mtbf_s=31536000"
@@ -178,7 +178,7 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
     if ck.save_strategy == "best" and config.eval.eval_strategy == "no":
         yield (
             "checkpoint.save_strategy=best needs an evaluation to compare by, but eval.eval_strategy=no. "
-            "Set eval.eval_strategy=steps, or checkpoint.save_strategy=steps"
+            f"Set {evaluating(config.data)}, or checkpoint.save_strategy=steps"
         )
     if ck.save_every_s is not None and ck.save_strategy == "no":
         yield (
@@ -206,7 +206,7 @@ def _early_stopping_problems(config: RunConfig) -> Iterator[str]:
     if config.train.early_stopping_patience is not None and config.eval.eval_strategy == "no":
         yield (
             f"train.early_stopping_patience={config.train.early_stopping_patience} but eval.eval_strategy=no: nothing "
-            "is measured. Set eval.eval_strategy=steps, or train.early_stopping_patience=null"
+            f"is measured. Set {evaluating(config.data)}, or train.early_stopping_patience=null"
         )
 
 
@@ -225,7 +225,7 @@ def _spike_problems(config: RunConfig) -> Iterator[str]:
 
 def _best_model_problems(config: RunConfig) -> Iterator[str]:
     if config.checkpoint.load_best_model_at_end and (why := _why_no_best(config)):
-        mend = "checkpoint=recommended" if config.checkpoint.save_strategy == "no" else "eval.eval_strategy=steps"
+        mend = "checkpoint=recommended" if config.checkpoint.save_strategy == "no" else evaluating(config.data)
         key = "checkpoint.load_best_model_at_end"
         yield f"{key}=true but {why}. Set {mend}, or {key}=false"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -378,8 +379,6 @@ def test_off_is_a_choice_when_yaml_reads_it_as_false() -> None:
     ],
 )
 def test_contradiction_names_key_and_mend(overrides: list[str], text: str) -> None:
-    import re
-
     assert re.search(text if "|" in text else re.escape(text), problem(*overrides))
 
 
@@ -391,6 +390,30 @@ def test_what_is_wrong_with_sources_and_splits_joins_the_other_problems(rows: st
         f"data.train_files={rows}", f"data.eval_files={rows}", "data.eval_split=0.1"
     )
     assert "Did you mean train_files?" in problem(f"data.sources=[{{train_file: {rows}}}]")
+
+
+@pytest.mark.parametrize("betas", ["[0.9]", "[0.9,1]", "0.9", "[0.9,a]", "[0.9,0.99,0.999]", "[-0.1,0.9]"])
+def test_betas_are_two_numbers_below_one(betas: str) -> None:
+    assert problem(f"optim.kwargs.betas={betas}").startswith("optim.kwargs.betas must be two numbers from 0 to below 1")
+    assert compose(["optim.kwargs.betas=[0.9,0.999]"]).optim.kwargs["betas"] == [0.9, 0.999]
+    assert compose(["optim.name=mine.Adan", "optim.kwargs.betas=[0.98,0.92,0.99]"]).optim.name == "mine.Adan"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "mend"),
+    [
+        (["checkpoint=best"], "Set eval.eval_strategy=steps data.eval_split=0.01, or"),
+        (["train.early_stopping_patience=2"], "Set eval.eval_strategy=steps data.eval_split=0.01, or"),
+        (["scheduler=reduce_lr_on_plateau"], "Set eval.eval_strategy=steps data.eval_split=0.01"),
+        (["eval.in_background=true"], "Set eval.eval_strategy=steps data.eval_split=0.01, "),
+        (["checkpoint=best", "data.eval_split=0.5"], "Set eval.eval_strategy=steps, or"),
+        (["checkpoint.save_steps=-1"], "To save only at the end: checkpoint.save_steps=1000000000; "),
+    ],
+)
+def test_hint_works_when_it_is_typed(rows: str, wrong: list[str], mend: str) -> None:
+    typed = [f"data.train_files={rows}", *wrong]
+    assert mend in problem(*typed)
+    compose([*typed, *re.findall(r"[a-z]+\.[a-z_]+=[\w.]+", mend)])
 
 
 def test_config_dir_that_is_absent_joins_the_other_problems() -> None:

@@ -25,7 +25,7 @@ from launcher.base.errors import (
 from launcher.base.files import to_text
 from launcher.base.inner_files import inner_file
 from launcher.base.paths import CheckpointPaths, RunPaths, checkpoint_step
-from launcher.checkpoint.resume import origin_id
+from launcher.checkpoint.resume import from_weights, origin_id
 from launcher.checkpoint.snapshot import OPTIMIZER_STEM
 from launcher.checkpoint.writer import Writer
 from launcher.config.settings import RunConfig
@@ -150,7 +150,7 @@ def _read(source: Path, config: RunConfig) -> tuple[Foreign, nn.Module]:
             )
         raise ResumeError(
             f"{source} has no optimizer.pt and no global_step folder (save_only_model=true?) and cannot be resumed. "
-            f"To train on from its weights: model.model_name_or_path={source} checkpoint.resume_from_checkpoint=auto"
+            f"To train on from its weights: {from_weights(source)} checkpoint.resume_from_checkpoint=auto"
         )
     return read_replicated(source, model, [trainer_groups(model), our_groups(config, model)[0]], named), model
 

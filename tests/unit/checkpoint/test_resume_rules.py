@@ -12,7 +12,8 @@ from launcher.base import manifest
 from launcher.base.errors import DamagedCheckpointError, ResumeError, ResumeMismatchError
 from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED
-from launcher.checkpoint.resume import ResumePoint, compare_settings, find, origin_id
+from launcher.checkpoint.resume import ResumePoint, compare_settings, find, from_weights, origin_id
+from launcher.config.compose import compose
 from tests.faults.file_layer import OneProcess
 
 
@@ -105,8 +106,29 @@ def test_a_state_that_the_manifest_does_not_name_is_not_used(tmp_path: Path) -> 
     (folder / "state/state.json").unlink()
     (folder / "manifest.json").write_bytes(manifest.build(folder, step=10, world_size=1, zero_stage=0).to_json())
     (folder / "state/state.json").write_text(json.dumps({"step": 10}))
-    with pytest.raises(ResumeError, match="holds only the model"):
+    with pytest.raises(ResumeError, match="holds only the model") as caught:
         go(tmp_path)
+    assert f"model.model_name_or_path={folder} model.config=null in another output_dir" in str(caught.value)
+
+
+def test_weights_are_trained_on_whatever_the_old_run_started_from(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    scratch = ["data=arithmetic", "model=scratch", "model.config={model_type: gpt2, n_embd: 32}"]
+    for before in (scratch, ["data=arithmetic", "model.config.hidden_size=64"], ["model.model_name_or_path=org/other"]):
+        model = compose([*before, *from_weights(tmp_path).split()]).model
+        assert (model.model_name_or_path, model.config) == (str(tmp_path), {})
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    before = ["model.model_name_or_path=org/base", "model/peft=lora", "model.peft.r=8"]
+    assert compose([*before, *from_weights(tmp_path).split()]).model.adapter_name_or_path == str(tmp_path)
+
+
+@pytest.mark.parametrize(("left", "is_offered"), [("optimizer.pt", True), ("global_step10/x", True), ("x.json", False)])
+def test_a_folder_of_others_is_offered_where_it_can_be_imported(tmp_path: Path, left: str, is_offered: bool) -> None:
+    (tmp_path / "checkpoint-10" / left).parent.mkdir(parents=True)
+    (tmp_path / "checkpoint-10" / left).touch()
+    point, (notice,) = go(tmp_path)
+    assert point is None and "is ignored" in notice
+    assert notice.endswith(f"checkpoint.resume_from_checkpoint={tmp_path / 'checkpoint-10'}") is is_offered
 
 
 def test_a_link_to_a_checkpoint_is_read_and_said(tmp_path: Path) -> None:
