@@ -25,7 +25,7 @@ from launcher.model.identity import local_folder
 from launcher.model.lora import adapter_folder, adapter_key, adapter_notice, with_lora
 from launcher.model.positions import forget_lengths
 from launcher.model.quantization import check_quantised, quantization_arguments
-from launcher.model.vocabulary import NewRows, grow
+from launcher.model.vocabulary import NewRows, grow, refuse_small_vocabulary
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,13 @@ def build_model_config(config: RunConfig, tokenizer: Any, checkpoint: Path | Non
     """transformers' config of the model: a checkpoint's, the pretrained model's, or that of `model.config`.
 
     Raises:
-        UserError: it cannot be read, or its fields are refused.
+        UserError: it cannot be read, or its fields are refused. ConfigError: its vocabulary is too small.
     """
     from transformers import AutoConfig
 
     settings = config.model
+    if checkpoint is None and not settings.model_name_or_path:
+        refuse_small_vocabulary(settings.config, tokenizer)
     is_remote_code = settings.trust_remote_code and settings.model_name_or_path  # a checkpoint holds no code
     try:
         if checkpoint is not None and not is_remote_code:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,22 @@ class NewRows:
 def num_rows(tokenizer: Any) -> int:
     """Rows that an embedding needs for every id of a tokenizer; ids may have gaps."""
     return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
+
+
+def refuse_small_vocabulary(fields: Mapping[str, Any], tokenizer: Any) -> None:
+    """For `model.config`, before a model is made of it: transformers fails on a pad token beyond the vocabulary.
+
+    Raises:
+        ConfigError: it names a vocabulary that is smaller than the tokenizer.
+    """
+    size, needed = fields.get("vocab_size"), num_rows(tokenizer)
+    if isinstance(size, int) and size < needed:
+        raise ConfigError(
+            [
+                f"model.config.vocab_size must be at least {needed}, as many as the tokenizer has (got {size}). "
+                f"Set model.config.vocab_size={needed}, or leave it out: it is set from the tokenizer then"
+            ]
+        )
 
 
 def grow(model: Any, config: RunConfig, tokenizer: Any, new_token_ids: Sequence[int]) -> NewRows:

@@ -12,6 +12,7 @@ from launcher.base.errors import ConfigError, UserError
 from launcher.config.compose import compose
 from launcher.data.tokenizer import byte_tokenizer
 from launcher.model.build import BuiltModel, build_model, static_files
+from launcher.model.vocabulary import num_rows
 from tests.architectures import model_config
 
 _LORA = ("model/peft=lora", "model.peft.r=4", "model.peft.target_modules=all-linear")
@@ -122,3 +123,14 @@ def test_a_model_that_is_not_causal_is_refused_by_its_type() -> None:
 def test_flex_attention_is_refused_when_there_is_no_cuda(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trains on CUDA only\. Set model\.attn_implementation=auto"):
         build(make_base(tmp_path, "llama"), "model.attn_implementation=flex_attention")
+
+
+def test_vocabulary_that_is_too_small_is_refused_and_one_that_is_left_out_is_set() -> None:
+    needed = num_rows(byte_tokenizer())
+    for size in (10, needed - 1):
+        config = compose(["data=arithmetic", f"model.config.vocab_size={size}"])
+        with pytest.raises(ConfigError, match=rf"vocab_size must be at least {needed}.* \(got {size}\)"):
+            build_model(config, byte_tokenizer())
+    mended = compose(["data=arithmetic", f"model.config.vocab_size={needed}"])
+    assert build_model(mended, byte_tokenizer()).config.vocab_size == needed
+    assert build_model(compose(["data=arithmetic"]), byte_tokenizer()).config.vocab_size >= needed
