@@ -19,6 +19,7 @@ from launcher.config.settings import (
     is_day,
     no_files_text,
 )
+from launcher.config.templates import template_problem
 
 SOURCE_KEYS = ("train_files", "dataset_name", "dataset_config", "train_split", "weight")
 """Of an entry of `data.sources`."""
@@ -33,6 +34,8 @@ def data_problems(config: RunConfig) -> Iterator[str]:
     template = data.chat_template
     if template and re.search(r"\.(jinja2?|j2|txt)$", template) and not Path(template).expanduser().is_file():
         yield f"data.chat_template={template} does not exist (looked in {Path.cwd()})"
+    elif template and (problem := template_problem(template)):
+        yield problem
     yield from _date_problems(data.chat_template_date)
     for key, value in (("data.generator", data.generator), ("eval.metric", config.eval.metric)):
         if value and not isinstance(value.get("_target_"), str):

@@ -210,6 +210,11 @@ def _write_store(
 
 
 def _stop_on_bad_rows(source: Source, report: BuildReport, on_bad_row: str) -> None:
+    if report.num_without_column == report.num_read > 0:
+        raise DataError(
+            f"{source.name}: no row has the columns that data.columns names. The first:\n  {report.problems[0]}\n"
+            "Name a column that is there: data.columns.OURS=COLUMN"
+        )
     listed = "\n".join(f"  {problem}" for problem in report.problems)
     if report.num_bad > len(report.problems):
         listed += f"\n  … and {report.num_bad - len(report.problems)} more"

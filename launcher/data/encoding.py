@@ -22,7 +22,7 @@ import numpy as np
 from launcher.base.errors import ConfigError, DataError, LauncherError
 from launcher.base.process import die_with_parent
 from launcher.data.formats import Encoded, Formatter
-from launcher.data.normalise import BadRowError
+from launcher.data.normalise import BadRowError, MissingColumnError
 from launcher.data.readers import Batch
 
 MAX_PROBLEMS_SHOWN = 20
@@ -43,6 +43,7 @@ class BuildReport:
     num_read: int = 0
     num_kept: int = 0
     num_bad: int = 0
+    num_without_column: int = 0  # of num_bad: that data.columns names
     num_truncated: int = 0
     num_unlabelled: int = 0  # nothing left to learn from within max_length: left out
     num_rewritten: int = 0  # the chat template changed the assistant's words
@@ -86,6 +87,7 @@ def encode_batch(batch: Batch, formatter: Formatter) -> EncodedBatch:
         result = BadRowError(row.problem) if row.value is None else next(encoded)
         if isinstance(result, BadRowError):
             report.num_bad += 1
+            report.num_without_column += isinstance(result, MissingColumnError)
             report.problems.append(f"{row.where}: {result}")
         elif _counted(result, report):
             kept.append((number, result))

@@ -41,6 +41,10 @@ class BadRowError(ValueError):
     """This row cannot be used; says why."""
 
 
+class MissingColumnError(BadRowError):
+    """It has no column of a name that `data.columns` gives."""
+
+
 def normalise(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], frozenset[str]]:
     """The row with our names, and its columns that are not used although they hold something.
 
@@ -80,9 +84,10 @@ def normalise(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    missing = [theirs for theirs in columns.values() if theirs not in row]
-    if missing:
-        raise BadRowError(f"has no column {missing[0]!r} (data.columns names it; it has {', '.join(map(str, row))})")
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            has = ", ".join(map(str, row))
+            raise MissingColumnError(f"has no column {theirs!r} (data.columns.{ours} names it; it has {has})")
     taken = set(columns.values())
     return {key: value for key, value in row.items() if key not in taken} | {k: row[v] for k, v in columns.items()}
 

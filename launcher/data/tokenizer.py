@@ -14,6 +14,7 @@ from typing import Any
 from launcher.base.errors import ConfigError
 from launcher.base.internet import why_unreachable
 from launcher.config.settings import RunConfig, expanded, is_local_path
+from launcher.config.templates import read_template
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -76,7 +77,7 @@ def build_vocabulary(config: RunConfig) -> Vocabulary:
     if config.model.eos_token is not None:
         _set_eos(tokenizer, config.model.eos_token)
     if config.data.chat_template is not None:
-        tokenizer.chat_template = _read_template(config.data.chat_template)
+        tokenizer.chat_template = read_template(config.data.chat_template)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ConfigError(
@@ -201,15 +202,6 @@ def _load(config: RunConfig, name: str) -> Any:
                 "or a Hub id; set model.tokenizer_name_or_path=FOLDER_OR_HUB_ID where the model has none"
             ]
         ) from error
-
-
-def _read_template(text: str) -> str:
-    path = Path(text).expanduser() if "\n" not in text and len(text) < 1024 else None
-    if path is not None and path.is_file():
-        return path.read_text(encoding="utf-8")
-    if "{" in text:
-        return text
-    raise ConfigError([f"data.chat_template={text} is neither a file nor a Jinja template (looked in {Path.cwd()})"])
 
 
 def tokenizer_key(tokenizer: Any) -> str:

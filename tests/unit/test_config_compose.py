@@ -392,6 +392,20 @@ def test_what_is_wrong_with_sources_and_splits_joins_the_other_problems(rows: st
     assert "Did you mean train_files?" in problem(f"data.sources=[{{train_file: {rows}}}]")
 
 
+def test_template_that_does_not_compile_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "bad.jinja", "{% for m in messages %}\n{{ m.content | nothing }}{% endfor %}")
+    assert "is no Jinja template: line 1: " in problem("data.chat_template='{{ bad'")
+    assert "bad.jinja is no Jinja template: line 2: No filter named" in problem("data.chat_template=bad.jinja")
+    assert "is neither a file nor a Jinja template" in problem("data.chat_template=chatml")
+    write(
+        tmp_path / "good.jinja",
+        "{%- for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
+        "{% generation %}{{ m.content | tojson(indent=2) }}{% endgeneration %}{{ raise_exception('x') }}"
+        "{{ strftime_now('%d') }}{% endfor %}",
+    )
+    assert compose(["data.chat_template=good.jinja"]).data.chat_template == "good.jinja"
+
+
 @pytest.mark.parametrize("betas", ["[0.9]", "[0.9,1]", "0.9", "[0.9,a]", "[0.9,0.99,0.999]", "[-0.1,0.9]"])
 def test_betas_are_two_numbers_below_one(betas: str) -> None:
     assert problem(f"optim.kwargs.betas={betas}").startswith("optim.kwargs.betas must be two numbers from 0 to below 1")

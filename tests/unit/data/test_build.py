@@ -251,6 +251,18 @@ def test_eval_split_when_settings_contradict(make_data: Make, write_rows: Write)
         make_data(train_files=[file], eval_split=0.9)
 
 
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+def test_column_that_no_row_has_is_told_once(make_data: Make, write_rows: Write, on_bad_row: str) -> None:
+    file = write_rows(numbered(0, 50))
+    with pytest.raises(DataError) as error:
+        make_data(train_files=[file], columns={"prompt": "zzz", "completion": "text"}, on_bad_row=on_bad_row)
+    assert str(error.value).count("zzz") == 1 and "on_bad_row" not in str(error.value)
+    assert "data.columns.prompt names it; it has text" in str(error.value)
+    some = write_rows([{"body": "x"}, {"text": "y"}], "some.jsonl")
+    with pytest.raises(DataError, match=r"1 of 2 rows cannot be used"):
+        make_data(train_files=[some], columns={"text": "body"})
+
+
 def test_evaluation_is_not_packed(make_data: Make, write_rows: Write) -> None:
     data = make_data(train_files=[write_rows(numbered(0, 20))], eval_split=0.5, packing=True)
     assert data.eval is not None
