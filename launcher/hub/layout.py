@@ -118,6 +118,13 @@ def is_same(local: LocalFile, remote: RemoteFile, hashes: HashCache) -> bool:
     return hashes.git_blob_id(local.source) == remote.blob_id
 
 
+def is_content(data: bytes, remote: RemoteFile) -> bool:
+    """The same of bytes in memory."""
+    if remote.sha256 is not None:  # pictures, where the Hub keeps all that is no text as large files
+        return hashlib.sha256(data).hexdigest() == remote.sha256
+    return git_blob_id(data) == remote.blob_id
+
+
 def git_blob_id(data: bytes) -> str:
     """The name git gives to a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -23,6 +23,7 @@ from launcher.hub.layout import (
     RemoteFile,
     best_step,
     git_blob_id,
+    is_content,
     is_same,
     outdated_folders,
     stale_paths,
@@ -172,8 +173,10 @@ class RepoTarget:
             )
             reached("uploaded")
         self._check(operations, wanted)
-        if not any(op.path_in_repo == "README.md" for op in operations):
-            operations = [*operations, *self._card_operations(items, wanted, remote, head, outdated)]
+        paths = {op.path_in_repo for op in operations}  # of a push of the card alone, they are the card's
+        if "README.md" not in paths:
+            more = self._card_operations(items, wanted, remote, head, outdated)
+            operations = [*operations, *(op for op in more if op.path_in_repo not in paths)]
         reached("committing")
         title = "Push " + ", ".join(item.name for item in items)
         info = self._api.create_commit(
@@ -212,7 +215,7 @@ class RepoTarget:
         return [
             CommitOperationAdd(path, data)
             for path, data in additions.items()
-            if path not in remote or remote[path].blob_id != git_blob_id(data)
+            if path not in remote or not is_content(data, remote[path])
         ]
 
     def _steps_there(self, items: Sequence[Item], paths: Sequence[str], outdated: list[str]) -> list[int]:
