@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 from launcher.base.errors import ConfigError
 
@@ -35,7 +34,7 @@ def template_problem(text: str) -> str | None:
     class Generation(Extension):
         """`{% generation %}` … `{% endgeneration %}` of transformers."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)
