@@ -101,13 +101,19 @@ def parse_overrides(overrides: Sequence[str], config_dir: str | None = None) -> 
     Raises:
         ConfigError: with everything that is wrong with any of them.
     """
+    checked = check_sweep(overrides, config_dir)
+    if checked.problems:
+        raise ConfigError(checked.problems)
+    return checked.parsed
+
+
+def check_sweep(overrides: Sequence[str], config_dir: str | None = None) -> Checked:
+    """The same, with what is wrong beside what is good."""
     with _hydra(config_dir) as groups:
         checked = check(overrides, groups, is_sweep=True)
         for override in checked.parsed:
             override.config_loader = GlobalHydra.instance().config_loader()  # glob(*) lists the choices of a group
-    if checked.problems:
-        raise ConfigError(checked.problems)
-    return checked.parsed
+    return checked
 
 
 def compose_hydra(overrides: Sequence[str], config_dir: str | None = None, named: Collection[str] = ()) -> DictConfig:

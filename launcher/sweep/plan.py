@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from launcher.base.errors import ConfigError
-from launcher.config.compose import SELECTING_KEYS, compose_hydra, parse_overrides, to_plain
+from launcher.config.compose import SELECTING_KEYS, check_sweep, compose_hydra, parse_overrides, to_plain
 from launcher.config.overrides import parse_override
 from launcher.config.parse import parse_config
 from launcher.config.settings import RunConfig
@@ -91,10 +91,14 @@ def make_plan(arguments: Sequence[str], config_dir: str | None) -> SweepPlan:
     Raises:
         ConfigError: with every problem of every job.
     """
-    given = parse_overrides(arguments, config_dir)
+    checked_overrides = check_sweep(arguments, config_dir)
+    given = checked_overrides.parsed
+    if checked_overrides.problems:
+        raise ConfigError(
+            [*checked_overrides.problems, *_other_problems(given, checked_overrides.bad_keys, config_dir)]
+        )
     _refuse_sweeps_of(given)
-    own = [o.input_line or "" for o in given if o.key_or_group.startswith(_OWN_KEYS)]
-    fixed, swept = _split(o for o in given if not o.key_or_group.startswith(_OWN_KEYS))
+    own, fixed, swept = _own_fixed_swept(given)
     configs = JobConfigs([*fixed.values(), *own], [o.key_or_group for o in swept.values()], config_dir)
     composed = configs.base()
     choices = composed.hydra.runtime.choices
@@ -124,6 +128,22 @@ def make_plan(arguments: Sequence[str], config_dir: str | None) -> SweepPlan:
     )  # fmt: skip
     _refuse_shared_repository(plan)
     return plan
+
+
+def _own_fixed_swept(given: Sequence[Override]) -> tuple[list[str], dict[str, str], dict[str, Override]]:
+    own = [o.input_line or "" for o in given if o.key_or_group.startswith(_OWN_KEYS)]
+    return own, *_split(o for o in given if not o.key_or_group.startswith(_OWN_KEYS))
+
+
+def _other_problems(good: Sequence[Override], bad_keys: Collection[str], config_dir: str | None) -> list[str]:
+    """What is wrong with the values of the overrides that are right in themselves, beside others that are not."""
+    own, fixed, swept = _own_fixed_swept(good)
+    configs = JobConfigs([*fixed.values(), *own], [*swept, *bad_keys], config_dir, bad_keys)
+    try:
+        check_values(configs, list(swept.values()))
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _plain(node: Any) -> dict[str, Any]:
@@ -197,8 +217,10 @@ def _refuse_shared_repository(plan: SweepPlan) -> None:
 class JobConfigs:
     """The settings of any job: group choices are composed, once each, and plain values put into the result."""
 
-    def __init__(self, fixed: Sequence[str], named: Sequence[str], config_dir: str | None) -> None:
-        self._fixed, self._named, self._config_dir = fixed, named, config_dir
+    def __init__(
+        self, fixed: Sequence[str], named: Sequence[str], config_dir: str | None, bad_keys: Collection[str] = ()
+    ) -> None:
+        self._fixed, self._named, self._config_dir, self._bad_keys = fixed, named, config_dir, bad_keys
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._plain: dict[tuple[str, ...], dict[str, Any]] = {}
         self._values: dict[tuple[str, str], Any] = {}
@@ -226,11 +248,11 @@ class JobConfigs:
             OmegaConf.set_struct(composed, False)
             for key, value in plain.items():
                 OmegaConf.update(composed, key, value)
-            return parse_config(to_plain(composed))
+            return parse_config(to_plain(composed), bad_keys=self._bad_keys)
         data = copy.deepcopy(self._plain[structural])
         for key, value in plain.items():
             _set(data, key, value)
-        return parse_config(data)
+        return parse_config(data, bad_keys=self._bad_keys)
 
     def compose(self, more: Sequence[str] = ()) -> DictConfig:
         """With Hydra's own node."""

@@ -139,3 +139,14 @@ def test_slots_without_gpus_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(make_slots(None, 2)) == 4
     assert make_slots(2, 2)[0].env == {"OMP_NUM_THREADS": "2"}
     assert len(make_slots(None, 100)) == 1
+
+
+def test_wrong_choices_and_wrong_values_are_told_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan([f"output_dir={tmp_path}", "optim.learning_rate=1e-4,bad", "strategy=single,nope"], None)
+    choice, value = caught.value.problems
+    assert choice.startswith("strategy=nope is not a choice")
+    assert value.startswith("optim.learning_rate must be a number (got 'bad')")
+    with pytest.raises(ConfigError, match="Did you mean") as caught:  # nothing follows from what it left unset
+        make_plan([f"output_dir={tmp_path}", "data.train_file=x.jsonl", "seed=1,2"], None)
+    assert len(caught.value.problems) == 1
