@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from launcher.base.errors import ConfigError
@@ -26,6 +27,21 @@ def read_template(text: str) -> str:
 
 def template_problem(text: str) -> str | None:
     """Why `data.chat_template` cannot be used: its syntax, as transformers' Jinja reads it."""
+    try:
+        problem = _syntax_problem(read_template(text))
+    except ConfigError as error:
+        return error.problems[0]
+    if problem is None:
+        return None
+    shown = text if len(text) < 60 and "\n" not in text else f"{text[:50]!r}…"
+    return (
+        f"data.chat_template={shown} is no Jinja template: {problem}. For the tokenizer's own: data.chat_template=null"
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _syntax_problem(source: str) -> str | None:
+    """Remembered: a sweep checks the settings of many jobs."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -41,14 +57,7 @@ def template_problem(text: str) -> str | None:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     try:
-        source = read_template(text)
         jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]).compile(source)
-    except ConfigError as error:
-        return error.problems[0]
     except jinja2.TemplateSyntaxError as error:
-        shown = text if len(text) < 60 and "\n" not in text else f"{text[:50]!r}…"
-        return (
-            f"data.chat_template={shown} is no Jinja template: line {error.lineno}: {error.message}. "
-            "For the tokenizer's own: data.chat_template=null"
-        )
+        return f"line {error.lineno}: {str(error.message).rstrip('.')}"
     return None
