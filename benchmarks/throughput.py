@@ -95,9 +95,13 @@ class Contender:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def step(self) -> dict[str, Any]:
+    def step(self, kind: str = "step") -> dict[str, Any]:
+        """
+        Args:
+            kind: `bare` for one of a bare loop over the same model; only ours.
+        """
         self.wait_until_ready()
-        self._tell("step")
+        self._tell(kind)
         return self._read()
 
     def profile(self) -> str:

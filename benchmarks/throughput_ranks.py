@@ -16,15 +16,15 @@ _ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # what libraries print is no answer
 
 
-def serve(step: Callable[[], dict[str, float]]) -> None:
-    """Answers until stdin ends."""
+def serve(**steps: Callable[[], dict[str, float]]) -> None:
+    """Makes the step that a line names, until stdin ends; of `profile`, one of `step` with its profile."""
     print(json.dumps({"ready": True}), file=_ANSWERS)
     for line in sys.stdin:
         if line.strip() == "profile":
-            print(json.dumps({"table": _profiled(step)}), file=_ANSWERS)
+            print(json.dumps({"table": _profiled(steps["step"])}), file=_ANSWERS)
             continue
         started = time.perf_counter()
-        found = step()
+        found = steps[line.strip()]()
         print(json.dumps({"seconds": time.perf_counter() - started, **found}), file=_ANSWERS)
     os._exit(0)
 
@@ -61,7 +61,29 @@ def ours(spec: dict[str, Any]) -> None:
         run.state.progress.step += 1
         return {"tokens": sums.num_tokens, "loss": sums.loss_sum / sums.num_labelled, **_device_facts(), **syncs}
 
-    serve(step)
+    serve(step=step, bare=_bare(run))
+
+
+def _bare(run: Any) -> Callable[[], dict[str, float]]:
+    """A step of the shortest loop there is, of the same model and loss, on a batch that is on the device already."""
+    from launcher.data import collate, to_device
+
+    own = run.train_step
+    accelerator, model, rows = own.accelerator, own.model, own._rows
+    ids = own._sampler.rows_of_step(0)
+    batch, num_tokens = to_device(collate(rows, ids, own._pad_token_id), accelerator.device), rows.num_tokens(ids)
+    num_labelled = max(1, rows.num_labelled_tokens(ids))
+
+    def step() -> dict[str, float]:
+        with accelerator.autocast():
+            loss, _, _ = own._loss(model, batch)
+        accelerator.backward(loss / num_labelled)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        own.optimizer.step()
+        own.optimizer.zero_grad()
+        return {"tokens": num_tokens, "loss": loss.item() / num_labelled, **_device_facts()}
+
+    return step
 
 
 def _device_facts() -> dict[str, float]:

@@ -81,7 +81,10 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
     flops = flops_per_token(case.model, counts["mean_attended"], is_lora=case.is_lora)
     sides = {kind: {**spec, "kind": _kind(kind), **_options(kind)} for kind in ("ours", *case.peers)}
     found: dict[str, Any] = {"case": name, "flops_per_token": flops, "mean_attended": counts["mean_attended"]}
-    (taken, found["profile"]), failure = beside_or_alone(lambda some: _in_turns(name, some, work_dir, steps), sides)
+    has_bare = "strategy" not in case.settings  # under ZeRO, DeepSpeed's engine is the loop
+    (taken, found["profile"]), failure = beside_or_alone(
+        lambda some: _in_turns(name, some, work_dir, steps, has_bare=has_bare), sides
+    )
     if failure is not None:
         found["alone_since"] = failure
     for kind, lines in taken.items():
@@ -93,6 +96,10 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
             "losses": [line["loss"] for line in lines], "syncs": lines[-1].get("syncs"),
             "tokens_per_step": lines[-1]["tokens"],
         }  # fmt: skip
+    if has_bare:
+        found["of_a_bare_step"] = statistics.median(
+            a["seconds"] / b["seconds"] for a, b in zip(taken["ours"][2:], taken["bare"][2:], strict=True)
+        )
     return found
 
 
@@ -135,9 +142,13 @@ def beside_or_alone(run: Callable[[Mapping[str, Any]], T], sides: Mapping[str, A
 
 
 def _in_turns(
-    name: str, sides: Mapping[str, Any], work_dir: Path, steps: int
+    name: str, sides: Mapping[str, Any], work_dir: Path, steps: int, *, has_bare: bool
 ) -> tuple[dict[str, list[dict[str, float]]], str]:
-    """What each said of its steps, and a profile of ours."""
+    """What each said of its steps, and a profile of ours.
+
+    Args:
+        has_bare: steps of a bare loop over our model as well.
+    """
     running: dict[str, Contender] = {}
     taken: dict[str, list[dict[str, float]]] = {}
     try:
@@ -149,6 +160,8 @@ def _in_turns(
             order = list(running) if number % 2 == 0 else list(running)[::-1]
             for kind in order:
                 taken[kind].append(running[kind].step())
+                if kind == "ours" and has_bare:
+                    taken.setdefault("bare", []).append(running[kind].step("bare"))
         return taken, running["ours"].profile()
     finally:
         for contender in running.values():
@@ -191,6 +204,8 @@ def line_of(found: dict[str, Any]) -> str:
                 f", MFU {value['mfu']:.1%}{memory}, first step {value['first_step_s']:.1f} s, syncs {value['syncs']}, "
                 f"loss {value['losses'][0]:.4f} to {value['losses'][-1]:.4f}"
             )
+    if "of_a_bare_step" in found:
+        parts.append(f"a step takes {found['of_a_bare_step']:.3f} of a bare loop's")
     if "alone_since" in found:
         parts.append(f"ours alone, since beside a peer: {found['alone_since'][-1500:]}")
     return "\n    ".join(parts)
