@@ -315,7 +315,8 @@ def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], to
     before = point.state["total_steps"]
     if total_steps < before and "imported" not in point.state:  # another tool's schedule is looked at elsewhere
         saved, now = {**saved, _LENGTH: before}, {**now, _LENGTH: total_steps}
-    _check_architecture(config, point)
+    if config.checkpoint.accept_changes:
+        _check_architecture(config, point)
     notices = resume.compare_settings(saved, now, accept=config.checkpoint.accept_changes)
     if before != total_steps:
         notices.append(f"{before} steps became {total_steps}: the learning-rate schedule is recomputed")
@@ -323,7 +324,7 @@ def compared(config: RunConfig, point: ResumePoint, settings: dict[str, Any], to
 
 
 def _check_architecture(config: RunConfig, point: ResumePoint) -> None:
-    """A resumed model is built as its checkpoint says: other sizes would be left out in silence.
+    """A resumed model is built as its checkpoint says: other sizes that were accepted would be left out in silence.
 
     Raises:
         ResumeMismatchError: `model.config` asks for another model.
@@ -334,7 +335,7 @@ def _check_architecture(config: RunConfig, point: ResumePoint) -> None:
         for key, value in (config.model.config or {}).items()
         if isinstance(value, int | float | str) and isinstance(built, dict) and key in built and built[key] != value
     ]
-    if wrong and config.checkpoint.accept_changes:
+    if wrong:
         raise ResumeMismatchError(
             f"{point.folder} holds another model, which checkpoint.accept_changes=true cannot change:\n  "
             + "\n  ".join(wrong)
