@@ -20,6 +20,7 @@ from launcher.config.settings import RunConfig, expanded
 from launcher.model import _transformers
 from launcher.model._bitsandbytes import keep_weights
 from launcher.model.blueprint import Blueprint
+from launcher.model.fields import refuse_mistyped_fields, unknown_fields_notice
 from launcher.model.giants import refuse_giant
 from launcher.model.identity import local_folder
 from launcher.model.lora import adapter_folder, adapter_key, adapter_notice, with_lora
@@ -88,6 +89,8 @@ def build_model(
     parameters_are_masters = not config.strategy.zero_stage
     blueprint.apply(model, has_masters=parameters_are_masters and not is_base)
     stored, attn_implementation, notices = blueprint.stored, model.config._attn_implementation, quantised_notices
+    if is_new and not settings.model_name_or_path and (notice := unknown_fields_notice(settings.config, model.config)):
+        notices.append(notice)
     model.config.use_cache = False
     if is_base:
         model = with_lora(model, config, resumed_from=resumed_from, new_token_ids=new_rows.ids,
@@ -225,7 +228,8 @@ def build_model_config(config: RunConfig, tokenizer: Any, checkpoint: Path | Non
     """transformers' config of the model: a checkpoint's, the pretrained model's, or that of `model.config`.
 
     Raises:
-        UserError: it cannot be read, or its fields are refused. ConfigError: its vocabulary is too small.
+        UserError: it cannot be read, or its fields are refused. ConfigError: its vocabulary is too small, or fields of
+            `model.config` are mistyped.
     """
     from transformers import AutoConfig
 
@@ -246,12 +250,14 @@ def build_model_config(config: RunConfig, tokenizer: Any, checkpoint: Path | Non
         fields.setdefault("vocab_size", -(-len(tokenizer) // 8) * 8)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             fields.setdefault(name, getattr(tokenizer, name))
-        return AutoConfig.for_model(**fields)
+        model_config = AutoConfig.for_model(**fields)
     except Exception as error:  # whatever a config class raises about its fields; strict ones have classes of their own
         where = str(checkpoint) if checkpoint is not None else "model.config"
         if checkpoint is None and settings.model_name_or_path:
             where = f"model.model_name_or_path={settings.model_name_or_path}"
         raise UserError(f"{where}: {error}") from error
+    refuse_mistyped_fields(settings.config, model_config)
+    return model_config
 
 
 def weights_stem(config: RunConfig) -> str:
