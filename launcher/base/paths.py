@@ -192,10 +192,6 @@ class RunPaths:
     def rank_log(self, rank: int) -> Path:
         return self.logs_dir / f"rank-{rank}.log"
 
-    def rank_error(self, rank: int) -> Path:
-        """JSON: rank, host, time, kind, message, traceback of an uncaught exception."""
-        return self.logs_dir / f"error-rank-{rank}.json"
-
     def agent_log(self, machine_rank: int = 0) -> Path:
         """What `accelerate launch` and the libraries print on one machine."""
         return self.logs_dir / (f"agent-{machine_rank}.log" if machine_rank else "agent.log")
