@@ -139,6 +139,30 @@ def refresh_forward_weights(optimizer: Any) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
+def forget_powers(optimizer: Any) -> None:
+    """Has DeepSpeed's CPU Adam correct its moments by the step alone, so that a resumed run ends with the same bits.
+
+    For the powers of its betas it multiplies those of the step before, where it has made that step itself, and takes
+    `pow` elsewhere, as after a resume (csrc/includes/cpu_adam.h, IncrementStep). In fp32 they differ in the last bits.
+    A step 0 of nothing before every step leaves it none to go on from.
+
+    Args:
+        optimizer: the innermost; any other stays as it is.
+    """
+    if type(optimizer).__name__ != "DeepSpeedCPUAdam":
+        return
+
+    def forget(adam: Any, args: Any, kwargs: Any) -> None:
+        nothing = torch.empty(0)
+        group = adam.param_groups[0]
+        adam.ds_opt_adam.adam_update(
+            adam.opt_id, 0, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+            group["bias_correction"], nothing, nothing, nothing, nothing,
+        )  # fmt: skip
+
+    optimizer.register_step_pre_hook(forget)
+
+
 def loss_scaler(optimizer: Any) -> Any:
     """fp16's, or None."""
     return getattr(optimizer, "loss_scaler", None)

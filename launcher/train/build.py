@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from launcher.agent import out_of_memory
-from launcher.base import files
+from launcher.base import _deepspeed, files
 from launcher.base.errors import ResumeMismatchError, UserError
 from launcher.base.freed_memory import keep_freed_memory
 from launcher.base.lock import RunLock
@@ -219,6 +219,7 @@ def build_run(
     state = TrainingState(
         config, paths, processes, model, optimizer, schedule, accelerator.scaler, total_steps, built.stored
     )
+    _deepspeed.forget_powers(state.trained.optimizer)
     if built.first_weights is not None:
         state.take_first_masters(built.first_weights, built.new_rows)
     state.settings = settings

@@ -117,6 +117,17 @@ def test_weights_and_losses_equal_when_killed_with_other_models(
     check_exact(lab, tmp_path, strategy, num_processes, *more)
 
 
+@pytest.mark.slow
+def test_weights_equal_when_resumed_late_with_the_adam_of_the_host(lab: Lab, tmp_path: Path) -> None:
+    """From step 19 on a power of a beta in fp32 is not the product of so many: whoever multiplied must not go on so."""
+    more = (_CPU_ADAM, "train.max_steps=30", "checkpoint.save_steps=20")
+    undisturbed = lab.run(tmp_path / "a", "zero3_offload", 1, *more)
+    resumed = f"checkpoint.resume_from_checkpoint={undisturbed.checkpoint_dir(20)}"
+    continued = lab.run(tmp_path / "b", "zero3_offload", 1, *more, resumed)
+    assert min(losses(continued)) == 21
+    assert different(undisturbed.checkpoint_dir(30), continued.checkpoint_dir(30)) == []
+
+
 def _save_at_odd_places(folder: Path) -> None:
     """A small Llama whose weights begin 8 bytes off in its file, as SmolLM2's do."""
     config = LlamaConfig(
