@@ -90,6 +90,18 @@ def _teach_masks() -> None:
     masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
 
 
+def mask_of_rows(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask function of flash attention: two-dimensional, or none where there is no padding, for which it
+    asks the device unless that is known."""
+    from transformers.masking_utils import flash_attention_mask
+
+    given: Tensor | None = kwargs.get("attention_mask")
+    if given is None or _masks[0] is None or torch.compiler.is_compiling():
+        found: Tensor | None = flash_attention_mask(*args, **kwargs)
+        return found
+    return None if _masks[0] else given[:, -kwargs["kv_length"] :]
+
+
 @contextlib.contextmanager
 def plain_experts() -> Iterator[None]:
     """Experts run as one product after the other: without values torch knows the grouped kernel in bfloat16 alone."""

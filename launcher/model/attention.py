@@ -14,7 +14,7 @@ from torch import Tensor
 
 from launcher.base.errors import ConfigError
 from launcher.config.settings import RunConfig
-from launcher.model import cpu_attention, cuda_attention
+from launcher.model import _transformers, cpu_attention, cuda_attention
 from launcher.model.causality import check_causal
 from launcher.model.leaks import Shifts, all_agree, evaluating, log_probs, padded, random_rows, rounded_to
 from launcher.model.packing_check import check_packing
@@ -141,10 +141,9 @@ def _maybe_use(
 def _register(name: str, attend: Any, mask: Any = None) -> None:
     """As an attention of transformers, with the masks of flash attention: two-dimensional or none."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, mask or flash_attention_mask)
+    AttentionMaskInterface.register(name, mask or _transformers.mask_of_rows)
 
 
 def _of_rows(model: Any, rows: list[Tensor]) -> tuple[Tensor, torch.dtype]:

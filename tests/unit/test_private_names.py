@@ -21,6 +21,7 @@ _NAMES = {
         "transformers.initialization:no_init_weights",
         "transformers.masking_utils:fast_all",
         "transformers.masking_utils:find_packed_sequence_indices",
+        "transformers.masking_utils:flash_attention_mask",
         "transformers.core_model_loading:revert_weight_conversion",
         "transformers.core_model_loading:build_glob_alternation",
         "transformers.modeling_utils:remove_tied_weights_from_state_dict",

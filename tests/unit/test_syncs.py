@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from launcher.checkpoint.segments import collect, read_scalars
+from launcher.model import attention, cuda_attention
 from launcher.train import step as step_module
 from tests.one_step import FORMS, build_step, train
 
@@ -34,10 +36,14 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("form", FORMS)
-def test_host_reads_the_device_once_in_a_step(form: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("form", "name"), [*itertools.product(FORMS, ("sdpa", "eager")), ("padded", cuda_attention.NAME)]
+)
+def test_host_reads_the_device_once_in_a_step(form: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     to_device, reads = step_module.to_device, []
+    if name == cuda_attention.NAME:
+        attention._register(name, cuda_attention.attend)
+        monkeypatch.setattr(cuda_attention, "why_not", lambda *_, **__: None)  # it is not for a CPU, and runs there
 
     def on_the_host(*args: Any) -> Any:  # what it asks, it asks before anything is on the device
         with _disable_current_modes():  # type: ignore[no-untyped-call]
@@ -49,7 +55,7 @@ def test_host_reads_the_device_once_in_a_step(form: str, attention: str, monkeyp
             return read_all(values)
 
     read_all = step_module._read
-    step = build_step(form, attention)
+    step = build_step(form, name)
     train(step, 0)
     monkeypatch.setattr(step_module, "to_device", on_the_host)
     monkeypatch.setattr(step_module, "_read", read)
