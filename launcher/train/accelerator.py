@@ -131,7 +131,7 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
     else:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         arguments["cpu"] = not has_cuda
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # given a backend, Accelerate expects a process group
+        if not _has_process_group():  # given a backend, Accelerate expects one
             handlers = []
         else:
             # With find_unused_parameters DDP keeps the buckets that it starts with. Without, it rebuilds them after its
@@ -139,6 +139,11 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
             handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True))
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that an operator was built
         return LauncherAccelerator(kwargs_handlers=handlers, **arguments)
+
+
+def _has_process_group() -> bool:
+    """Whether Accelerate opens one, without DeepSpeed: also for a single process that an agent gave a rank."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 or int(os.environ.get("LOCAL_RANK", -1)) >= 0
 
 
 def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:

@@ -52,8 +52,10 @@ class Runs:
         write_rows(self._data)
 
     def overrides(self, output_dir: Path, *more: str) -> list[str]:
-        common = settings(self._data, self.folder / "cache")
-        return [*common, f"output_dir={output_dir}", "optim=adamw", *more]
+        """With the optimizer that users have."""
+        left_out = ("optim.name=", "model") if "model=pretrained" in more else ("optim.name=",)
+        common = [text for text in settings(self._data, self.folder / "cache") if not text.startswith(left_out)]
+        return [*common, f"output_dir={output_dir}", *more]
 
     def _start(self, name: str, more: tuple[str, ...]) -> list[int]:
         output_dir = self.folder / name

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
 import torch
 
-from launcher.model import cuda_attention
+from launcher.model import attention, cuda_attention
+from launcher.model.packing_check import borders_of
 
 _LENGTHS = (37, 5, 64, 1, 21)
 
@@ -28,11 +30,13 @@ def _loss(model: Any, rows: list[torch.Tensor], is_packed: bool) -> tuple[float,
     """Summed loss and the gradient of the first layer's query projection."""
     model.zero_grad()
     batches = [rows] if is_packed else [[row] for row in rows]
+    has_borders = model.config._attn_implementation == cuda_attention.NAME
     total = 0.0
     for batch in batches:
         ids = torch.cat(batch)[None]
         positions = torch.cat([torch.arange(len(row), device="cuda") for row in batch])[None]
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, :-1].float()
+        borders = borders_of([len(row) for row in batch], ids.device) if has_borders else {}
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False, **borders).logits[0, :-1].float()
         targets, starts = ids[0, 1:].clone(), positions[0, 1:] == 0
         targets[starts] = -100
         if bool((targets != -100).any()):
@@ -42,15 +46,29 @@ def _loss(model: Any, rows: list[torch.Tensor], is_packed: bool) -> tuple[float,
     return total, model.model.layers[0].self_attn.q_proj.weight.grad.float()
 
 
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+_THERE = [
+    "sdpa",
+    cuda_attention.NAME,
+    "flex_attention",
+    *(n for n, p in _PACKAGES.items() if importlib.util.find_spec(p)),
+]
+"""Of the implementations that train in bf16, those that are installed."""
+
+
 @pytest.mark.parametrize(
     ("implementation", "dtype", "tolerance"),
-    [("eager", torch.float32, 1e-4), ("sdpa", torch.float32, 1e-4), ("sdpa", torch.bfloat16, 2e-2)],
+    [("eager", torch.float32, 1e-4), ("sdpa", torch.float32, 1e-4), *((name, torch.bfloat16, 2e-2) for name in _THERE)],
 )
 def test_a_pack_teaches_what_its_rows_teach_alone(implementation: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Alone, they are seen by torch's own attention."""
+    if implementation == cuda_attention.NAME:
+        attention._register(implementation, cuda_attention.attend)
     torch.manual_seed(1)
     rows = [torch.randint(0, 512, (length,), device="cuda") for length in _LENGTHS]
     model = _model(implementation, dtype)
     packed, packed_grad = _loss(model, rows, is_packed=True)
+    model.set_attn_implementation("sdpa")
     apart, apart_grad = _loss(model, rows, is_packed=False)
     assert abs(packed / apart - 1) < tolerance / 10
     assert float((packed_grad - apart_grad).norm() / apart_grad.norm()) < tolerance
