@@ -48,8 +48,8 @@ def write_chats(path: Path) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-_TRL_OPTIONS = {"trl": {}, "trl-packed": {"packing": True, "gradient_checkpointing": False}}
-_PEERS = ["trainer", "trainer-compiled", *_TRL_OPTIONS]
+TRL_OPTIONS = {"trl": {}, "trl-packed": {"packing": True, "gradient_checkpointing": False}}
+_PEERS = ["trainer", "trainer-compiled", *TRL_OPTIONS]
 
 
 def environment() -> dict[str, str]:
@@ -165,7 +165,7 @@ def duel(work_dir: Path, model: str, peer: str, dtype: str, pairs: int) -> dict[
     }  # fmt: skip
     spec = {
         "settings": settings, "work_dir": str(work_dir), "model": model, "data": str(data), "dtype": dtype,
-        "batch": _BATCH, "max_length": _MAX_LENGTH, "trl": _TRL_OPTIONS.get(peer, {}),
+        "batch": _BATCH, "max_length": _MAX_LENGTH, "trl": TRL_OPTIONS.get(peer, {}),
         "trainer": {"torch_compile": peer == "trainer-compiled"},
     }  # fmt: skip
     sides = {

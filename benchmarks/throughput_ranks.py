@@ -16,7 +16,7 @@ _ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # what libraries print is no answer
 
 
-def serve(**steps: Callable[[], dict[str, float]]) -> None:
+def serve(**steps: Callable[[], dict[str, Any]]) -> None:
     """Makes the step that a line names, until stdin ends; of `profile`, one of `step` with its profile."""
     print(json.dumps({"ready": True}), file=_ANSWERS)
     for line in sys.stdin:
@@ -53,13 +53,15 @@ def ours(spec: dict[str, Any]) -> None:
     from benchmarks.rank import build_product
 
     run = build_product(spec["settings"])
+    attention = run.state.settings["attention"]["name"]
 
-    def step() -> dict[str, float]:
+    def step() -> dict[str, Any]:
         with _counted_syncs() as syncs:
             sums = run.train_step.run(run.step)
             run.train_step.update(sums)
         run.state.progress.step += 1
-        return {"tokens": sums.num_tokens, "loss": sums.loss_sum / sums.num_labelled, **_device_facts(), **syncs}
+        found = {"tokens": sums.num_tokens, "loss": sums.loss_sum / sums.num_labelled, "attention": attention}
+        return {**found, **_device_facts(), **syncs}
 
     serve(step=step, bare=_bare(run))
 
@@ -115,10 +117,9 @@ def _counted_syncs() -> Iterator[dict[str, float]]:
 
 def _turns(trainer_class: Any) -> Any:
     """The trainer, waiting for its turn before each step."""
-    import torch
     from transformers import TrainerCallback
 
-    seen: dict[str, float] = {}
+    seen: dict[str, Any] = {}
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -128,17 +129,15 @@ def _turns(trainer_class: Any) -> Any:
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             facts = _device_facts()
-            answer = {"seconds": time.perf_counter() - seen["started"], "tokens": seen["tokens"], "loss": seen["loss"]}
-            answer |= facts
-            print(json.dumps(answer), file=_ANSWERS)
+            answer = {"seconds": time.perf_counter() - seen["started"], "tokens": seen["tokens"], **facts}
+            print(json.dumps({**answer, "loss": seen["loss"].item()}), file=_ANSWERS)
 
     class InTurns(trainer_class):  # type: ignore[misc, valid-type]
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             mask = inputs.get("attention_mask")
             seen["tokens"] += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             found = super().compute_loss(model, inputs, *args, **kwargs)
-            loss: torch.Tensor = found[0] if isinstance(found, tuple) else found
-            seen["loss"] = loss.item()
+            seen["loss"] = (found[0] if isinstance(found, tuple) else found).detach()  # read when the time is taken
             return found
 
     return InTurns, Turns

@@ -17,7 +17,9 @@ from xdist.scheduler import LoadFileScheduling
 _STARTS_RANKS = {"distributed", "faults", "sweep", "slurm", "hub", "interop"}
 """Folders of tests that start training processes."""
 
-_EXTENSIONS_DIR = Path(sys.prefix) / "torch_extensions" / f"torch-{version('torch')}-deepspeed-{version('deepspeed')}"
+_VERSIONS = f"torch-{version('torch')}-deepspeed-{version('deepspeed')}"
+_EXTENSIONS_DIR = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions" / _VERSIONS)
+"""A folder that is given may hold what was built already: benchmarks/gpu/run.sh builds beside the first tests."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -55,6 +55,8 @@ def make_model(name: str, folder: Path, device: str) -> Path:
     model.save_pretrained(path)
     fast.save_pretrained(path)
     del model
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what this process keeps, no contender has
     return path
 
 

@@ -1,9 +1,10 @@
-"""Tokens per second and the share of the matrix-multiply peak on one GPU, against transformers' Trainer in turns.
+"""Tokens per second and the share of the matrix-multiply peak on one GPU, in turns with transformers' Trainer and TRL.
 
     python -m benchmarks.gpu.throughput [--case NAME…] [--steps N]
 
-Both train the same packed batches with bf16 forward and fp32 masters; each is a process that stands still while the
-other makes its step. The peak is an 8192³ bf16 product in the same run. Results as they come, and in $OUT.
+The Trainer trains the same packed batches with bf16 forward and fp32 masters, TRL its own packs of the same texts. Each
+contender is a process that stands still while another makes its step. The peak is an 8192³ bf16 product in the same
+run. Results as they come, and in $OUT.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 from benchmarks.common import ROOT
 from benchmarks.gpu.models import flops_per_token, make_model, write_documents
 from benchmarks.gpu.places import in_memory
-from benchmarks.throughput import Contender
+from benchmarks.throughput import TRL_OPTIONS, Contender
 
 T = TypeVar("T")
 _STEPS = 6
@@ -46,11 +47,11 @@ def _ours(**train: Any) -> dict[str, Any]:
 
 
 CASES = {  # one of each model first: time may not suffice for all
-    "0.6b-8k": Case("qwen3-0.6b", 8192, 1),
+    "0.6b-8k": Case("qwen3-0.6b", 8192, 1, ("trainer",)),
     "1b-4k": Case("llama-3.2-1b", 4096, 4, ("trainer",)),
     "8b-lora-4k": Case("llama-3-8b", 4096, 1, (), {"model": {"gradient_checkpointing": False}}, is_lora=True),
-    "0.6b-4k": Case("qwen3-0.6b", 4096, 1, ("trainer",)),  # of 8,192 tokens both do not fit beside each other
     "0.6b-8k-compiled": Case("qwen3-0.6b", 8192, 1, (), _ours(torch_compile=True)),
+    "0.6b-4k": Case("qwen3-0.6b", 4096, 1, ("trl-packed",)),
     "0.6b-8k-x4-compiled": Case("qwen3-0.6b", 8192, 4, (), _ours(torch_compile=True)),
     "0.6b-8k-zero2-compiled": Case(
         "qwen3-0.6b", 8192, 2, (), {**_ours(torch_compile=True), "strategy": {"name": "zero2"}}
@@ -58,8 +59,9 @@ CASES = {  # one of each model first: time may not suffice for all
     "1b-4k-compiled": Case("llama-3.2-1b", 4096, 4, (), _ours(torch_compile=True)),
     "8b-lora-4k-compiled": Case("llama-3-8b", 4096, 1, (), _ours(torch_compile=True), is_lora=True),
     "tiny": Case("tiny", 512, 2, ("trainer",)),
+    "tiny-trl": Case("tiny", 512, 2, ("trl-packed",)),
 }
-_DEFAULT = [name for name in CASES if name != "tiny"]
+_DEFAULT = [name for name, case in CASES.items() if case.model != "tiny"]
 _MODELS_BYTES = 30 * 2**30
 """Of all cases together, with their data."""
 
@@ -82,7 +84,7 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
     sides = {kind: {**spec, "kind": _kind(kind), **_options(kind)} for kind in ("ours", *case.peers)}
     found: dict[str, Any] = {"case": name, "flops_per_token": flops, "mean_attended": counts["mean_attended"]}
     has_bare = "strategy" not in case.settings  # under ZeRO, DeepSpeed's engine is the loop
-    (taken, found["profile"]), failure = beside_or_alone(
+    (taken, pairs, found["profile"]), failure = beside_or_alone(
         lambda some: _in_turns(name, some, work_dir, steps, has_bare=has_bare), sides
     )
     if failure is not None:
@@ -94,12 +96,10 @@ def measure(name: str, work_dir: Path, steps: int, peak: float, device: str) -> 
             "tokens_per_second": rate, "lowest": min(rates), "highest": max(rates), "mfu": rate * flops / peak,
             "peak_memory_bytes": lines[-1].get("peak_memory_bytes"), "first_step_s": lines[0]["seconds"],
             "losses": [line["loss"] for line in lines], "syncs": lines[-1].get("syncs"),
-            "tokens_per_step": lines[-1]["tokens"],
+            "tokens_per_step": lines[-1]["tokens"], "attention": lines[-1].get("attention"),
         }  # fmt: skip
-    if has_bare:
-        found["of_a_bare_step"] = statistics.median(
-            a["seconds"] / b["seconds"] for a, b in zip(taken["ours"][2:], taken["bare"][2:], strict=True)
-        )
+    if pairs:
+        found["of_a_bare_step"] = statistics.median(own["seconds"] / bare["seconds"] for own, bare in pairs)
     return found
 
 
@@ -143,14 +143,15 @@ def beside_or_alone(run: Callable[[Mapping[str, Any]], T], sides: Mapping[str, A
 
 def _in_turns(
     name: str, sides: Mapping[str, Any], work_dir: Path, steps: int, *, has_bare: bool
-) -> tuple[dict[str, list[dict[str, float]]], str]:
-    """What each said of its steps, and a profile of ours.
+) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[dict[str, Any], dict[str, Any]]], str]:
+    """What each said of its steps; pairs of a step of ours and one of a bare loop; and a profile of ours.
 
     Args:
-        has_bare: steps of a bare loop over our model as well.
+        has_bare: make those pairs. They come last: both train our model, whose losses are compared before.
     """
     running: dict[str, Contender] = {}
-    taken: dict[str, list[dict[str, float]]] = {}
+    taken: dict[str, list[dict[str, Any]]] = {}
+    pairs = []
     try:
         for kind, side in sides.items():
             running[kind], taken[kind] = Contender(side, work_dir / f"{name}-{kind}.log"), []
@@ -160,9 +161,9 @@ def _in_turns(
             order = list(running) if number % 2 == 0 else list(running)[::-1]
             for kind in order:
                 taken[kind].append(running[kind].step())
-                if kind == "ours" and has_bare:
-                    taken.setdefault("bare", []).append(running[kind].step("bare"))
-        return taken, running["ours"].profile()
+        for _ in range(steps + 1 if has_bare else 0):
+            pairs.append((running["ours"].step(), running["ours"].step("bare")))
+        return taken, pairs[1:], running["ours"].profile()
     finally:
         for contender in running.values():
             contender.close()
@@ -173,6 +174,8 @@ def _kind(name: str) -> str:
 
 
 def _options(name: str) -> dict[str, Any]:
+    if name in TRL_OPTIONS:
+        return {"trl": TRL_OPTIONS[name]}
     return {"trainer": {"use_liger_kernel": True}} if name == "trainer-liger" else {}
 
 
@@ -202,7 +205,7 @@ def line_of(found: dict[str, Any]) -> str:
             parts.append(
                 f"{kind} {value['tokens_per_second']:,.0f} tokens/s ({value['lowest']:,.0f} to {value['highest']:,.0f})"
                 f", MFU {value['mfu']:.1%}{memory}, first step {value['first_step_s']:.1f} s, syncs {value['syncs']}, "
-                f"loss {value['losses'][0]:.4f} to {value['losses'][-1]:.4f}"
+                f"attention {value['attention']}, loss {value['losses'][0]:.4f} to {value['losses'][-1]:.4f}"
             )
     if "of_a_bare_step" in found:
         parts.append(f"a step takes {found['of_a_bare_step']:.3f} of a bare loop's")
@@ -225,7 +228,7 @@ def main() -> None:
     print(f"peak of a bf16 product: {peak / 1e12:.0f} TFLOP/s", flush=True)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="gpu-", dir=in_memory(_MODELS_BYTES)) as name:
-        for case in arguments.case or (_DEFAULT if device == "cuda" else ["tiny"]):
+        for case in arguments.case or (_DEFAULT if device == "cuda" else ["tiny", "tiny-trl"]):
             try:
                 found = measure(case, Path(name), arguments.steps, peak, device)
             except (SystemExit, Exception) as error:
