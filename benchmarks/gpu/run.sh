@@ -61,8 +61,8 @@ for name in ${*:-tests saves throughput sweep}; do
   case $name in
     tests) part tests "${TESTS_S:-170}" $PYTHON -m pytest ${TESTS:-tests/gpu} -q -n "${WORKERS:-10}" --timeout=160 -p no:cacheprovider --tb=short -W default ;;
     saves) part saves "${SAVES_S:-75}" $PYTHON -m benchmarks.gpu.saves ;;
-    throughput) part throughput "${THROUGHPUT_S:-150}" $PYTHON -m benchmarks.gpu.throughput ;;
-    sweep) part sweep "${SWEEP_S:-65}" $PYTHON -m benchmarks.gpu.sweep ;;
+    throughput) part throughput "${THROUGHPUT_S:-145}" $PYTHON -m benchmarks.gpu.throughput ;;
+    sweep) part sweep "${SWEEP_S:-70}" $PYTHON -m benchmarks.gpu.sweep ;;
     *) echo "unknown part $name: tests saves throughput sweep" >&2 ;;
   esac
 done

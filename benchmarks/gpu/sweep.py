@@ -19,7 +19,7 @@ from benchmarks.common import ROOT
 from benchmarks.gpu.models import make_model, write_documents
 
 _LIMIT_S = 60.0
-"""Of both halves together, below that of the part in run.sh: it would end this process before a word was written."""
+"""Of everything here, below that of the part in run.sh: it would end this process before a word was written."""
 
 
 class _Launcher:
@@ -42,18 +42,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu-sweep-", ignore_cleanup_errors=True) as name:
         folder, launcher = Path(name), _Launcher(_LIMIT_S)
         model = "qwen3-0.6b" if has_cuda else "tiny"
-        write_halves({
+        write_parts({
             "sweep": lambda: _sweep(folder, launcher),
-            "plan": lambda: _plan(folder, model, launcher, has_cuda=has_cuda),
+            "plan of single": lambda: _plan(folder, model, "single", launcher, has_cuda=has_cuda),
+            "plan of zero2": lambda: _plan(folder, model, "zero2", launcher, has_cuda=has_cuda),
         })  # fmt: skip
 
 
-def write_halves(halves: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
+def write_parts(parts: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
     """Runs and prints them, and writes $OUT/sweep.json after each; one that fails does not skip the next."""
     out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results" / "gpu"))
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
-    for name, run in halves.items():
+    for name, run in parts.items():
         try:
             found[name] = run()
         except Exception as error:
@@ -76,30 +77,27 @@ def _sweep(folder: Path, launcher: _Launcher) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plan(folder: Path, name: str, launcher: _Launcher, *, has_cuda: bool) -> dict[str, Any]:
-    """Peaks as the allocator counted them, in a run of a few steps each, beside the plan's total."""
+def _plan(folder: Path, name: str, strategy: str, launcher: _Launcher, *, has_cuda: bool) -> dict[str, Any]:
+    """The peak as the allocator counted it, in a run of a few steps, beside the plan's total."""
     length = 4096 if has_cuda else 256
     model = make_model(name, folder, "cuda" if has_cuda else "cpu")
     data = folder / "documents.jsonl"
     write_documents(data, 50 * length, length)
-    results = {}
-    for strategy in ("single", "zero2"):
-        overrides = [
-            f"model.model_name_or_path={model}", "model.dtype=bfloat16", f"data.train_files=[{data}]",
-            f"data.max_length={length}", "data.packing=true", "train.train_batch_size=2", f"strategy={strategy}",
-            "train.per_device_train_batch_size=2", "train.max_steps=4", "checkpoint=off", "tracker=off",
-            "launch.num_processes=1", f"output_dir={folder / strategy}", f"data.cache_dir={folder / 'cache'}",
-        ]  # fmt: skip
-        planned = launcher("plan", "--json", *overrides)
-        done = launcher("train", *overrides)
-        lines = [json.loads(x) for x in (folder / strategy / "metrics.jsonl").read_text().splitlines()]
-        measured = max((line.get("memory_bytes") or 0 for line in lines), default=0)
-        total = json.loads(planned.stdout)["memory_bytes_per_device"]["total"] if not planned.returncode else None
-        results[strategy] = {
-            "planned": total, "measured": measured, "off": total / measured - 1 if total and measured else None,
-            "code": done.returncode, "text": (planned.stderr + done.stderr)[-300:] if done.returncode else "",
-        }  # fmt: skip
-    return results
+    overrides = [
+        f"model.model_name_or_path={model}", "model.dtype=bfloat16", f"data.train_files=[{data}]",
+        f"data.max_length={length}", "data.packing=true", "train.train_batch_size=2", f"strategy={strategy}",
+        "train.per_device_train_batch_size=2", "train.max_steps=4", "checkpoint=off", "tracker=off",
+        "launch.num_processes=1", f"output_dir={folder / strategy}", f"data.cache_dir={folder / 'cache'}",
+    ]  # fmt: skip
+    planned = launcher("plan", "--json", *overrides)
+    done = launcher("train", *overrides)
+    lines = [json.loads(x) for x in (folder / strategy / "metrics.jsonl").read_text().splitlines()]
+    measured = max((line.get("memory_bytes") or 0 for line in lines), default=0)
+    total = json.loads(planned.stdout)["memory_bytes_per_device"]["total"] if not planned.returncode else None
+    return {
+        "planned": total, "measured": measured, "off": total / measured - 1 if total and measured else None,
+        "code": done.returncode, "text": (planned.stderr + done.stderr)[-300:] if done.returncode else "",
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from launcher.base.paths import RunPaths
-from tests.distributed.runs import different, losses
+from tests.distributed.runs import different, lines, losses
 from tests.gpu.group_of_one import TOLD
 from tests.gpu.start import Runs
 from tests.unit.test_build_model import make_base
@@ -94,7 +95,8 @@ def test_a_run_stops_and_goes_on_when_started_by_the_launcher(runs: Runs, tmp_pa
     """As users start it: agent, accelerate launch, rank; a STOP file; the same command again; and once more."""
     more = (
         "train.max_steps=200", "checkpoint.save_steps=20", "strategy=auto", "launch.num_processes=1",
-        "train.per_device_train_batch_size=auto",
+        "train.per_device_train_batch_size=auto", "data.eval_split=0.2", "eval.eval_strategy=steps",
+        "eval.eval_steps=100",
     )  # fmt: skip
     process, paths = runs.launch("run", *more), RunPaths(tmp_path / "run")
     deadline = time.monotonic() + 100
@@ -106,6 +108,7 @@ def test_a_run_stops_and_goes_on_when_started_by_the_launcher(runs: Runs, tmp_pa
     runs.launched("run", *more)
     state = json.loads(paths.run_state.read_text())
     assert (state["state"], state["step"]) == ("finished", 200)
+    assert all(math.isfinite(lines(paths, "eval_loss")[step]["eval_loss"]) for step in (100, 200))
     runs.launched("run", *more)
 
 

@@ -49,7 +49,7 @@ def test_cases_begin_with_one_of_each_model() -> None:
     assert sorted(first) == sorted({case.model for name, case in CASES.items() if name != "tiny"})
 
 
-def test_half_that_ran_out_of_time_keeps_the_other_and_both_are_written(
+def test_part_of_the_sweeps_that_ran_out_of_time_keeps_the_other_and_both_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
@@ -64,7 +64,7 @@ def test_half_that_ran_out_of_time_keeps_the_other_and_both_are_written(
     def second() -> dict[str, Any]:
         return {"before": json.loads(written.read_text())}
 
-    sweep.write_halves({"sweep": slow, "plan": second})
+    sweep.write_parts({"sweep": slow, "plan": second})
     found = json.loads(written.read_text())
     assert "TimeoutExpired" in found["sweep"]["error"] and "here" in found["sweep"]["tail"]
     assert found["plan"]["before"] == {"sweep": found["sweep"]}
