@@ -14,8 +14,12 @@ import pytest
 from tests.distributed.zygote import Zygote
 from tests.gpu.start import Runs, has_cuda, zygote
 
+_LONG = ("test_resume.py", "test_out_of_memory.py")
+"""They start first: several workers share the tests, and what is short fits in anywhere."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent == Path(__file__).parent and item.path.name not in _LONG)
     own = [item for item in items if Path(__file__).parent in item.path.parents]
     reason = None
     if own and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
