@@ -21,8 +21,8 @@ from tests.one_step import build_step, own_accelerator_state, train
 
 __all__ = ["own_accelerator_state"]
 
-_MOST_UNDER_ZERO2 = 8
-"""DeepSpeed asks whether there was an overflow, and of a norm several times whether it is finite."""
+_MOST_UNDER_ZERO2 = 12
+"""DeepSpeed asks whether there was an overflow, and of norms whether they are finite: six questions, as a CPU shows."""
 
 
 @pytest.fixture(autouse=True)
