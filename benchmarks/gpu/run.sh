@@ -55,7 +55,8 @@ part() { # NAME LIMIT_S COMMAND…
 }
 
 # DeepSpeed's CPU Adam takes half a minute to build: now, beside the first tests.
-$PYTHON -c "from deepspeed.ops.op_builder import CPUAdamBuilder as B; B().load(verbose=False)" >"$WORK/build.log" 2>&1 &
+setsid $PYTHON -c "from deepspeed.ops.op_builder import CPUAdamBuilder as B; B().load(verbose=False)" >"$WORK/build.log" 2>&1 &
+trap 'kill -KILL -- -'$!' 2>/dev/null; rm -rf "$SHM_WORK"' EXIT
 
 for name in ${*:-tests saves throughput sweep}; do
   case $name in
