@@ -68,6 +68,14 @@ class DamagedCheckpointError(LauncherError):
     """A checkpoint is not what its manifest says; names the file and what is wrong with it."""
 
 
+class NoWholeCheckpointError(DamagedCheckpointError):
+    """Only damaged checkpoints are left in output_dir; `notices` says what became of each."""
+
+    def __init__(self, message: str, notices: Sequence[str] = ()) -> None:
+        self.notices = list(notices)
+        super().__init__(message)
+
+
 class UnsafeFileError(UserError):
     """A file is a link or no regular file where only one of this very folder may be read; names it."""
 

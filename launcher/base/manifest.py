@@ -62,6 +62,18 @@ def model_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a model or an adapter lies at the top of a folder, with every shard that its index names."""
+    try:
+        names = set(model_files(folder))
+    except OSError:
+        return False
+    maps = [files.read_json_or(folder / n, {}).get("weight_map") for n in names if n.endswith(".index.json")]
+    shards = {str(shard) for found in maps if isinstance(found, dict) for shard in found.values()}
+    has_weights = any(name.endswith(".safetensors") for name in names)
+    return has_weights and shards <= names and not names.isdisjoint({"config.json", "adapter_config.json"})
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One file of a checkpoint: path relative to its folder, length in bytes, and hashes in hex."""
@@ -301,8 +313,13 @@ def chunk_problem(folder: Path, entry: FileEntry, index: int) -> str | None:
     return None
 
 
-def verify(folder: Path, share: int = 0, shares: int = 1, threads: int = 2) -> list[str]:
+def verify(
+    folder: Path, share: int = 0, shares: int = 1, threads: int = 2, *, without_state: bool = False
+) -> list[str]:
     """Every problem of a checkpoint, re-reading the `share`-th of `shares` parts of its bytes.
+
+    Args:
+        without_state: look at the model alone, not at what a resume needs beside it.
 
     Raises:
         FileNotFoundError: no manifest.
@@ -311,6 +328,8 @@ def verify(folder: Path, share: int = 0, shares: int = 1, threads: int = 2) -> l
         manifest = read(folder)
     except DamagedCheckpointError as error:
         return [str(error)]
+    if without_state:
+        manifest = replace(manifest, files=tuple(entry for entry in manifest.files if entry.role != "state"))
     problems = structural_problems(folder, manifest)
     if problems:
         return problems

@@ -12,7 +12,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from launcher.base import files, manifest
-from launcher.base.errors import DamagedCheckpointError, ResumeError, ResumeMismatchError
+from launcher.base.errors import DamagedCheckpointError, NoWholeCheckpointError, ResumeError, ResumeMismatchError
 from launcher.base.paths import CheckpointPaths, RunPaths, checkpoint_step
 from launcher.base.process import RESTARTED
 
@@ -60,7 +60,7 @@ def find(
     Raises:
         ResumeError, DamagedCheckpointError: an explicit path cannot be used, or only damaged ones are left.
     """
-    has_ours = processes.on_main(lambda: any((f / manifest.NAME).is_file() for _, f in paths.checkpoint_dirs()))
+    has_ours = processes.on_main(lambda: holds_ours(paths))
     if choice == "auto" or (choice == "never" and os.environ.get(RESTARTED) and has_ours):
         return _newest(paths, processes)
     if choice == "never":
@@ -76,6 +76,11 @@ def find(
     return point, point.notices
 
 
+def holds_ours(paths: RunPaths) -> bool:
+    """Whether a checkpoint of ours is in output_dir, whole or not."""
+    return any(_is_ours(folder) for _, folder in paths.checkpoint_dirs())
+
+
 def origin_id(folder: Path) -> str:
     """What a checkpoint remembers of the explicit path that its run started from: enough to know it again.
 
@@ -85,12 +90,27 @@ def origin_id(folder: Path) -> str:
 
 
 def origin_of_newest(paths: RunPaths) -> str | None:
-    """`origin_id` of the explicit path from which this run's newest checkpoint descends."""
+    """`origin_id` of the explicit path from which this run's newest checkpoint descends.
+
+    One whose state is damaged says nothing: the run would begin at that path again, and lose all whole ones.
+    """
     for _, folder in reversed(list(paths.checkpoint_dirs())):
-        if (folder / manifest.NAME).is_file():
-            origin = files.read_json_or(CheckpointPaths(folder).run_state, {}).get("origin")
+        if (state := _state_as_listed(folder)) is not None:
+            origin = state.get("origin")
             return str(origin) if origin else None
     return None
+
+
+def _state_as_listed(folder: Path) -> dict[str, Any] | None:
+    """state.json of a checkpoint of ours, where its bytes are those of the manifest."""
+    try:
+        listed = {entry.path: entry.sha256 for entry in manifest.read(folder).files}
+        data = files.read_bytes(CheckpointPaths(folder).run_state, files.MAX_JSON_BYTES, within=folder)
+        is_whole = hashlib.sha256(data).hexdigest() == listed.get(_STATE_PATH)
+        state = files.parse_json(data) if is_whole else None
+    except (OSError, ValueError, DamagedCheckpointError):
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def supersede(paths: RunPaths, above_step: int) -> list[str]:
@@ -126,11 +146,12 @@ def _newest(paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, 
         return point, point.notices
     left_over = processes.broadcast(sorted(p.name for p in paths.root.glob("checkpoint-*.damaged*")))
     if damaged or left_over:
-        raise DamagedCheckpointError(
+        raise NoWholeCheckpointError(
             f"no whole checkpoint is left in {paths.root}, only damaged ones "
             f"({', '.join(sorted({*damaged, *left_over}))}). "
             + " ".join(notices)
-            + " To start again from step 0: checkpoint.resume_from_checkpoint=never"
+            + " To start again from step 0: checkpoint.resume_from_checkpoint=never",
+            notices,
         )
     return None, notices
 
@@ -154,10 +175,30 @@ def _first_whole(
         problems = _problems(folder, processes) and _problems(folder, processes)
         if not problems:
             return _open(folder, processes), damaged, notices
-        aside = processes.on_main(partial(_move_aside, folder, "damaged"))
-        damaged.append(aside.name)
-        notices.append(f"{folder.name} is damaged ({problems[0]}); moved to {aside.name}")
+        aside, notice = _put_aside(folder, problems, processes)
+        damaged.append(aside)
+        notices.append(notice)
     return None, damaged, notices
+
+
+def put_aside_if_damaged(folder: Path, processes: Processes) -> str | None:
+    """Renames a checkpoint of ours whose model is damaged; what was done, or None where it is whole. Collective."""
+
+    def problems() -> list[str]:
+        try:
+            mine = manifest.verify(folder, processes.rank, processes.world_size, without_state=True)
+        except OSError as error:
+            mine = [str(error)]
+        return [p for share in processes.gather(mine) for p in share]
+
+    found = problems() and problems()
+    return _put_aside(folder, found, processes)[1] if found else None
+
+
+def _put_aside(folder: Path, problems: list[str], processes: Processes) -> tuple[str, str]:
+    """Its new name, and a notice. Collective."""
+    aside = processes.on_main(partial(_move_aside, folder, "damaged"))
+    return aside.name, f"{folder.name} is damaged ({problems[0]}); moved to {aside.name}"
 
 
 def _candidates(paths: RunPaths, notices: list[str]) -> list[str]:

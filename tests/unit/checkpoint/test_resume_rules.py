@@ -181,3 +181,22 @@ def test_all_differences_that_change_the_result_are_listed_with_the_cure() -> No
     assert caught.value.exit_code == 2
     notices = compare_settings(_SAVED, now, accept=True)
     assert len(notices) == 3 and sum(n.startswith("accepted: ") for n in notices) == 2
+
+
+@pytest.mark.parametrize("harm", ["empty", "bytes", "origin", "missing", "manifest"])
+def test_a_path_is_not_obeyed_again_when_the_newest_state_is_damaged(tmp_path: Path, harm: str) -> None:
+    """Promises 1 and 3: all whole checkpoints of the run were put aside, and it began at that path again."""
+    base, root = make(tmp_path / "other", 10), tmp_path / "run"
+    make(root, 20, origin=origin_id(base))
+    state = make(root, 30, origin=origin_id(base)) / "state/state.json"
+    if harm == "missing":
+        state.unlink()
+    elif harm == "manifest":
+        (root / "checkpoint-30/manifest.json").write_text("{}")
+    else:
+        text = {"empty": "", "bytes": "\0" * 50, "origin": state.read_text().replace(origin_id(base), "0" * 64)}
+        state.write_text(text[harm])
+    point, notices = go(root, str(base))
+    assert point is not None and point.folder == root / "checkpoint-20"
+    assert "checkpoint-30 is damaged" in notices[0]
+    assert sorted(p.name for p in root.iterdir()) == ["checkpoint-20", "checkpoint-30.damaged"]
