@@ -111,6 +111,11 @@ class RunPaths:
         return self.root / ".hub"
 
     @property
+    def fetched(self) -> Path:
+        """JSON: the `uri` of the checkpoint on the Hub that this run began with."""
+        return self.hub_dir / "fetched.json"
+
+    @property
     def code_dir(self) -> Path:
         return self.root / "code"
 

@@ -126,6 +126,7 @@ def fetch(uri: str, paths: RunPaths) -> Path:
             place.download(manifest.NAME, download_dir)
         wanted = _read_manifest(checkpoint, folder, uri)
         target = paths.checkpoint_dir(wanted.step)
+        _refuse_taken(target, uri)
         if target.is_dir() and manifest.verify(target) == []:
             return target
         _refuse_model_only(wanted, folder, uri, source.repo_id)
@@ -215,6 +216,15 @@ def _refuse_other_sizes(wanted: manifest.Manifest, there: dict[str, int], folder
             )
 
 
+def _refuse_taken(target: Path, uri: str) -> None:
+    """A folder that is not ours is never moved: before anything is downloaded in its place."""
+    if files.is_taken(target) and not (target / manifest.NAME).is_file():
+        raise ResumeError(
+            f"{uri} is of step {target.name.rpartition('-')[2]}, and {target} is there already and is not of this run: "
+            "move it away, or set another output_dir=…"
+        )
+
+
 def _refuse_without_room(wanted: manifest.Manifest, paths: RunPaths, uri: str) -> None:
     free = files.free_bytes(_fetch_root(paths))
     if wanted.total_bytes > free:
@@ -243,6 +253,7 @@ def _fetch_from_bucket(uri: str, paths: RunPaths) -> Path:
             raise DamagedCheckpointError(f"{folder}/{manifest.NAME} of {uri} is no manifest: {manifest_bytes} bytes")
         api.download_bucket_files(bucket, [(f"{folder}/{manifest.NAME}", checkpoint / manifest.NAME)])
         wanted = _read_manifest(checkpoint, folder, uri)
+        _refuse_taken(paths.checkpoint_dir(wanted.step), uri)
         _refuse_model_only(wanted, folder, uri, None)
         there = {path.removeprefix(f"{folder}/"): size for path, size in listed.items()}
         _refuse_other_sizes(wanted, there, folder, uri)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
 
 from launcher import __version__
-from launcher.base.errors import HubError, LauncherError, ResumeError
+from launcher.base.errors import HubError, LauncherError, ResumeError, UserError
 from launcher.hub.answers import EndpointError, check_answer
 from launcher.hub.environment import is_xet_trusted
 from launcher.hub.faults import classify, redact, remember_token, retry_after_s
@@ -22,6 +23,7 @@ from launcher.hub.faults import classify, redact, remember_token, retry_after_s
 CONNECT_TIMEOUT_S = 15.0
 MAX_SILENT_WAIT_S = 10.0
 _SLICE_BYTES = 1 << 16
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 class RateLimited(Exception):
@@ -155,6 +157,8 @@ def readable_errors(uri: str) -> Iterator[None]:
     except ValueError as error:
         raise ResumeError(f"{uri} cannot be read: {redact(str(error))}") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise UserError(f"{uri} cannot be downloaded: {error}. Make room there, or set another folder") from None
         fault = classify(error, uri)
         if fault.kind == "permanent":
             raise ResumeError(f"{uri} cannot be read: {fault.message}. {fault.cure}") from None

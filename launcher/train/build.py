@@ -27,7 +27,7 @@ from launcher.checkpoint.resume import ResumePoint
 from launcher.checkpoint.retention import sweep_leftovers
 from launcher.config.settings import RunConfig, run_length
 from launcher.data import SORTED, StepSampler, build_vocabulary, template_date
-from launcher.hub import NoHub, build_hub, fetch_checkpoint, maybe_fetch_checkpoint
+from launcher.hub import NoHub, build_hub
 from launcher.model.attention import settle_attention, unwrapped
 from launcher.model.build import build_model, static_files
 from launcher.model.compile import compile_layers
@@ -38,7 +38,7 @@ from launcher.model.optim import Schedule, build_optimizer
 from launcher.model.positions import check_positions
 from launcher.model.quantization import try_quantised
 from launcher.model.stop_tokens import end_generation_with
-from launcher.saving.interop.importing import import_checkpoint, import_notices
+from launcher.saving.interop.importing import import_notices
 from launcher.saving.save_schedule import SaveSchedule
 from launcher.saving.saver import Saver
 from launcher.saving.training_state import TrainingState
@@ -54,6 +54,7 @@ from launcher.train.loop import Run
 from launcher.train.metrics import MetricsFile, RunFile, SamplesFile
 from launcher.train.recorder import MainRecorder, NoRecorder, Recorder, note_undone
 from launcher.train.rehearsal import try_optimizer
+from launcher.train.resume_point import find_resume_point
 from launcher.train.run_settings import DAY, of_one_day, write_settings
 from launcher.train.spikes import ROLLBACKS, Spikes, idle_settings, known_rollbacks
 from launcher.train.step import TrainStep
@@ -91,24 +92,6 @@ def open_output_dir(config: RunConfig, processes: Processes) -> tuple[RunPaths, 
         lock.release()
         raise
     return paths, lock
-
-
-def find_resume_point(config: RunConfig, paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:
-    """Where to go on; fetches from the Hub first where asked to. Collective."""
-    choice = config.checkpoint.resume_from_checkpoint
-    uri = choice if choice.startswith("hf://") else None
-    if choice == "auto" and config.hub.resume and config.hub.hub_model_id:
-        uri = f"hf://{config.hub.hub_model_id}"
-    is_optional = choice == "auto"  # with hub.resume: the first start of a run finds nothing there
-    if uri is not None:
-        # Once it is in output_dir it is a checkpoint like any other: a restart goes on from the newest one there.
-        def fetch() -> None:
-            if not any(paths.checkpoint_dirs()):
-                (maybe_fetch_checkpoint if is_optional else fetch_checkpoint)(uri, paths)
-
-        processes.on_main(fetch)
-        choice = "auto"
-    return resume.find(choice, paths, processes, lambda folder: import_checkpoint(folder, config, paths))
 
 
 def result_settings(config: RunConfig, fingerprint: str, processes: Processes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launcher.base import manifest
+from launcher.base.errors import UserError
 from launcher.hub.items import checkpoint_item, model_item
 from tests.hub.helpers import (
     REPO,
@@ -132,6 +134,16 @@ def test_nothing_is_there(hub: HubServer, env: dict[str, str], tmp_path: Path, r
     assert fetch(f"hf://{repo}", tmp_path / "fresh", env, maybe=True) == {"path": "None"}
     answer = fetch(f"hf://{repo}", tmp_path / "fresh", env)
     assert answer["error"] == "NothingThereError" and answer["exit_code"] == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_disk_is_named_when_it_refuses_a_download(number: int) -> None:
+    """It was said that the Hub could not be reached, and to run the same command again."""
+    from launcher.hub.remote import readable_errors
+
+    wanted = r"hf://org/model cannot be downloaded: .*Make room"
+    with pytest.raises(UserError, match=wanted), readable_errors("hf://org/model"):
+        raise OSError(number, os.strerror(number), "/run/.hub/fetch/x")
 
 
 def test_wrong_token_is_not_taken_for_nothing(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
