@@ -22,6 +22,11 @@ def our_steps(paths: RunPaths) -> list[int]:
     return [s for s, folder in paths.checkpoint_dirs() if (folder / NAME).is_file() and not folder.is_symlink()]
 
 
+def readable_steps(paths: RunPaths) -> list[int]:
+    """Those, and the ones that are links."""
+    return [step for step, folder in paths.checkpoint_dirs() if (folder / NAME).is_file()]
+
+
 def kept_words(paths: RunPaths) -> str:
     """What a failed save leaves to go on from, as the end of a sentence."""
     try:

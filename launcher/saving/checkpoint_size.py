@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.base import files, manifest
+from launcher.base.paths import RunPaths
+from launcher.base.words import size
 from launcher.checkpoint.layout import TensorSpec, plan_files
 from launcher.checkpoint.segments import ParamInfo, cut_all
 from launcher.checkpoint.snapshot import MASTER, OPTIMIZER_STEM, SAFETENSORS_NAMES
@@ -141,3 +144,24 @@ def num_saves(config: RunConfig, num_steps: int | None) -> int | None:
     if num_steps is None or config.checkpoint.save_strategy != "steps" or not isinstance(every, int):
         return None
     return max(1, -(-num_steps // every))
+
+
+def short_of_room(config: RunConfig, paths: RunPaths, total: int, model: int, num_steps: int | None) -> str | None:
+    """A notice where the disk has no room for all that the retention lets stay, by the estimate of `launcher plan`.
+
+    Args:
+        total, model: see `disk_bytes`; of this very run's checkpoints.
+    """
+    needed = disk_bytes(config, total, model, num_steps)
+    held = sum(manifest.bytes_of(folder) for _, folder in paths.checkpoint_dirs())
+    try:
+        free = files.free_bytes(paths.root)
+    except OSError:  # the save says what that means
+        return None
+    if needed is None or needed - held <= free:
+        return None
+    return (
+        f"the checkpoints of this run will need up to {size(needed)}, and {paths.root} has {size(free)} "
+        "free: a save that does not fit waits for room. Fewer: checkpoint.save_total_limit=2; what a run needs: "
+        "launcher plan"
+    )

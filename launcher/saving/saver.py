@@ -16,13 +16,12 @@ from launcher.base.files import free_bytes
 from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
-from launcher.base.words import size
 from launcher.checkpoint.engine import Checkpointer, Phase
-from launcher.checkpoint.retention import expired_steps, kept_words, our_steps
+from launcher.checkpoint.retention import expired_steps, kept_words, our_steps, readable_steps
 from launcher.checkpoint.save_result import SaveResult, raise_failed
 from launcher.config.settings import RunConfig
 from launcher.hub import Hub
-from launcher.saving.checkpoint_size import disk_bytes
+from launcher.saving.checkpoint_size import short_of_room
 from launcher.saving.save_schedule import SaveSchedule, is_better, save_line
 from launcher.saving.training_state import TrainingState
 
@@ -136,20 +135,31 @@ class Saver:
             p.best_metric, p.best_step = metric, step
 
     def judge_again(self) -> None:
-        """At a start: with another metric than before, the best is found anew among the checkpoints that are kept.
-        Collective."""
+        """At a start: with another metric than before, or where the best is not here, the best is found anew among the
+        checkpoints that are kept. Collective."""
         p, key = self._state.progress, self._config.checkpoint.metric_key
-        before, kept = (p.best_step, p.best_metric), set(self._processes.on_main(lambda: our_steps(self._paths)))
+        before, kept = (p.best_step, p.best_metric), set(self._processes.on_main(lambda: readable_steps(self._paths)))
         measured = {line["step"]: line.get(key) for line in p.log_history.evaluations}
-        if p.best_step in measured and measured[p.best_step] != p.best_metric:
+        is_other_metric = p.best_step in measured and measured[p.best_step] != p.best_metric
+        is_gone = p.best_step is not None and p.best_step not in kept
+        if is_other_metric or is_gone:
             p.best_metric = p.best_step = None
         for step, metric in measured.items():
             if step in kept and self._schedule.is_regular(step, self._total_steps):
                 self.note_metric(step, metric)
-        if before[0] is not None and before != (p.best_step, p.best_metric):
-            self._state.judge_anew()
-            best = "none is known yet" if p.best_step is None else f"the best so far is step {p.best_step}"
-            self._outlet.say(f"another metric than before, {key}, decides which checkpoint is the best: {best}")
+        if before[0] is None or before == (p.best_step, p.best_metric):
+            return
+        best = "none is known yet" if p.best_step is None else f"the best so far is step {p.best_step}"
+        if is_gone and not is_other_metric:
+            self._outlet.say(f"checkpoint-{before[0]}, which was the best, is not here. Of those that are here {best}")
+            return
+        self._state.judge_anew()
+        self._outlet.say(f"another metric than before, {key}, decides which checkpoint is the best: {best}")
+
+    def save_again(self) -> None:
+        """Saves this step anew, whose checkpoint is gone: its state is still in memory."""
+        self.saved_step = 0
+        self.save_and_wait()
 
     def maybe_save(self, *, is_due: bool) -> None:
         """Saves where the strategy asks for it, on improvement, and after the last step."""
@@ -228,7 +238,7 @@ class Saver:
         if not self._is_reserved and self.is_on:  # the optimizer has its state now
             self.checkpointer.reserve()
             self._is_reserved = True
-            if self._processes.is_main and (notice := self._room_for_the_run()):
+            if self._processes.is_main and (notice := self._short_of_room()):
                 self._outlet.say(notice)
             for notice in self.checkpointer.notices:
                 self._outlet.say(notice)
@@ -316,26 +326,10 @@ class Saver:
             return None
         return f"not enough disk space: it needs {needed:,} bytes and {self._paths.root} has {free:,} free"
 
-    def _room_for_the_run(self) -> str | None:
-        """A notice where the disk has no room for all that the retention lets stay; main process.
-
-        By the same estimate as `launcher plan`, with the bytes of this very run's checkpoints.
-        """
+    def _short_of_room(self) -> str | None:
         plan = self.checkpointer.plan
         model = sum(file.num_bytes for file in plan.files if manifest.role_of(file.path) != "state")
-        needed = disk_bytes(self._config, self.checkpointer.needed_bytes(), model, self._total_steps)
-        held = sum(manifest.bytes_of(folder) for _, folder in self._paths.checkpoint_dirs())
-        try:
-            free = free_bytes(self._paths.root)
-        except OSError:  # the save says what that means
-            return None
-        if needed is None or needed - held <= free:
-            return None
-        return (
-            f"the checkpoints of this run will need up to {size(needed)}, and {self._paths.root} has {size(free)} "
-            "free: a save that does not fit waits for room. Fewer: checkpoint.save_total_limit=2; what a run needs: "
-            "launcher plan"
-        )
+        return short_of_room(self._config, self._paths, self.checkpointer.needed_bytes(), model, self._total_steps)
 
     # ------------------------------------------------------------------ what became of one
 

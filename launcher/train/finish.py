@@ -10,7 +10,8 @@ from launcher.base import files, manifest, words
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointWriteError
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.layout import MAX_SHARD_BYTES
-from launcher.checkpoint.retention import kept_words
+from launcher.checkpoint.resume import put_aside_if_damaged
+from launcher.checkpoint.retention import kept_words, readable_steps
 from launcher.saving.interop.target import Exported
 from launcher.train import planned
 from launcher.train.loop import Run, is_stopped_early
@@ -135,12 +136,28 @@ def chosen_best(run: Run, paths: RunPaths) -> Path | None:
     """The best checkpoint with `load_best_model_at_end`, where an evaluated one was saved."""
     if not run.config.checkpoint.load_best_model_at_end:
         return None
-    best = run.state.progress.best_step
-    if best is not None and run.processes.on_main(lambda: paths.checkpoint_dir(best).is_dir()):
-        return paths.checkpoint_dir(best)
+    if (best := whole_best_dir(run, paths)) is not None:
+        return best
     if run.config.eval.eval_strategy != "no":
         key = run.config.checkpoint.metric_key
         run.recorder.say(f"no saved checkpoint has a finite {key}: the last model is taken instead of the best")
+    return None
+
+
+def whole_best_dir(run: Run, paths: RunPaths) -> Path | None:
+    """The folder of the best checkpoint, every byte of its model verified: it may have been saved days ago. A damaged
+    one is renamed, and the next best takes its place; None where there is none. Collective."""
+    while (step := run.state.progress.best_step) is not None:
+        folder = paths.checkpoint_dir(step)
+        run.watchdog.alive()
+        if step in run.processes.on_main(lambda: readable_steps(paths)):
+            notice = put_aside_if_damaged(folder, run.processes)
+            if notice is None:
+                return folder
+            run.recorder.say(f"WARNING {notice}")
+        if step == run.step and run.saver.is_whole:
+            run.saver.save_again()
+        run.saver.judge_again()
     return None
 
 

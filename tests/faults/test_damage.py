@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from launcher.base import files
 from launcher.base.errors import DamagedCheckpointError, ResumeError
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.resume import ResumePoint, find
 from launcher.cli import verify
-from tests.distributed.runs import Lab, different, log_text, losses
+from tests.distributed.runs import Lab, different, lines, log_text, losses, wait_until, write_rows
 from tests.faults.file_layer import OneProcess
 
 
@@ -194,3 +195,63 @@ def test_planted_pickles_never_run_and_damage_does_not_change_the_result(
     assert "ignored, not part of the checkpoint" in text and "random_states_0.pkl" in text
     assert different(made.checkpoint_dir(20), run.checkpoint_dir(20)) == []
     assert losses(run) == losses(made)
+
+
+def _foreign(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def _nonsense(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{}")
+
+
+def _flipped(folder: Path) -> None:
+    _flip_a_bit(folder / "model.safetensors")
+
+
+_HARMS = [_flipped, _foreign, _nonsense, shutil.rmtree]
+
+
+@pytest.fixture(scope="module")
+def stopped(lab: Lab) -> RunPaths:
+    """A run of three processes that was stopped after step 12; its best checkpoint is its first one."""
+    rows = lab.folder / "eval.jsonl"
+    write_rows(rows, 5)
+    run = RunPaths(lab.folder / "best-to-damage")
+    lab.start(run.root, "zero3", 3, *_best(lab), env={"FAULTS": '[{"kind": "sleep", "seconds": 0.1}]'})
+    wait_until(lambda: max(lines(run), default=0) >= 12, "step 12")
+    run.stop_file.touch()
+    assert lab.zygote.wait() == [0] * 3, log_text(run.root)
+    return run
+
+
+def _best(lab: Lab) -> tuple[str, ...]:
+    return (
+        f"data.eval_files=[{lab.folder / 'eval.jsonl'}]", "eval.eval_strategy=steps", "eval.eval_steps=5",
+        "checkpoint.save_steps=5", "checkpoint.load_best_model_at_end=true", "checkpoint.greater_is_better=true",
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "harm", [pytest.param(h, marks=() if h is _flipped else pytest.mark.slow, id=h.__name__) for h in _HARMS]
+)
+def test_the_next_best_model_is_published_when_the_best_checkpoint_is_damaged(
+    lab: Lab, stopped: RunPaths, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    """Nobody had read it since it was saved: damaged weights became the final model, or the end failed every time."""
+    run = RunPaths(shutil.copytree(stopped.root, tmp_path / "run"))
+    measured = {step: line["eval_loss"] for step, line in lines(run, "eval_loss").items()}
+    assert measured[5] > measured[10], measured
+    harm(run.checkpoint_dir(5))
+    lab.run(run.root, "zero3", 3, *_best(lab))
+    text = log_text(run.root)
+    assert ("checkpoint-5 is damaged" in text) is (harm in (_flipped, _nonsense)), text
+    assert "no saved checkpoint has a finite" not in text
+    assert (run.root / "checkpoint-5").exists() is (harm is _foreign)
+    measured = {step: line["eval_loss"] for step, line in lines(run, "eval_loss").items()}
+    best = max((10, 15, 20), key=lambda step: measured[step])
+    assert files.read_json(run.run_state)["best_step"] == best
+    published = (run.root / "model.safetensors").read_bytes()
+    assert published == (run.checkpoint_dir(best) / "model.safetensors").read_bytes()
+    assert not (run.root / "state").exists()
