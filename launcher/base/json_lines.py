@@ -9,10 +9,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.base.files import open_read, parse_json
+from launcher.base.files import open_fd, open_read, parse_json
 
 _MAX_LINE_BYTES = 16 * 2**20
 _BACKWARDS_BYTES = 2**16
+
+
+def append(
+    path: Path, lines: bytes, *, within: Path | None = None, mode: int = 0o644, max_bytes: int | None = None
+) -> None:
+    """Adds lines, all of them or, where the disk refuses, none. They begin a line of their own, whatever was cut off.
+
+    Args:
+        max_bytes: what would make the file longer is left out.
+
+    Raises:
+        OSError: the disk is full, for example.
+    """
+    fd = open_fd(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, within=within, mode=mode)
+    try:
+        before, written = os.fstat(fd).st_size, 0
+        if max_bytes is not None and before + len(lines) > max_bytes:
+            return
+        is_cut_off = before > 0 and os.pread(fd, 1, before - 1) != b"\n"
+        data = b"\n" * is_cut_off + lines
+        try:
+            while written < len(data):
+                written += os.write(fd, data[written:])
+        except OSError:
+            if os.fstat(fd).st_size == before + written:  # else somebody else has added something since
+                os.ftruncate(fd, before)
+            raise
+    finally:
+        os.close(fd)
 
 
 def read(path: Path, *, within: Path | None = None, is_required: bool = False) -> Iterator[dict[str, Any]]:

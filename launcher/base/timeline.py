@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launcher.base import files, json_lines
+from launcher.base import json_lines
 from launcher.base.paths import RunPaths
 from launcher.base.secrets import redacted
 
@@ -42,18 +42,15 @@ class Timeline:
     """The file of one run, for those who write it."""
 
     def __init__(self, paths: RunPaths) -> None:
-        self._paths, self._is_first = paths, True
+        self._paths = paths
 
     def append(self, event: str, **fields: Any) -> None:
         """Adds a line; `t` is now unless it is given."""
         line = {"t": round(time.time(), 3), "event": event, **{k: v for k, v in fields.items() if v is not None}}
-        text = json.dumps(line) + "\n"
-        with contextlib.suppress(OSError), files.open_append(self._paths.timeline, within=self._paths.root) as file:
-            limit = MAX_BYTES if event in ("progress", "evaluation", "save", "undone") else MAX_BYTES * 5 // 4
-            if file.tell() + len(text) <= limit:
-                # The process before may have been killed in the middle of a line.
-                file.write(("\n" + text if self._is_first and file.tell() else text).encode())
-                self._is_first = False
+        limit = MAX_BYTES if event in ("progress", "evaluation", "save", "undone") else MAX_BYTES * 5 // 4
+        text = (json.dumps(line) + "\n").encode()
+        with contextlib.suppress(OSError):
+            json_lines.append(self._paths.timeline, text, within=self._paths.root, max_bytes=limit)
 
     def started_at(self) -> float | None:
         """When the first line was written; None where there is none."""

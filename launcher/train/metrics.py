@@ -14,19 +14,31 @@ from typing import Any
 from launcher.agent import out_of_memory
 from launcher.base import files, json_lines
 from launcher.base.errors import UserError
+from launcher.base.full_disk import rewrite_json
 from launcher.base.paths import RunPaths
 from launcher.base.process import host
 
 
 class MetricsFile:
-    """metrics.jsonl: a line per logged step, evaluation and save. Main process only."""
+    """metrics.jsonl: a line per logged step, evaluation and save. Main process only.
+
+    A full disk must not end a run: the lines that it refuses are written when there is room again.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._refused: list[bytes] = []
 
     def append(self, line: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError), files.open_append(self._path) as file:  # a full disk must not end a run
-            file.write((json.dumps(line) + "\n").encode())
+        self._refused = [*self._refused[-_MAX_REFUSED:], (json.dumps(line) + "\n").encode()]
+        self.write_refused()
+
+    def write_refused(self) -> None:
+        """Tries once more."""
+        if self._refused:
+            with contextlib.suppress(OSError):
+                json_lines.append(self._path, b"".join(self._refused))
+                self._refused = []
 
     def append_once(self, line: dict[str, Any]) -> None:
         if line not in json_lines.read(self._path):
@@ -43,6 +55,7 @@ class MetricsFile:
         Raises:
             UserError: it cannot be replaced; the old one is whole.
         """
+        self._refused = [raw for raw in self._refused if _is_up_to(raw, step)]
         if not self._path.is_file():
             return []
         kept, removed, is_changed = [], [], False
@@ -68,6 +81,7 @@ class MetricsFile:
         return removed
 
 
+_MAX_REFUSED = 100_000
 _STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
 
 
@@ -94,12 +108,12 @@ class SamplesFile:
         self._paths = paths
 
     def append(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        lines = [json.dumps({"step": step, **_cut(sample)}) + "\n" for sample in samples[:_MAX_SAMPLES]]
-        if not lines:
-            return
-        with contextlib.suppress(OSError), files.open_append(self._paths.samples, within=self._paths.root) as file:
-            if file.tell() < _MAX_SAMPLES_BYTES:
-                file.write(("\n" + "".join(lines)).encode())  # the line before may have been cut off by a kill
+        lines = "".join(json.dumps({"step": step, **_cut(sample)}) + "\n" for sample in samples[:_MAX_SAMPLES])
+        if lines:
+            with contextlib.suppress(OSError):
+                json_lines.append(
+                    self._paths.samples, lines.encode(), within=self._paths.root, max_bytes=_MAX_SAMPLES_BYTES
+                )
 
 
 def _cut(sample: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +122,8 @@ def _cut(sample: dict[str, Any]) -> dict[str, Any]:
             for key, value in kept.items()}  # fmt: skip
 
 
-_RUN_FILE_S = 5.0
+_RUN_FILE_S, _RUN_FILE_SHARE = 5.0, 0.01
+"""How often run.json tells of mere progress, and which share of the time that may take on a slow disk."""
 
 
 class RunFile:
@@ -116,7 +131,7 @@ class RunFile:
 
     def __init__(self, paths: RunPaths, world_size: int) -> None:
         self._path = paths.run_state
-        self._written = 0.0
+        self._due = 0.0
         self._fields: dict[str, Any] = {
             "state": "running", "reason": None, "exit_code": None, "step": 0, "total_steps": None, "epoch": 0.0,
             "world_size": world_size, "host": host(), "pid": os.getpid(), "job_id": os.environ.get("SLURM_JOB_ID"),
@@ -128,12 +143,14 @@ class RunFile:
     def advance(self, step: int, epoch: float, hub_status: Callable[[], dict[str, Any]]) -> None:
         """Mere progress: written only where the last write is long enough ago, since each one waits for the disk."""
         self._fields |= {"step": step, "epoch": epoch}
-        if time.monotonic() - self._written >= _RUN_FILE_S:
+        if time.monotonic() >= self._due:
             self.update(hub=hub_status())
 
     def update(self, **fields: Any) -> None:
-        """Changes fields and replaces the file atomically; a full disk is survived, since nothing depends on it."""
-        self._written = time.monotonic()
+        """Changes fields and replaces the file; a disk that refuses is survived."""
+        started = time.monotonic()
         self._fields |= {**fields, "updated_at": time.time()}
         with contextlib.suppress(OSError):
-            files.write_json(self._path, self._fields)
+            rewrite_json(self._path, self._fields)
+        now = time.monotonic()
+        self._due = now + max(_RUN_FILE_S, (now - started) / _RUN_FILE_SHARE)

@@ -114,6 +114,7 @@ class MainRecorder:
         self._run_file.update(**fields)
 
     def close(self) -> None:
+        self._metrics.write_refused()
         self._timeline.append("closed")
         self._trackers.close()
         self._display.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import socket
@@ -14,7 +16,9 @@ import pytest
 from launcher.base import files, json_lines
 from launcher.base.block_io import RangeWriter
 from launcher.base.errors import UserError
+from launcher.base.full_disk import rewrite_json
 from launcher.base.paths import RunPaths
+from launcher.train.metrics import MetricsFile
 
 
 @pytest.fixture
@@ -264,3 +268,75 @@ def test_content_is_read_whole_when_a_file_tells_no_size() -> None:
     assert len(text) > 1000 and text.endswith(b"\n")
     with pytest.raises(OSError, match="longer than 100 bytes"):
         files.read_bytes(path, 100)
+
+
+# --------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes `os.write` may still write in all; a long write is cut off first, as a file system does it."""
+    room, write = [10**9], os.write
+
+    def limited(fd: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(fd, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(os, "write", limited)
+    return room
+
+
+def test_lines_are_added_whole_or_not_at_all_when_the_disk_is_full(tmp_path: Path, disk: list[int]) -> None:
+    """What followed was glued to the half line, and both were lost to every reader."""
+    path = tmp_path / "lines"
+    json_lines.append(path, b'{"a": 1}\n')
+    disk[0] = 5
+    with pytest.raises(OSError, match="No space"):
+        json_lines.append(path, b'{"a": 2}\n{"a": 3}\n')
+    assert path.read_bytes() == b'{"a": 1}\n'
+    disk[0] = 10**9
+    json_lines.append(path, b'{"a": 4}\n', max_bytes=18)
+    json_lines.append(path, b'{"a": 5}\n', max_bytes=18)
+    assert path.read_bytes() == b'{"a": 1}\n{"a": 4}\n'
+
+
+def test_a_line_of_its_own_is_begun_when_the_one_before_was_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_bytes(b'{"a": 1}\n{"a"')
+    json_lines.append(tmp_path / "lines", b'{"a": 2}\n')
+    assert list(json_lines.read(tmp_path / "lines")) == [{"a": 1}, {"a": 2}]
+
+
+def test_what_a_full_disk_refused_of_the_metrics_is_written_later(tmp_path: Path, disk: list[int]) -> None:
+    """A line per logged step: those of an hour without room were missing from the curves for ever."""
+    metrics, path = MetricsFile(tmp_path / "metrics.jsonl"), tmp_path / "metrics.jsonl"
+    metrics.append({"step": 1, "loss": 1.0})
+    disk[0] = 10
+    for step in (2, 3, 4):
+        metrics.append({"step": step, "loss": 1.0})
+    assert [line["step"] for line in json_lines.read(path)] == [1]
+    metrics.trim(3)
+    disk[0] = 10**9
+    metrics.write_refused()
+    metrics.append({"step": 4, "loss": 2.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_how_a_run_ended_is_told_when_no_new_file_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """run.json went on saying `running`, so that a run that had stopped as asked was started again."""
+    path = tmp_path / "run.json"
+    files.write_json(path, {"state": "running", "text": "x" * 500})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_file", full)
+    rewrite_json(path, {"state": "interrupted"})
+    assert json.loads(path.read_text()) == {"state": "interrupted"}
+    rewrite_json(path, {"state": "interrupted", "text": "y" * 1000})
+    assert files.read_json(path)["text"] == "y" * 1000
+    with pytest.raises(OSError, match="No space"):
+        rewrite_json(path, {"text": "z" * 10_000})
+    assert files.read_json(path)["state"] == "interrupted"
