@@ -65,12 +65,17 @@ class Card:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the run's folder tells: the composed config (open dict), eval lines by step, (step, loss) points."""
+    """What the run's folder tells: the composed config (open dict), eval lines by step, (step, loss) points.
+
+    `last_step`, `best_step`: of a run that is finished, as run.json says.
+    """
 
     run_dir: Path
     config: dict[str, Any]
     evals: dict[int, dict[str, Any]]
     train_points: list[tuple[float, float]]
+    last_step: int | None = None
+    best_step: int | None = None
 
     def get(self, key: str) -> Any:
         """The value of a dotted key, None where there is none."""
@@ -90,7 +95,7 @@ class RunFacts:
 
 
 def read_facts(run_dir: Path) -> RunFacts:
-    """Reads config.yaml and metrics.jsonl; whatever is missing or broken is left out."""
+    """Reads config.yaml, metrics.jsonl and run.json; whatever is missing or broken is left out."""
     paths = RunPaths(run_dir)
     try:
         config = _parsed(files.read_text(paths.config, _MAX_TEXT_BYTES))
@@ -106,7 +111,11 @@ def read_facts(run_dir: Path) -> RunFacts:
             train.append((step, line["loss"]))
         if any(key.startswith("eval_") for key in line):
             evals.setdefault(step, {}).update({k: v for k, v in line.items() if k.startswith("eval_") or k == "epoch"})
-    return RunFacts(run_dir, config if isinstance(config, dict) else {}, evals, train)
+    told = files.read_json_or(paths.run_state, {})
+    last, best = (v if type(v := told.get(k)) is int else None for k in ("step", "best_step"))
+    if told.get("state") != "finished" or last is None:
+        last = best = None
+    return RunFacts(run_dir, config if isinstance(config, dict) else {}, evals, train, last, best)
 
 
 @functools.lru_cache(maxsize=1)
@@ -248,12 +257,18 @@ def _results(facts: RunFacts, items: Sequence[Item]) -> tuple[int | None, dict[s
     steps = sorted(facts.evals)
     step = newest.step
     if newest.kind != "checkpoint" and facts.get("checkpoint.load_best_model_at_end"):
-        step = _best_by_metric(facts)
+        step = _best_saved(facts) or facts.last_step
     if step not in facts.evals:
         earlier = [s for s in steps if step is None or s <= step]
         step = earlier[-1] if earlier else None
     values = facts.evals.get(step, {}) if step is not None else {}
     return step, {k: v for k, v in values.items() if k.startswith("eval_") and k != "eval_runtime_s" and _is_finite(v)}
+
+
+def _best_saved(facts: RunFacts) -> int | None:
+    """The step of the best checkpoint. Once the run has ended, run.json knows it: what was measured best may never have
+    been saved."""
+    return _best_by_metric(facts) if facts.last_step is None else facts.best_step
 
 
 def _best_by_metric(facts: RunFacts) -> int | None:
@@ -283,7 +298,7 @@ def _checkpoints(
     """The rows of the table that says which step is what."""
     if settings.strategy not in ("checkpoint", "all_checkpoints"):
         return []
-    best, rows = best_step(items) or _best_by_metric(facts), []
+    best, rows = best_step(items) or _best_saved(facts), []
     for step in steps:
         values = facts.evals.get(step, {})
         epoch, loss = (f"{v:.4g}" if _is_finite(v := values.get(k)) else "" for k in ("epoch", "eval_loss"))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from launcher.base import files, manifest
 from launcher.base.errors import DamagedCheckpointError, UnsafeFileError
-from launcher.base.paths import RunPaths
+from launcher.base.paths import RunPaths, checkpoint_step
 from launcher.config.settings import RunConfig
 from launcher.hub.environment import uploader_environment
 from launcher.hub.faults import redact
@@ -23,6 +24,7 @@ from launcher.hub.records import lines_from
 from launcher.hub.spool import Spool
 
 POLL_INTERVAL_S = 0.5
+RETRY_INTERVAL_S = 5.0
 RESTART_INTERVAL_S = 30.0
 
 
@@ -57,6 +59,9 @@ class SpoolHub:
         self._events_offset = 0
         self._next_poll = 0.0
         self._copies_failed: list[str] = []
+        self._refused: dict[int, Path] = {}
+        """Step → checkpoint that a full disk kept from being queued."""
+        self._next_retry = 0.0
 
     @property
     def pending_dirs(self) -> tuple[Path, ...]:
@@ -78,19 +83,25 @@ class SpoolHub:
         if not self._spool.try_own():
             self._tell_once(f"Hub: another process pushes from {self._spool.root}; this one begins when it has ended")
             return False
-        self._is_begun = True
-        self._spool.clean_up()
+        broken = self._spool.clean_up()
         self._spool.write_settings(self._settings)
+        self._is_begun = True  # only now: the uploader must not find the settings of an earlier start
         with contextlib.suppress(OSError):
             self._events_offset = self._spool.events_path.stat().st_size
         self._queue_missed()
+        pending = self._spool.pending()
+        self._notices += [f"Hub: ERROR: {n} is not pushed: {why}" for n, why in broken.items() if n not in pending]
         return True
 
     def _queue_missed(self) -> None:
         """Queues committed checkpoints that a kill kept from being handed over."""
         if self._settings.strategy == "end":
             return
-        pushed = [e["step"] for e in self._spool.read_journal()["pushed"].values() if e["step"] is not None]
+        journal = self._spool.read_journal()
+        there = (
+            journal["pushed"] if journal["target"] == self._settings.target else {}
+        )  # of another repository: not here
+        pushed = [e["step"] for e in there.values() if e["step"] is not None]
         dropped = self._spool.read_ledger()["dropped"]
         pending = self._spool.pending()
         whole = [(s, d) for s, d in self._paths.checkpoint_dirs() if (d / manifest.NAME).is_file()]
@@ -103,20 +114,55 @@ class SpoolHub:
             whole = [(s, d) for s, d in whole[-1:] if s > max(pushed, default=-1)]
         for step, folder in whole:
             if step not in pushed and folder.name not in pending and folder.name not in dropped:
-                try:
-                    self._add(checkpoint_item(step, folder))
-                except (DamagedCheckpointError, UnsafeFileError, ValueError) as error:
-                    self._notices.append(f"Hub: ERROR: {folder.name} is not pushed: {error}")
+                self._refused[step] = folder
+        try:
+            self._queue_refused()
+        except OSError as error:
+            names = ", ".join(self._refused_names)
+            self._notices.append(f"Hub: {names} could not be queued: {error}. It is tried again while the run lasts")
 
     def checkpoint_committed(self, step: int, folder: Path) -> None:
         if self._settings.strategy == "end":
             return
-        with self._never_raising(f"queueing checkpoint-{step}"):
+        with self._never_raising(f"queueing checkpoint-{step}", folder):
             if self._is_begun:
-                self._add(checkpoint_item(step, folder))
+                self._queue(step, folder)
             elif not self._try_begin():  # which queues this one too
                 return
             self._uploader.ensure_running()
+
+    def _queue(self, step: int, folder: Path) -> None:
+        """Behind those that the disk has refused before. Raises: OSError, where it refuses again."""
+        is_behind = bool(self._refused)
+        self._refused[step] = folder
+        self._queue_refused(self._spool.pending() if is_behind else ())
+
+    def _queue_refused(self, pending: Collection[str] = ()) -> None:
+        """In their order, as they are sent; the newest alone where that is enough.
+
+        Args:
+            pending: names of what is queued: the disk may have refused only what comes behind that.
+        """
+        self._next_retry = time.monotonic() + RETRY_INTERVAL_S
+        while self._refused:
+            step = (max if self._settings.is_newest_enough else min)(self._refused)
+            folder = self._refused[step]
+            try:
+                if folder.name not in pending:
+                    self._add(checkpoint_item(step, folder))
+            except (DamagedCheckpointError, UnsafeFileError, ValueError, FileNotFoundError) as error:
+                self._notices.append(f"Hub: ERROR: {folder.name} is not pushed: {error}")
+                if not folder.is_dir():
+                    self._spool.record(dropped=[folder.name])
+            del self._refused[step]
+            if self._settings.is_newest_enough and self._refused:
+                self._spool.record(passed_over=self._refused_names)
+                self._refused.clear()
+
+    def _retry_refused(self) -> None:
+        if self._refused:
+            with contextlib.suppress(OSError):
+                self._queue_refused(self._spool.pending())
 
     def _add(self, item: Item) -> None:
         home = self._spool.add(item)
@@ -163,8 +209,11 @@ class SpoolHub:
             self._next_poll = now + POLL_INTERVAL_S
             with self._never_raising("poll"):
                 self._note_copies()
-                if self._try_begin() and self._spool.pending():
-                    self._uploader.ensure_running()
+                if self._try_begin():
+                    if now >= self._next_retry:
+                        self._retry_refused()
+                    if self._spool.pending():
+                        self._uploader.ensure_running()
                 self._read_events()
         notices, self._notices = self._notices, []
         return notices
@@ -181,7 +230,7 @@ class SpoolHub:
                 "repo_id": journal["repo_id"] or self._settings.bucket or self._settings.repo_id,
                 "pushed": list(journal["pushed"]),
                 "pending": pending,
-                "failed": [*ledger["dropped"], *journal["failed"], *self._copies_failed],
+                "failed": [*ledger["dropped"], *journal["failed"], *self._copies_failed, *self._refused_names],
                 "passed_over": [*ledger["passed_over"], *journal["passed_over"]],
                 "last_error": now["last_error"],
                 "command": self._command if pending else None,
@@ -189,8 +238,12 @@ class SpoolHub:
         return {}
 
     @property
+    def _refused_names(self) -> list[str]:
+        return [folder.name for _, folder in sorted(self._refused.items())]
+
+    @property
     def _command(self) -> str:
-        return f"launcher push {shlex.quote(str(self._paths.root))}"
+        return _push_command(self._paths.root)
 
     def finish(
         self, model_dir: Path | None, max_wait_s: float | None = None, is_stopping: Callable[[], bool] = lambda: False
@@ -198,10 +251,13 @@ class SpoolHub:
         wait_s = self._max_wait_s if max_wait_s is None else max_wait_s
         with self._never_raising("finish"):
             if self._try_begin():
-                if model_dir is not None:
-                    self._add_final(model_dir)
+                self._retry_refused()
+                is_final_due = model_dir is not None and not self._try_add_final(model_dir)
                 self._wait(wait_s, is_stopping)
                 self._note_copies()
+                self._retry_refused()
+                if model_dir is not None and is_final_due and self._try_add_final(model_dir):  # there may be room now
+                    self._wait(wait_s, is_stopping)
         with self._never_raising("finish"):
             self._uploader.stop()
             self._read_events()
@@ -210,6 +266,16 @@ class SpoolHub:
             self._is_begun = False
         notices, self._notices = self._notices, []
         return notices
+
+    def _try_add_final(self, model_dir: Path) -> bool:
+        """False where the disk refused it; the others are sent all the same."""
+        try:
+            self._add_final(model_dir)
+        except (OSError, UnsafeFileError) as error:
+            others = ", once the others are sent" if self._spool.pending() else ""
+            self._tell_once(f"Hub: the final model could not be queued: {error}. To send it{others}: {self._command}")
+            return False
+        return True
 
     def _add_final(self, model_dir: Path) -> None:
         item = model_item(model_dir, None)
@@ -240,15 +306,21 @@ class SpoolHub:
                 time.sleep(0.1)
 
     def _left_over(self) -> list[str]:
-        pending = self._spool.pending()
-        if not pending:
-            return []
-        reason = self._spool.read_status()["last_error"]
-        return [
-            f"Hub: not sent yet: {', '.join(pending)}"
-            + (f" ({reason})" if reason else "")
-            + f". To send: {self._command}"
-        ]
+        """What did not arrive: it waits, or it was given up and is still there."""
+        lines, pending = [], self._spool.pending()
+        if pending:
+            reason = self._spool.read_status()["last_error"]
+            why = f" ({reason})" if reason else ""
+            lines.append(f"Hub: not sent yet: {', '.join(pending)}{why}. To send: {self._command}")
+        pushed = self._spool.read_journal()["pushed"]
+        given_up = [*self._spool.read_ledger()["dropped"], *self._copies_failed, *self._refused_names]
+        newest = max((e["step"] for e in pushed.values() if e["step"] is not None), default=-1)
+        for name in dict.fromkeys(given_up):
+            folder = self._paths.root / name
+            is_replaced = self._settings.is_newest_enough and (checkpoint_step(folder) or 0) <= newest
+            if name not in (*pending, *pushed) and not is_replaced and (folder / manifest.NAME).is_file():
+                lines.append(f"Hub: {name} was not sent. To send it: {_push_command(folder)}")
+        return lines
 
     def _tell_once(self, text: str) -> None:
         """For what a poll finds many times a minute."""
@@ -257,15 +329,24 @@ class SpoolHub:
             self._notices.append(text)
 
     @contextlib.contextmanager
-    def _never_raising(self, what: str) -> Any:
-        """Whatever goes wrong with the Hub is told, and the training goes on."""
+    def _never_raising(self, what: str, folder: Path | None = None) -> Any:
+        """Whatever goes wrong with the Hub is told, and the training goes on.
+
+        Args:
+            folder: what `launcher push` would have to be told; None: the run.
+        """
         try:
             yield
         except Exception as error:
             text = (
-                f"Hub: {what} failed: {str(error) or repr(error)}. The training goes on. To send later: {self._command}"
+                f"Hub: {what} failed: {str(error) or repr(error)}. The training goes on. To send later: "
+                f"{_push_command(folder or self._paths.root)}"
             )
             self._tell_once(redact(text))
+
+
+def _push_command(folder: Path) -> str:
+    return f"launcher push {shlex.quote(str(folder))}"
 
 
 class UploaderProcess:
@@ -285,7 +366,7 @@ class UploaderProcess:
             return
         self.stop()
         self._started_at = time.monotonic()
-        with files.open_append(self._spool.log_path, mode=0o600) as log:
+        with self._open_log() as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "launcher.hub.uploader", str(self._spool.root.absolute())],
                 stdin=subprocess.PIPE,
@@ -294,6 +375,12 @@ class UploaderProcess:
                 env=uploader_environment(self._settings),
                 start_new_session=True,  # a Ctrl-C is for the trainer, which then ends the uploader itself
             )
+
+    def _open_log(self) -> BinaryIO:
+        try:
+            return files.open_append(self._spool.log_path, mode=0o600)
+        except OSError:  # a full disk: what it has to say is in the events, too
+            return Path(os.devnull).open("ab")
 
     def hurry(self) -> None:
         """Ends a wait between two tries."""

@@ -5,6 +5,7 @@ An item or settings file may come from elsewhere with a whole run folder, so eve
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base import manifest
-from launcher.base.errors import UnsafeFileError
+from launcher.base.errors import DamagedCheckpointError, UnsafeFileError
 from launcher.base.inner_files import inner_file, is_inner_path
+from launcher.base.paths import RunPaths
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 _KINDS = ("checkpoint", "final", "folder")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES = 2**60
+_OF_EVERY_MODEL = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class UploadSettings:
     backoff_max_s: float = 300.0
     recheck_s: float = 1800.0
     """Seconds between tries after an error that only the user can mend."""
+
+    @property
+    def target(self) -> str | None:
+        """The repository or bucket, as the settings name it."""
+        return self.bucket or self.repo_id
 
     @property
     def is_newest_enough(self) -> bool:
@@ -178,5 +186,16 @@ def model_item(folder: Path, step: int | None, kind: str = "final", name: str = 
     Raises:
         UnsafeFileError: one of them is a link that is not followed.
     """
-    sizes = {n: inner_file(folder, n).lstat().st_size for n in manifest.model_files(folder)}
+    sizes = {n: inner_file(folder, n).lstat().st_size for n in _own_model_files(folder)}
     return Item(kind, name, step, tuple(SpoolFile(n, size) for n, size in sizes.items()), folder)
+
+
+def _own_model_files(folder: Path) -> list[str]:
+    """Of a run with checkpoints those that they hold too, and what a merged model has besides: a user may keep notes
+    or credentials beside them, and those are nobody else's."""
+    names = manifest.model_files(folder)
+    for _, checkpoint in reversed(list(RunPaths(folder).checkpoint_dirs())):
+        with contextlib.suppress(OSError, DamagedCheckpointError):
+            known = {*manifest.read(checkpoint).paths, *_OF_EVERY_MODEL}
+            return [n for n in names if n in known or manifest.role_of(n) == "weights"]
+    return names

@@ -31,9 +31,9 @@ def login_state() -> LoginState:
     distrust_xet()
     from huggingface_hub import HfApi, constants, get_token
 
-    endpoint = constants.ENDPOINT
+    endpoint, shown = constants.ENDPOINT, redact(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE:
-        return LoginState(endpoint, is_offline=True)
+        return LoginState(shown, is_offline=True)
     token = get_token()
     try:
         with contextlib.suppress(urllib.error.HTTPError):  # an answer, whatever it says
@@ -41,12 +41,12 @@ def login_state() -> LoginState:
     except (OSError, ValueError, http.client.HTTPException) as error:
         given = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
         proxy = f" (through the proxy {redact(given)})" if given else ""
-        return LoginState(endpoint, problem=f"cannot be reached{proxy}: {short(error)}", fix=(
+        return LoginState(shown, problem=f"cannot be reached{proxy}: {short(error)}", fix=(
             "HF_HUB_OFFLINE=1 with models and data in folders or prefetched (launcher prefetch); "
             "pushes are kept until it can be reached"))  # fmt: skip
     if token is None:
-        return LoginState(endpoint, problem="nobody is logged in", fix="hf auth login, or export HF_TOKEN=…")
+        return LoginState(shown, problem="nobody is logged in", fix="hf auth login, or export HF_TOKEN=…")
     try:
-        return LoginState(endpoint, user=str(HfApi(endpoint=endpoint).whoami(token)["name"]))
+        return LoginState(shown, user=str(HfApi(endpoint=endpoint).whoami(token)["name"]))
     except Exception as error:  # the client raises its own, httpx's and OSError
-        return LoginState(endpoint, problem=f"the token is refused: {short(error)}", fix="hf auth login")
+        return LoginState(shown, problem=f"the token is refused: {short(error)}", fix="hf auth login")

@@ -196,7 +196,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
 
     wanted = wanted_files(plan.items, plan.settings.strategy)
     return {
-        "target": plan.settings.bucket or plan.settings.repo_id,
+        "target": plan.settings.target,
         "bytes": sum(file.bytes for file in wanted.values()),
         "files": [{"path": path, "bytes": file.bytes} for path, file in sorted(wanted.items())],
     }
@@ -236,7 +236,7 @@ def _temporary_spool(plan: Plan) -> Iterator[Spool]:
         if (
             journal["repo_id"] == plan.settings.repo_id is not None
         ):  # what the run knows: its card, its commits of this hour
-            spool.write_journal({**journal, "target": plan.settings.bucket or plan.settings.repo_id})
+            spool.write_journal({**journal, "target": plan.settings.target})
         for item in plan.items:
             spool.add_reference(item)
         yield spool

@@ -221,8 +221,9 @@ class RepoTarget:
     def _steps_there(self, items: Sequence[Item], paths: Sequence[str], outdated: list[str]) -> list[int]:
         """The steps of the checkpoints that the repository will hold, for the card's table."""
         if self._settings.strategy == "checkpoint":
+            # The last one pushed, not the highest: a run may have begun again.
             pushed = [entry["step"] for entry in self._journal["pushed"].values()]
-            return sorted(s for s in [*pushed, *(i.step for i in items)] if s is not None)[-1:]
+            return [s for s in [*pushed, *(i.step for i in items)] if s is not None][-1:]
         matches = (re.match(r"checkpoint-(\d+)/", path) for path in paths if path.split("/")[0] not in outdated)
         return sorted({int(match[1]) for match in matches if match})
 

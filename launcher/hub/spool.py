@@ -31,7 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from launcher.base import files
+from launcher.base import files, json_lines
 from launcher.base.errors import UnsafeFileError
 from launcher.base.inner_files import read_json_object
 from launcher.hub import records
@@ -203,21 +203,26 @@ class Spool:
         records.write_new(home / "item.json", json.dumps(item.to_dict()).encode())
         self._folders[home.name] = item.root
 
-    def clean_up(self) -> None:
-        """Removes what a killed trainer left half linked and a power cut left incomplete; only the owner may."""
+    def clean_up(self) -> dict[str, str]:
+        """Removes what a killed trainer left half linked and a power cut left incomplete; only the owner may.
+
+        Returns: what is wrong with each upload that was given up, by plain name.
+        """
+        broken: dict[str, str] = {}
         for path in self.root.glob("tmp-*"):
             files.remove_tree(path)
         for path in self.root.glob(".*.tmp-*"):
             files.remove_file(path)
         for home in [folder / name for folder in (self.queue_dir, self.active_dir) for name in self.names(folder)]:
-            if not self._is_whole(home):
-                self.discard(home)
+            if (problem := self._problem(home)) is not None and self.discard(home):
+                broken[_plain(home.name)] = problem
+        return broken
 
-    def _is_whole(self, home: Path) -> bool:
+    def _problem(self, home: Path) -> str | None:
         try:
-            return not any(self.read_item(home).problems())
-        except (OSError, ValueError):
-            return False
+            return next(self.read_item(home).problems(), None)
+        except (OSError, ValueError) as error:
+            return str(error)
 
     def pass_over(self, keep: str, prefix: str = "checkpoint-") -> list[str]:
         """Gives up queued items of this prefix older than item `keep`: the newest wins. Returns their plain names."""
@@ -294,8 +299,8 @@ class Spool:
     def tell(self, text: str) -> None:
         """Adds a line for the run's progress display."""
         line = json.dumps({"time": time.time(), "text": text}) + "\n"
-        with contextlib.suppress(OSError), files.open_append(self.events_path, mode=0o600) as file:
-            file.write(line.encode())
+        with contextlib.suppress(OSError):
+            json_lines.append(self.events_path, line.encode(), mode=0o600)
 
     @contextlib.contextmanager
     def uploader_lock(self, wait_s: float) -> Iterator[bool]:

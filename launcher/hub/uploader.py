@@ -11,12 +11,13 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.base.process import take_cores_back, yield_cores
-from launcher.hub.faults import Backoff, Fault, classify, next_commit_delay_s
+from launcher.hub.faults import Backoff, Fault, classify, next_commit_delay_s, redact
 from launcher.hub.items import Item, UploadSettings
 from launcher.hub.layout import DamagedFileError
 from launcher.hub.remote import Throttle, connect
@@ -48,9 +49,11 @@ class Uploader:
         self._settings = settings
         spool.refuse_links()
         self._journal = spool.read_journal()
-        target = settings.bucket or settings.repo_id
-        if self._journal["target"] != target:  # the user chose another one: what we know is about the old one
-            self._journal.update(target=target, repo_id=None, card={}, last_squash=None, commits_since_squash=0)
+        if self._journal["target"] != settings.target:  # the user chose another one: what we know is about the old one
+            self._journal.update(
+                target=settings.target, repo_id=None, card={}, last_squash=None, commits_since_squash=0, pushed={},
+                failed={}, tags_due=None,
+            )  # fmt: skip
         self._throttle = Throttle(settings.max_bytes_per_s)
         self._target = build_target(settings, self._journal, self._throttle)
         self._status: dict[str, Any] = {"state": "idle"}
@@ -295,7 +298,11 @@ def main(argv: list[str]) -> int:
         uploader = Uploader(spool, settings)
         threading.Thread(target=listen, args=(uploader,), daemon=True).start()
         threading.Thread(target=watch, args=(uploader, spool, parent), daemon=True).start()
-        uploader.run()
+        try:
+            uploader.run()
+        except Exception:  # the next one goes on; uploader.log keeps why
+            print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+            return 1
     return 0
 
 

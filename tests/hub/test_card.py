@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,20 @@ def test_odd_settings_break_nothing(tmp_path: Path, value: Any) -> None:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({key: dict.fromkeys(names, value)}))
         made = build(tmp_path, [checkpoint_item(10, make_checkpoint(tmp_path / key, 10))])
         assert card_problems(made.text, set(metadata.LICENSES)) == []
+
+
+@pytest.mark.parametrize(("best", "shown"), [(10, 10), (None, 20)])
+def test_results_are_those_of_the_saved_model_when_the_best_measured_one_was_not_saved(
+    tmp_path: Path, best: int | None, shown: int
+) -> None:
+    """Evaluated more often than saved, or a save that failed: the card told results of weights that nobody has."""
+    config = make_config(tmp_path)
+    config.checkpoint.load_best_model_at_end = True
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "eval_loss": 0.001}\n')
+    (tmp_path / "run.json").write_text(f'{{"state": "finished", "step": 20, "best_step": {json.dumps(best)}}}')
+    write_model(tmp_path, 1)
+    made = build(tmp_path, [model_item(tmp_path, None)])
+    (metric,) = header_of(made.text)["model-index"][0]["results"][0]["metrics"]
+    assert metric["value"] == 3.1 / shown

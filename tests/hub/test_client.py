@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -14,6 +15,8 @@ import pytest
 from launcher.base.paths import RunPaths
 from launcher.hub import NoHub, build_hub, pending_uploads, pushed_checkpoints, send_left_over
 from launcher.hub.client import SpoolHub
+from launcher.hub.items import Item, UploadSettings
+from launcher.hub.spool import Spool
 from tests.hub.helpers import REPO, make_checkpoint, make_config, wait_until, write_model
 from tests.hub.server import HubServer
 
@@ -237,3 +240,130 @@ def test_left_over_is_sent_when_the_run_is_finished(
     assert any("model is at" in line for line in send_left_over(config, RunPaths(run)))
     assert send_left_over(config, RunPaths(run)) == []
     assert hub.count("POST .*/commit/") == 1
+
+
+def test_checkpoints_are_sent_to_another_repository_when_it_is_chosen_later(
+    hub: HubServer, trainer_env: dict[str, str], tmp_path: Path
+) -> None:
+    """They were taken for sent, because the first repository has them, and listed as on the Hub."""
+    run = tmp_path / "run"
+    for repo in (REPO, "org/other"):
+        sync = make_hub(run, hub_strategy="all_checkpoints", hub_model_id=repo)
+        sync.start()
+        if repo == REPO:
+            for step in (10, 20):
+                sync.checkpoint_committed(step, make_checkpoint(run, step))
+        sync.finish(None)
+        assert set(hub.repos[repo].tags) == {"step-10", "step-20"}
+        assert set(pushed_checkpoints(RunPaths(run))) == {10, 20}
+
+
+# --------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def refusals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """So many times more the disk refuses to queue something. No uploader runs."""
+    left, add = [0], Spool.add
+
+    def full(self: Spool, item: Item) -> Path:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return add(self, item)
+
+    monkeypatch.setattr(Spool, "add", full)
+    monkeypatch.setattr("launcher.hub.client.UploaderProcess.ensure_running", lambda self: None)
+    monkeypatch.setattr("launcher.hub.client.POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("launcher.hub.client.RETRY_INTERVAL_S", 0.0)
+    return left
+
+
+def test_what_a_full_disk_refused_is_queued_in_its_order_when_there_is_room(
+    tmp_path: Path, refusals: list[int]
+) -> None:
+    """It was named once, in the midst of the run, with a command that sends something else, and never sent."""
+    run = tmp_path / "run"
+    sync = make_hub(run, hub_strategy="all_checkpoints")
+    sync.start()
+    refusals[0] = 3
+    sync.checkpoint_committed(10, make_checkpoint(run, 10))
+    assert f"launcher push {run}/checkpoint-10" in sync.poll()[0]  # and the second refusal
+    sync.checkpoint_committed(20, make_checkpoint(run, 20))
+    assert (sync.status()["pending"], sync.status()["failed"]) == ([], ["checkpoint-10", "checkpoint-20"])
+    sync.poll()
+    sync.checkpoint_committed(30, make_checkpoint(run, 30))
+    assert sync.status()["pending"] == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]
+    assert sync.status()["failed"] == []
+
+
+def test_newest_is_enough_when_a_full_disk_refused_several(tmp_path: Path, refusals: list[int]) -> None:
+    run = tmp_path / "run"
+    sync = make_hub(run, hub_strategy="checkpoint")
+    sync.start()
+    refusals[0] = 2
+    for step in (10, 20, 30):
+        sync.checkpoint_committed(step, make_checkpoint(run, step))
+    status = sync.status()
+    assert (status["pending"], status["passed_over"]) == (["checkpoint-30"], ["checkpoint-10", "checkpoint-20"])
+
+
+def test_what_was_refused_to_the_end_is_named_with_its_command(tmp_path: Path, refusals: list[int]) -> None:
+    run = tmp_path / "run"
+    sync = make_hub(run, hub_strategy="all_checkpoints")
+    sync.start()
+    refusals[0] = 10**6
+    for step in (10, 20):
+        sync.checkpoint_committed(step, make_checkpoint(run, step))
+    shutil.rmtree(run / "checkpoint-10")
+    write_model(run, 20)
+    lines = [*sync.poll(), *sync.finish(run, max_wait_s=0.0)]
+    assert any("checkpoint-10 is not pushed" in line for line in lines)
+    assert any(line.endswith(f"launcher push {run}/checkpoint-20") and "was not sent" in line for line in lines)
+    assert any("the final model could not be queued" in line and f"launcher push {run}" in line for line in lines)
+    again = make_hub(run, hub_strategy="all_checkpoints")
+    refusals[0] = 0
+    again.start()
+    assert again.status()["pending"] == ["checkpoint-20"]
+
+
+def test_settings_of_an_earlier_start_are_not_used_when_the_disk_refuses_new_ones(
+    tmp_path: Path, refusals: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may name another repository."""
+    run = tmp_path / "run"
+    make_hub(run, hub_strategy="all_checkpoints").finish(None, max_wait_s=0.0)
+    started: list[str | None] = []
+    monkeypatch.setattr(
+        "launcher.hub.client.UploaderProcess.ensure_running",
+        lambda self: started.append(self._spool.read_settings().repo_id),
+    )
+    write_settings, left = Spool.write_settings, [2]
+
+    def full(self: Spool, settings: UploadSettings) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_settings(self, settings)
+
+    monkeypatch.setattr(Spool, "write_settings", full)
+    sync = make_hub(run, hub_strategy="all_checkpoints", hub_model_id="org/other")
+    sync.start()
+    sync.checkpoint_committed(10, make_checkpoint(run, 10))
+    assert started == []
+    sync.poll()
+    assert started == ["org/other"] and sync.status()["pending"] == ["checkpoint-10"]
+
+
+def test_upload_that_was_damaged_between_two_starts_is_named(tmp_path: Path, refusals: list[int]) -> None:
+    """Its files are the checkpoint's own: what is cut off there is cut off in the queue."""
+    run = tmp_path / "run"
+    sync = make_hub(run, hub_strategy="all_checkpoints")
+    sync.start()
+    sync.checkpoint_committed(10, make_checkpoint(run, 10))
+    sync.finish(None, max_wait_s=0.0)
+    (run / "checkpoint-10/model.safetensors").write_bytes(b"half")
+    (run / "checkpoint-10").rename(run / "checkpoint-10.damaged")
+    again = make_hub(run, hub_strategy="all_checkpoints")
+    again.start()
+    assert any("checkpoint-10 is not pushed: model.safetensors has 4 bytes" in line for line in again.poll())

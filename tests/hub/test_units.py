@@ -12,7 +12,7 @@ from launcher.base.errors import ResumeError, UnsafeFileError
 from launcher.hub.curve import draw_curve
 from launcher.hub.faults import Backoff, classify, next_commit_delay_s, redact, remember_token
 from launcher.hub.fetch import choose_folder, model_files, parse_uri
-from launcher.hub.items import checkpoint_item, model_item
+from launcher.hub.items import UploadSettings, checkpoint_item, model_item
 from launcher.hub.layout import outdated_folders, stale_paths, wanted_files
 from launcher.hub.spool import Spool
 from tests.hub.helpers import make_checkpoint, make_config, prepare_spool, write_model
@@ -188,3 +188,29 @@ def test_model_files_are_those_at_the_top() -> None:
     assert model_files(listed, with_weights=True, with_code=False) == [*here, *weights]
     assert model_files(listed, with_weights=False, with_code=True) == [*here, "modeling.py"]
     assert model_files(["pytorch_model.bin"], with_weights=True, with_code=False) == ["pytorch_model.bin"]
+
+
+def test_card_is_of_the_checkpoint_that_was_pushed_last_when_a_run_began_again(tmp_path: Path) -> None:
+    """Not of the highest step that was ever there: `last-checkpoint/` was replaced."""
+    from launcher.hub.repo import RepoTarget  # imports the client
+
+    journal = {"pushed": {f"checkpoint-{step}": {"step": step} for step in (50, 60)}}
+    target = RepoTarget(None, UploadSettings(str(tmp_path), "checkpoint"), journal)  # type: ignore[arg-type]
+    item = checkpoint_item(10, make_checkpoint(tmp_path, 10))
+    assert target._steps_there([item], [], []) == [10]
+    journal["pushed"]["checkpoint-10"] = {"step": 10}
+    assert target._steps_there([model_item(tmp_path, None)], [], []) == [10]
+
+
+def test_what_a_user_keeps_beside_the_model_of_a_run_is_not_sent(tmp_path: Path) -> None:
+    """Promise 6: `credentials.json` and `token.txt` in output_dir went into the repository with the final model."""
+    make_checkpoint(tmp_path, 10)
+    write_model(tmp_path, 10)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    for name in ("credentials.json", "token.txt", "generation_config.json"):
+        (tmp_path / name).write_text("{}")
+    sent = [file.path for file in model_item(tmp_path, None).files]
+    assert sent == [
+        "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer_config.json",
+    ]  # fmt: skip
