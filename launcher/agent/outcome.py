@@ -8,16 +8,18 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.agent.machine import Ended, Verdict
 from launcher.base import files, json_lines
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, RunLockedError
+from launcher.base.full_disk import rewrite_json
 from launcher.base.paths import CheckpointPaths, RunPaths
 from launcher.base.process import host
 from launcher.base.rank_reports import Report, first_failure, in_words, is_connection_loss
 from launcher.base.stop_requests import read_stop, remove_stop
+from launcher.hub import pending_uploads
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ def judge(paths: RunPaths, attempt: str, machines: Sequence[Ended], *, is_killed
     is_mine = run.get("attempt") == attempt
     asked = _asked(paths)
     if (known := told_by_ranks(paths, attempt)) is not None:
-        return known
+        is_cut_off = known.state == "finished" and any(ended.code for ended in machines)
+        text = "the run is finished; its last process was ended before it had sent everything to the Hub"
+        return replace(known, text=text) if is_cut_off and pending_uploads(paths) else known
     outcome = _failed(paths, machines, asked, is_killed=is_killed)
     _complete(paths, run if is_mine else {}, run, attempt, outcome, machines)
     return outcome
@@ -151,7 +155,7 @@ def _complete(
     error = {"error": outcome.text} if outcome.state == "failed" else {}
     with contextlib.suppress(OSError):  # a full disk, or no output_dir at all
         now = {"step": step, "updated_at": time.time()}
-        files.write_json(paths.run_state, {**known, **before, **fields, **error, **now})
+        rewrite_json(paths.run_state, {**known, **before, **fields, **error, **now})
 
 
 def stopped_early(paths: RunPaths, reason: str) -> Verdict:

@@ -23,7 +23,7 @@ from launcher.agent.interface import check_loopback
 from launcher.agent.machine import Ended, OneMachine, Start, Verdict
 from launcher.agent.outcome import Outcome
 from launcher.agent.requests import Requests
-from launcher.base import files, lock, lock_file
+from launcher.base import files, lock, lock_file, manifest
 from launcher.base.end_report import write_end_report
 from launcher.base.errors import EXIT_DONE, EXIT_STOPPED, MachinesError, RankFailedError, UserError
 from launcher.base.forks import Fork
@@ -173,10 +173,19 @@ class _Supervisor:
         return Start(number, uuid.uuid4().hex, free_port(), is_restart=number > 0)
 
     def _finished(self) -> Verdict | None:
-        if is_finished(self._config, self._paths):
-            check_unchanged(self._config, self._paths)
-            text = f"{self._paths.root} is finished: nothing to do. Its model is in that folder"
+        if not is_finished(self._config, self._paths):
+            return None
+        check_unchanged(self._config, self._paths)
+        root = self._paths.root
+        if manifest.holds_model(root):
+            text = f"{root} is finished: nothing to do. Its model is in that folder"
             return Verdict(EXIT_DONE, text, state="finished")
+        if outcome.newest_checkpoint(self._paths) is None:
+            raise UserError(
+                f"{root} is finished, but its model is not in that folder any more, and no checkpoint is. To train it "
+                "again from the start: checkpoint.resume_from_checkpoint=never"
+            )
+        self._tell(f"{root} is finished, but its model is not in that folder any more: it is taken from a checkpoint")
         return None
 
     def _check_free(self) -> None:

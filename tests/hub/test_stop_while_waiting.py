@@ -15,6 +15,7 @@ import pytest
 
 from launcher.base import files, lock_file
 from launcher.base.paths import RunPaths
+from launcher.hub import pending_uploads
 from tests.distributed.runs import Lab, kill, log_text, settings, wait_until, write_rows
 from tests.distributed.zygote import Zygote, environment
 from tests.faults.launches import launched
@@ -121,3 +122,22 @@ def test_start_of_a_finished_run_ends_at_once_when_it_waits_for_the_hub(
     assert process.returncode == 0 and time.monotonic() - started < _SOON_S, text
     assert "not sent yet" in text and "launcher push" in text and "Traceback" not in text
     assert not paths.stop_file.exists() and uploaders(paths.root) == []
+
+
+def test_what_is_pending_is_sent_by_the_agent_when_the_last_process_is_killed_while_it_waits(
+    lab: Lab, hub: HubServer, env: dict[str, str]
+) -> None:
+    """Exit code 0 and not a word: nobody learnt that something had not arrived."""
+    root = lab.folder / "killed-while-waiting"
+    blocked = hub.fail("POST .*/commit/", hang=120.0, times=None)
+    overrides = [o for o in lab.overrides(root, "ddp", *_PUSH) if not o.startswith("launch.num_processes")]
+    with launched([*overrides, "launch.num_processes=3"], root, env) as run:
+        wait_until(lambda: run.run_state().get("state") == "finished", "the end of training")
+        wait_until(lambda: bool(blocked.hits), "the first commit")
+        wait_until(lambda: len(run.ranks()) == 1, "the end of the others")
+        hub.heal()
+        kill(run.ranks())
+        assert run.wait() == 0, run.text()
+        assert "was ended before it had sent everything to the Hub" in run.text()
+    assert set(hub.repos[REPO].tags) == {"step-2", "step-4"} and not pending_uploads(RunPaths(root))
+    assert hub.read(REPO, "model.safetensors") == (root / "model.safetensors").read_bytes()

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from launcher.agent import outcome
+from launcher.agent.attempt import Attempt
 from launcher.agent.command import accelerate_command
 from launcher.agent.supervise import check_unchanged, is_finished, run
 from launcher.base.errors import UserError
@@ -218,3 +219,32 @@ def test_stop_whose_save_failed_is_no_success(tmp_path: Path) -> None:
     found = outcome.judge(RunPaths(tmp_path), "a", [])
     assert (found.state, found.reason, found.exit_code, found.text) == ("interrupted", "signal", 1, "steps are lost")
     assert json.loads(RunPaths(tmp_path).run_state.read_text()) == told
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "model-00002-of-00002.safetensors"])
+def test_finished_run_is_not_called_done_when_its_model_is_gone(
+    tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said that the model was in the folder. A checkpoint has it, so the same command puts it there again."""
+    config = RunConfig(output_dir=str(tmp_path / "run"), train=TrainConfig(max_steps=20))
+    config.launch.num_processes = 1
+    paths = finished_run(tmp_path / "run", config)
+    names = ["config.json", "model.safetensors"]
+    if lost.startswith("model-"):
+        names = ["config.json", "model-00001-of-00002.safetensors", lost]
+        index = {"weight_map": {"a": names[1], "b": names[2]}}
+        (paths.root / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in names:
+        (paths.root / name).write_bytes(b"{}")
+    monkeypatch.setattr(Attempt, "run", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setenv("LAUNCHER_REPORT", "0")
+    assert run(config, []) == 0
+    assert "nothing to do. Its model is in that folder" in capsys.readouterr().out
+    (paths.root / lost).unlink()
+    with pytest.raises(UserError, match="its model is not in that folder any more, and no checkpoint is"):
+        run(config, [])
+    paths.checkpoint_dir(20).mkdir()
+    (paths.checkpoint_dir(20) / "manifest.json").write_text("{}")
+    with pytest.raises(pytest.fail.Exception, match="it was started"):
+        run(config, [])
+    assert "it is taken from a checkpoint" in capsys.readouterr().err
