@@ -20,7 +20,10 @@ _MAX_NAMED = 5
 
 
 def list_checkpoints(root: Path) -> list[dict[str, Any]]:
-    """One entry per `checkpoint-N` folder of ours, by rising step; reads manifests and small JSON files only."""
+    """One entry per `checkpoint-N` folder of ours, by rising step; reads manifests and small JSON files only.
+
+    Of the other files it sees that they are there, at their length; their bytes are `launcher verify`'s.
+    """
     paths = RunPaths(root)
     info = files.read_json_or(paths.run_state, {})
     pushed = (as_of_now(info.get("hub"), paths) or {}).get("pushed") or []
@@ -34,6 +37,9 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
             continue
         except DamagedCheckpointError as error:
             rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {printable(error)}"})
+            continue
+        if problems := manifest.structural_problems(folder, found):
+            rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {printable(problems[0])}"})
             continue
         judged = evaluations.read(paths, step) if step in evaluated else None
         trainer = files.read_json_or(CheckpointPaths(folder).trainer_state, {}, files.MAX_HISTORY_BYTES)
