@@ -193,7 +193,9 @@ def _wait(module: str, orders: int, parent: int, meanwhile: Callable[[], object]
         if not isinstance(end.code, int | None):
             print(end.code, file=sys.stderr)
     except BaseException:
-        traceback.print_exc()
+        from launcher.base.secrets import redacted
+
+        print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
     finally:
         try:
             atexit._run_exitfuncs()

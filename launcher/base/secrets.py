@@ -167,13 +167,13 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _secrets_of_environment() -> list[str]:
-    """Values of variables that are named like secrets, where they are long and odd enough not to be plain words."""
-    return [
-        value
-        for name, value in os.environ.items()
-        if len(value) >= 8 and not (value.isalpha() and value.islower() and len(value) < 12)
-        and _is_named_secret(f"launch.env.{name}", value)
-    ]  # fmt: skip
+    """Values of variables that are named like secrets, and passwords in URLs (DATABASE_URL, HF_ENDPOINT, HTTPS_PROXY),
+    where they are long and odd enough not to be plain words."""
+    long = [(name, value) for name, value in os.environ.items() if len(value) >= 8]
+    found = [value for name, value in long if _is_named_secret(f"launch.env.{name}", value)]
+    in_urls = [m["value"] for _, value in long if "@" in value for m in _URL_PASSWORD.finditer(value)]
+    found += [value for value in in_urls if not _is_reference(value)]
+    return [v for v in found if len(v) >= 8 and not (v.isalpha() and v.islower() and len(v) < 12)]
 
 
 # --------------------------------------------------------------------------- names

@@ -51,9 +51,9 @@ def main() -> None:
             evaluate = evaluate or build(alone(compose_arguments(["--config-file", str(paths.config)])), paths, step)
             evaluations.write(paths, evaluate(step))
         except BaseException as error:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr)
             where, is_users_code = where_raised(error)
-            answer["error"] = redacted(f"{type(error).__name__}: {error}"[:500]) + (
+            answer["error"] = redacted(f"{type(error).__name__}: {error}")[:500] + (
                 f" ({where})" if is_users_code else ""
             )
         print(f"\n{json.dumps(answer)}", file=answers, flush=True)  # whatever start-up code has printed ends there

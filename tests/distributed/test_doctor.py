@@ -104,6 +104,19 @@ def test_doctor_asks_the_hub_who_we_are(
     assert "nobody is logged in" in nobody
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "hub.invalid"])
+def test_doctor_shows_no_password_of_the_endpoint(address: str, tmp_path: Path) -> None:
+    """Promise 6: what it says goes into a report of a problem."""
+    env = {**os.environ, "HF_ENDPOINT": f"http://me:hunter2hunter2@{address}", "HF_HOME": str(tmp_path)}
+    for offline in ("0", "1"):
+        code = "from launcher.hub import login_state as ask; print(ask())"
+        shown = subprocess.run(
+            [sys.executable, "-c", code], env={**env, "HF_HUB_OFFLINE": offline}, capture_output=True, text=True,
+            check=True, timeout=60,
+        ).stdout  # fmt: skip
+        assert address in shown and "hunter2" not in shown
+
+
 def test_doctor_says_what_the_file_system_lacks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,18 @@ def test_secret_of_the_environment_is_found_under_any_name(monkeypatch: pytest.M
     assert redacted("training goes on") == "training goes on"
 
 
+def test_password_of_an_address_in_the_environment_is_found_without_its_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A driver tells what it could not use: `invalid port: 'correct-horse-9@hub.intern'`."""
+    for name in ("HF_ENDPOINT", "HTTPS_PROXY", "DB"):
+        monkeypatch.setenv(name, "https://me:correct-horse-9@hub.intern/rows")
+        assert redacted("nonnumeric port: 'correct-horse-9@hub.intern'") == "nonnumeric port: '***@hub.intern'"
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", "https://me@hub.intern:8443/x")
+    assert redacted("nonnumeric port: 'correct-horse-9'") == "nonnumeric port: 'correct-horse-9'"
+
+
 def test_text_stays_as_it_is_when_it_holds_no_secret() -> None:
     text = "checkpoint.save_total_limit must be at least 1 (got 0). To keep no checkpoints: checkpoint=off"
     assert redacted(text) == text
