@@ -149,8 +149,10 @@ class Attempt:
         return {int(rank): int(number) for rank, number in _FAILED_RANK.findall(output)}
 
     def _stack_bytes(self, rank: int) -> int:
-        path = self._paths.stacks(rank)
-        return path.stat().st_size if path.exists() else 0
+        try:
+            return self._paths.stacks(rank).stat().st_size
+        except OSError:
+            return 0
 
     def _where_it_hung(self, rank: int, size_before: int) -> tuple[bool, str] | None:
         """As in `Ended.hung`; None where it did not hang."""
@@ -173,6 +175,10 @@ def where_it_stood(stacks: str) -> tuple[bool, str]:
 
 
 def _text_from(path: Path, start: int) -> str:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read().decode(errors="replace")
+    """Empty where it cannot be read: a disk that failed must not hide what the ranks have told of it."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""

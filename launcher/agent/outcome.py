@@ -177,8 +177,11 @@ def give_up(paths: RunPaths, attempt: str, text: str) -> None:
 
 
 def newest_checkpoint(paths: RunPaths) -> int | None:
-    """The step of the newest one that was committed."""
-    steps = [step for step, folder in paths.checkpoint_dirs() if CheckpointPaths(folder).manifest.is_file()]
+    """The step of the newest one that was committed; None also where the disk does not answer."""
+    try:
+        steps = [step for step, folder in paths.checkpoint_dirs() if CheckpointPaths(folder).manifest.is_file()]
+    except OSError:
+        return None
     return max(steps, default=None)
 
 

@@ -16,11 +16,11 @@ def rewrite_json(path: Path, value: Any) -> None:
 
     How a run ended has to be told then, too. A power cut in that moment may leave half of each.
     """
-    data = (json.dumps(value, indent=2) + "\n").encode()
     try:
-        files.replace_file(path, data)
+        files.write_json(path, value)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not _overwrite(path, data):
+        shortest = json.dumps(value, separators=(",", ":")).encode()
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not _overwrite(path, shortest):
             raise
 
 

@@ -59,7 +59,10 @@ class Timeline:
 
 def note_ended(paths: RunPaths, attempt: str, began: float, outcome: Mapping[str, Any]) -> None:
     """For who watches the ranks: all of them are gone. `outcome`: state, reason, text."""
-    if not paths.logs_dir.is_dir():
+    try:
+        if not paths.logs_dir.is_dir():
+            return
+    except OSError:  # the disk has failed
         return
     text = redacted(str(outcome.get("text") or "").strip().partition("\n")[0])[:_MAX_TEXT]
     state, reason = outcome.get("state"), outcome.get("reason")

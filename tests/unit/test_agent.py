@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import sys
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.agent import outcome
+from launcher.agent import attempt, outcome
 from launcher.agent.attempt import Attempt
 from launcher.agent.command import accelerate_command
 from launcher.agent.supervise import check_unchanged, is_finished, run
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths
+from launcher.base.timeline import note_ended
 from launcher.config.changes import changed_settings
 from launcher.config.settings import DataConfig, RunConfig, TrainConfig, to_dict
 
@@ -248,3 +250,20 @@ def test_finished_run_is_not_called_done_when_its_model_is_gone(
     with pytest.raises(pytest.fail.Exception, match="it was started"):
         run(config, [])
     assert "it is taken from a checkpoint" in capsys.readouterr().err
+
+
+def test_what_the_ranks_told_is_not_hidden_when_the_disk_of_the_run_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent ended with an error of its own about agent.log, and nobody heard that the model was not written."""
+
+    def failed(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    paths = RunPaths(tmp_path)
+    for name in ("open", "stat", "is_dir"):
+        monkeypatch.setattr(Path, name, failed)
+    assert attempt._text_from(paths.agent_log(), 0) == ""
+    assert Attempt(RunConfig(output_dir=str(tmp_path)), paths, [])._stack_bytes(0) == 0
+    assert outcome.newest_checkpoint(paths) is None
+    note_ended(paths, "a", 0.0, {"state": "failed"})
