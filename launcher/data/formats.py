@@ -6,8 +6,9 @@ Nothing gets a second BOS or EOS. Loss falls on completions and on assistant tur
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -331,7 +332,11 @@ class Formatter:
         """A BatchEncoding."""
         if not texts:
             return {"input_ids": []}
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+        with _as_it_came(self.tokenizer):
+            batch = self.tokenizer(
+                texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+            )
+        return batch
 
     def _mask(self, item: Rendered, batch: Any, place: int, prompt_ids: list[int] | None) -> np.ndarray:
         """Which tokens of the row at `place` of a batch bear loss: those that hold any character that does."""
@@ -379,6 +384,22 @@ class Formatter:
             if self.tokenizer.decode([token]).strip():
                 return None
         return None
+
+
+@contextlib.contextmanager
+def _as_it_came(tokenizer: Any) -> Iterator[None]:
+    """A call takes out of a tokenizer what its file says of cutting and padding (transformers,
+    set_truncation_and_padding). Checkpoints of a run that had to tokenise would not have it, those of one that found
+    its data in the cache would."""
+    backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    truncation, padding = (backend.truncation, backend.padding) if backend is not None else (None, None)
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
 
 
 def _text(row: dict[str, Any], key: str) -> str:

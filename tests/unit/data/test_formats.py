@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import time
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from launcher.base.errors import ConfigError
 from launcher.data.formats import BadRowError, Encoded, Formatter
@@ -34,6 +36,21 @@ def pieces(tokenizer: Any, encoded: Encoded) -> list[tuple[bool, str]]:
 
 def as_chat(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
+
+
+def test_a_tokenizer_is_saved_as_it_came_when_its_file_says_how_to_cut_and_pad(tokenizer: Any, tmp_path: Path) -> None:
+    """As those of many fine-tuned models do; a run that finds its data in the cache tokenises nothing."""
+    tokenizer.backend_tokenizer.enable_truncation(8, stride=1)
+    tokenizer.backend_tokenizer.enable_padding(pad_id=256, pad_token="<|pad|>", length=8)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "before")
+    assert loaded.backend_tokenizer.truncation is not None and loaded.backend_tokenizer.padding is not None
+    encoded = encode(loaded, chat("hi", "yo", "a longer question", "an answer"))
+    assert len(encoded.tokens) > 30
+    loaded.save_pretrained(tmp_path / "after")
+    for path in (tmp_path / "before").iterdir():
+        assert path.read_bytes() == (tmp_path / "after" / path.name).read_bytes(), path.name
 
 
 # ---------------------------------------------------------------------- messages
