@@ -12,7 +12,7 @@ import torch
 
 from launcher.base.errors import ConfigError
 
-_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|pos_emb\w*)$")
+_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|positions_embed|position_embeddings?(\.embedding)?|pos_(emb|enc)\w*)$")
 
 
 def check_positions(
@@ -32,7 +32,7 @@ def check_positions(
         ConfigError: the model looks positions up in a table, and the row goes beyond its end; or a long row in a pack
             would change the positions of the others.
     """
-    limit = _table_size(module)
+    limit = _table_size(module, config)
     if limit is not None and longest > limit:
         raise ConfigError(
             [
@@ -54,7 +54,9 @@ def check_positions(
                 f"{what}for all rows of a micro-batch where one has more than {switch[1]}, as in transformers. To "
                 "train each row as it is alone: train.per_device_train_batch_size=1"
             )
-    known = getattr(config, "max_position_embeddings", None)  # with scaled rotary positions: of the scaled model
+    known = getattr(
+        config.get_text_config(), "max_position_embeddings", None
+    )  # with scaled rotary positions: of the scaled model
     if limit is not None or not isinstance(known, int) or longest <= known:
         return notices
     return [
@@ -103,9 +105,24 @@ def _forget_after_each_forward(part: torch.nn.Module) -> None:
     part.register_forward_hook(restore, always_call=True)
 
 
-def _table_size(module: torch.nn.Module) -> int | None:
-    """How many positions a table of learnt ones has; None for rotary positions, ALiBi and models without any."""
+def _table_size(module: torch.nn.Module, config: Any) -> int | None:
+    """How many positions a table has, of learnt ones or computed once; None for rotary positions, ALiBi and models
+    without any."""
+    others = _models_beside_text(module, config)
     for name, part in module.named_modules():
-        if isinstance(part, torch.nn.Embedding) and _TABLE.search(name):
-            return part.num_embeddings - int(getattr(part, "offset", 0))
-    return None
+        if isinstance(part, torch.nn.Embedding) and _TABLE.search(name) and not name.startswith(others):
+            first = int(getattr(part, "offset", 0))
+            if type(part) is torch.nn.Embedding and part.padding_idx is not None:  # RoBERTa's begin behind padding's
+                first = part.padding_idx + 1
+            return part.num_embeddings - first
+    tables = {name: buffer for name, buffer in module.named_buffers() if buffer.ndim == 2 and _TABLE.search(name)}
+    return next((len(table) for name, table in tables.items() if not name.startswith(others)), None)
+
+
+def _models_beside_text(module: torch.nn.Module, config: Any) -> tuple[str, ...]:
+    """Beginnings of the names of what sees images or hears: their positions are those of patches and frames."""
+    from transformers import PreTrainedModel
+
+    kinds = {config.model_type, config.get_text_config().model_type}
+    parts = [(name, part) for name, part in module.named_modules() if isinstance(part, PreTrainedModel)]
+    return tuple(f"{name}." for name, part in parts if name and part.config.model_type not in kinds)

@@ -29,6 +29,46 @@ def test_a_row_is_refused_when_positions_are_a_table(model_type: str, more: dict
         found(model_type, 25, max_position_embeddings=24, **more)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "more", "limit"),
+    [
+        ("openai-gpt", {"n_positions": 24}, 24),
+        ("gptj", {"n_positions": 24, "rotary_dim": 4, "n_inner": 16}, 24),
+        ("codegen", {"n_positions": 24, "rotary_dim": 4, "num_attention_heads": 4}, 24),
+        ("ctrl", {"n_positions": 24, "dff": 16}, 24),
+        ("roberta", {"is_decoder": True, "max_position_embeddings": 24, "pad_token_id": 1, "intermediate_size": 16},
+         22),
+        ("reformer", {"is_decoder": True, "axial_pos_embds": False, "max_position_embeddings": 24,
+                      "attn_layers": ["local"], "feed_forward_size": 16, "attention_head_size": 8}, 24),
+    ],
+)  # fmt: skip
+def test_a_row_is_refused_whatever_the_table_is_called(model_type: str, more: dict[str, Any], limit: int) -> None:
+    """A row that is longer ends a run with an IndexError, wherever it comes; one of that length does not."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, **more}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+    assert check_positions(model, model.config, limit, lambda: "rows.jsonl:7") == []
+    with pytest.raises(ConfigError, match=f"has only {limit} positions"):
+        check_positions(model, model.config, limit + 1, lambda: "rows.jsonl:7")
+    model(torch.full((1, limit), 5))
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        model(torch.full((1, limit + 1), 5))
+
+
+_TEXT = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
+         "num_key_value_heads": 1, "intermediate_size": 16}  # fmt: skip
+_IMAGES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+           "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+def test_the_positions_of_images_are_no_limit_of_a_text() -> None:
+    """Gemma 3's images have 4096 patches, and a table of that many positions."""
+    config = AutoConfig.for_model("gemma3", text_config={**_TEXT, "max_position_embeddings": 64}, vision_config=_IMAGES)
+    model = AutoModelForCausalLM.from_config(config)
+    assert any("position_embedding" in name for name, _ in model.named_modules())
+    assert check_positions(model, config, 64, lambda: "rows.jsonl:7") == []
+    assert "than the 64 positions" in check_positions(model, config, 65, lambda: "rows.jsonl:7")[0]
+
+
 def test_a_row_is_said_when_positions_are_rotary() -> None:
     more = {"intermediate_size": 16, "max_position_embeddings": 24}
     assert found("llama", 24, **more) == []
