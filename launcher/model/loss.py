@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from launcher.base.targets import targets_of
 from launcher.model import _transformers
 from launcher.model.fused_head import TARGETS, maybe_fuse_head
+from launcher.model.leaks import evaluating
+
+_NUM_TRIED = 8
+"""Tokens."""
 
 
 class Losses(NamedTuple):
@@ -66,16 +71,53 @@ def build_loss(
             f"{base.config.model_type}: its forward pass does not end with its head, so all logits of a micro-batch "
             "are held at once (train.fused_loss has no effect)"
         )
+    notices += _left_out(base, device)
     return partial(summed_loss, is_fused=has_fused), notices
+
+
+_ROUTER = ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient", "moe_loss_weight")
 
 
 def router_coefficient(model: nn.Module) -> float:
     """By how much transformers scales a model's router loss before it adds it (`output_router_logits=true`)."""
-    settings = getattr(model, "module", model).config
-    for name in ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient"):
-        if isinstance(value := getattr(settings, name, None), (int, float)):
-            return float(value)
-    return 0.0
+    numbers = _numbers(getattr(model, "module", model).config)
+    return next((float(numbers[name]) for name in _ROUTER if name in numbers), 0.0)
+
+
+def _numbers(config: Any) -> dict[str, int | float]:
+    """Fields of a model's config that hold a number, also those of the parts that it consists of (DBRX)."""
+    parts = [config, config.get_text_config(), getattr(config, "ffn_config", None)]
+    found = {name: value for part in reversed(parts) if part is not None for name, value in vars(part).items()}
+    return {
+        name: value for name, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+@torch.no_grad()
+def _left_out(base: Any, device: torch.device) -> list[str]:
+    """A notice of what transformers adds to an architecture's loss beside the cross entropy and the router loss, where
+    its config asks for such a thing: Bamba's z-loss. Measured, since a field alone need not have an effect. Collective.
+    """
+    numbers = {name: value for name, value in _numbers(base.config).items() if name not in _ROUTER}
+    fields = [f"{name}={value}" for name, value in numbers.items() if "loss" in name and value]
+    if not fields:
+        return []
+    ids = torch.arange(_NUM_TRIED, device=device)[None] % base.config.get_text_config().vocab_size
+    with evaluating(base):
+        try:
+            outputs = base(input_ids=ids, labels=ids, use_cache=False)
+            ours = float(nn.functional.cross_entropy(outputs.logits[0, :-1].float(), ids[0, 1:]))
+            theirs = float(outputs.loss)
+        except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError):
+            return []  # it has no loss of that kind
+    if isinstance(router_loss := getattr(outputs, "aux_loss", None), Tensor):
+        ours += router_coefficient(base) * float(router_loss)
+    if math.isclose(ours, theirs, rel_tol=1e-5):
+        return []
+    return [
+        f"{base.config.model_type}: transformers has more in the loss than is trained on here, which is the cross "
+        f"entropy of the labelled tokens ({theirs:.6g}, not {ours:.6g}). Its config has {', '.join(fields)}"
+    ]
 
 
 def takes_padding(model: nn.Module, device: torch.device) -> bool:

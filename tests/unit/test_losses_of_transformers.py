@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.base.errors import ConfigError
 from launcher.config.settings import RunConfig
 from launcher.data.rows import collate, to_device
 from launcher.model.attention import Attention, settle_attention
-from launcher.model.loss import build_loss
+from launcher.model.loss import build_loss, router_coefficient
 from tests.every_architecture import NAMES, VOCAB_SIZE, small_model
 
 _CPU = torch.device("cpu")
@@ -117,6 +118,47 @@ def test_loss_is_that_of_transformers_whatever_the_architecture() -> None:
             problems[kind] = repr(error)[:300]
     assert not problems
     assert num_left_out <= _NOT_SMALL
+
+
+_DBRX = {
+    "vocab_size": VOCAB_SIZE, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "resid_pdrop": 0.0,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+    "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": 0.5},
+}  # fmt: skip
+
+
+def with_router_loss(kind: str, **fields: Any) -> tuple[float, float, list[str]]:
+    """(transformers' loss, ours, notices) where the config asks for the router loss."""
+    if kind == "dbrx":
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_DBRX))
+    else:
+        model = small_model(kind, **fields)
+    model.config.output_router_logits = True
+    expected = loss_of_transformers(model.eval(), kind)
+    ours, notices = build_loss(model, _CPU, is_fused=True)
+    with torch.no_grad():
+        found = ours(model, to_device(batch(), _CPU))
+    router = 0.0 if found.router_loss is None else router_coefficient(model) * float(found.router_loss)
+    return expected, float(found.loss_sum) / found.num_labelled + router, notices
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["dbrx", "jetmoe", "mixtral", "gpt_oss", "granitemoe"])
+def test_the_router_loss_has_the_weight_that_transformers_gives_it(kind: str) -> None:
+    """DBRX names it otherwise, in a part of its config."""
+    expected, found, notices = with_router_loss(kind)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert notices == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_of_transformers_loss_is_named_when_it_is_not_trained_on() -> None:
+    expected, found, notices = with_router_loss("bamba", z_loss_coefficient=0.1)
+    assert found < expected * 0.9
+    assert len(notices) == 1 and "bamba: transformers has more in the loss" in notices[0]
+    assert "z_loss_coefficient=0.1" in notices[0]
+    assert with_router_loss("bamba")[2] == []
 
 
 @pytest.mark.filterwarnings("ignore")
