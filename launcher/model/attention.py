@@ -57,8 +57,9 @@ def own_attention(device: torch.device) -> OwnAttention | None:
 
 
 def settle_attention(
-    config: RunConfig, model: Any, accelerator: Any, vocab_size: int, name: str, known: dict[str, Any] | None = None
-) -> Attention:
+    config: RunConfig, model: Any, accelerator: Any, vocab_size: int, name: str, known: dict[str, Any] | None = None,
+    *, longest_row: int = 0,
+) -> Attention:  # fmt: skip
     """Puts our attention in the place of sdpa or eager where the model allows it, and checks packs. Collective.
 
     Args:
@@ -66,6 +67,7 @@ def settle_attention(
         name: the attention that it was built with.
         known: `Attention.setting` of the checkpoint that the run continues: what was found exact then is not
             measured again, since rounding differs with the weights and a continued run must not change.
+        longest_row: its tokens; 0: only short packs are looked at.
 
     Raises:
         ConfigError: the model is not causal, or `data.packing` is set and it does not keep the rows of a pack apart.
@@ -77,8 +79,13 @@ def settle_attention(
     def keeps_rows_apart(kernel: str, *, has_borders: bool) -> None:
         if known == {"name": kernel, "is_flat": has_borders}:
             return
+        is_ours = own is not None and kernel == own.NAME  # and no layer asks for what it does not see, such as chunks
+        pack_length = 0 if is_ours else data.max_length * (config.train.micro_batch_size if has_borders else 1)
         kind = base.config.model_type
-        check_packing(model, vocab_size, device, kind, has_borders=has_borders, is_exact=is_exact)
+        check_packing(
+            model, vocab_size, device, kind, has_borders=has_borders, is_exact=is_exact, pack_length=pack_length,
+            row_length=longest_row,
+        )  # fmt: skip
 
     with accelerator.autocast():  # flash attention takes no fp32
         if known is None:

@@ -7,6 +7,7 @@ fp32, TF32 and bf16, and mixtures of experts.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -133,11 +134,32 @@ def padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
     }
 
 
-def log_probs(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, torch.dtype]:
+def log_probs(
+    model: Any, inputs: Mapping[str, Any], positions: Sequence[int] | None = None
+) -> tuple[Tensor, torch.dtype]:
     """Of a micro-batch, in fp32, and the dtype of its logits: in bf16 a step of a log probability is as large as some
-    leaks."""
-    logits: Tensor = model(**inputs, use_cache=False).logits
+    leaks.
+
+    Args:
+        positions: those that are wanted; None: all. The logits of others are not made where the model takes that.
+    """
+    if positions is None:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    else:
+        chosen = torch.tensor(positions, device=inputs["input_ids"].device)
+        if _takes_positions(model):
+            logits = model(**inputs, use_cache=False, logits_to_keep=chosen).logits
+        else:
+            logits = model(**inputs, use_cache=False).logits.index_select(1, chosen)
     return logits.float().log_softmax(-1).clamp_(min=_LEAST), logits.dtype
+
+
+def _takes_positions(model: Any) -> bool:
+    """Whether the model that others wrap makes only the logits that are asked for."""
+    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def rounded_to(dtype: torch.dtype, *, is_exact: bool) -> torch.dtype:

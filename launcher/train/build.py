@@ -225,7 +225,7 @@ def build_run(
     try_quantised(config, model, accelerator, len(tokenizer))
     attention = settle_attention(
         config, model, accelerator, len(tokenizer), built.attn_implementation,
-        known=point.state["settings"].get("attention") if point is not None else None,
+        known=point.state["settings"].get("attention") if point is not None else None, longest_row=data.longest,
     )  # fmt: skip
     notices += compared_late(config, point, settings, {"attention": attention.setting()})
     data.use_flat_batches(attention.is_flat, is_rounded=takes_padding(model, accelerator.device))

@@ -105,6 +105,43 @@ def test_the_answer_is_the_same_when_forward_rounds_to_bf16(name: str, is_autoca
             check_packing(model, 200, cpu, name, is_exact=False)
 
 
+_COUNTED = {
+    "llama4_text": {
+        **{k: v for k, v in _LINEAR.items() if "linear" not in k}, "intermediate_size_mlp": 48, "num_local_experts": 4,
+        "interleave_moe_layer_step": 2, "attention_chunk_size": 64, "floor_scale": 64,
+    },
+    "minimax_m3_vl_text": {
+        **{k: v for k, v in _LINEAR.items() if "linear" not in k}, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "dense_intermediate_size": 48, "index_block_size": 32, "index_topk_blocks": 2, "index_head_dim": 8,
+        "index_n_heads": 2, "layer_types": ["full_attention", *["minimax_m3_sparse"] * 3],
+    },
+}  # fmt: skip
+"""Architectures that count tokens from the beginning of a pack, in chunks or blocks, here of a few tokens."""
+
+
+@pytest.mark.filterwarnings("ignore")  # kernels that are not installed
+@pytest.mark.parametrize("name", _COUNTED)
+def test_architecture_is_refused_when_only_long_packs_differ(name: str) -> None:
+    """Llama 4's chunks are 8,192 tokens long: what is seen of a few tokens is exact, and of longer packs it is not."""
+    model, cpu = build({"model_type": name, **_COUNTED[name]}, "eager"), torch.device("cpu")
+    give_positions_to_masks(model, model, cpu)
+    check_packing(model, 200, cpu, name)
+    check_packing(model, 200, cpu, name, pack_length=30, row_length=30)
+    with pytest.raises(
+        ConfigError, match=rf"data\.packing=true: {name} .* in a pack of .* tokens .*data\.max_length below 200"
+    ):
+        check_packing(model, 200, cpu, name, pack_length=200, row_length=80)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in _MORE_LEAKING])
+def test_long_packs_are_accepted_when_their_rows_are_kept_apart(name: str, dtype: torch.dtype) -> None:
+    model, cpu = build({**model_config(name), "max_position_embeddings": 300}, "eager").to(dtype), torch.device("cpu")
+    give_positions_to_masks(model, model, cpu)
+    check_packing(model, 200, cpu, name, pack_length=600, row_length=250, is_exact=dtype == torch.float32)
+
+
 def _round_by_group(model: Any) -> None:
     """As kernels do on CUDA in bf16: a product is rounded otherwise where an expert has another number of tokens."""
     for name, part in model.named_modules():
