@@ -65,6 +65,14 @@ class Encoded:
     unused: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What a template prints around an answer to a question: before it, as a generation prompt does, and behind it."""
+
+    header: str
+    tail: str
+
+
 @dataclass
 class Formatter:
     """Validates, renders and tokenises rows.
@@ -86,6 +94,7 @@ class Formatter:
     day: str | None = None
     _template: ChatTemplate | None = field(init=False, default=None)
     _headers: dict[tuple[str, ...], str] = field(init=False, default_factory=dict)
+    _frames: dict[tuple[str, ...], Frame] = field(init=False, default_factory=dict)
     _special_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,6 +123,7 @@ class Formatter:
     def forget(self) -> None:
         """Drops what was learnt from earlier rows, so that the next ones do not depend on them."""
         self._headers.clear()
+        self._frames.clear()
 
     # ------------------------------------------------------------------ render
 
@@ -244,7 +254,11 @@ class Formatter:
             # What comes after the loop: Phi-3's EOS.
             pieces = [*pieces[:-1], (pieces[-1][0], len(chat.text))]
         end = self._end_of(row, turns, chat, i, pieces[0][1])
-        return [(self._start_of(row, turns, chat, i), end), *pieces[1:]]
+        spans = [(self._start_of(row, turns, chat, i), end), *pieces[1:]]
+        tail, (low, high) = self._frame(row).tail, spans[-1]
+        if tail and chat.text.startswith(tail, high):  # Jamba's <|eom|> is printed when the loop is at the next message
+            spans[-1] = low, high + len(tail)
+        return spans
 
     def _start_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> int:
         """Where the model begins to write turn i: behind what a generation prompt holds of it.
@@ -255,7 +269,12 @@ class Formatter:
         if not chat.turns[i]:
             return self._span_by_prefix(row, turns, chat, i)[0]
         start, end = chat.turns[i][0]
-        return start + common_length(self._header(row, turns, chat, i), chat.text[start:end])
+        text, header = chat.text[start:end], self._header(row, turns, chat, i)
+        if not header or not text.startswith(header):
+            # DiffusionGemma's prompt leaves out after a tool what it prints in the conversation; some print it always.
+            usual = self._frame(row).header
+            header = usual if text.startswith(usual) else header
+        return start + common_length(header, text)
 
     def _end_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int, end: int) -> int:
         """Where the model ends what it writes first of turn i.
@@ -289,23 +308,45 @@ class Formatter:
 
     def _header(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> str:
         """What the template prints to ask for turn i: the same after every turn of one role."""
-        before = turns[i - 1]["role"] if i else ""
-        key = (before, kwargs_key(template_kwargs(row)), str(bool(row.get("tools"))))
+        key = (turns[i - 1]["role"] if i else "", *_frame_key(row))
         if key not in self._headers:
-            asked = turns[:i] or [{"role": "user", "content": turns[i].get("content") or "?"}]
             try:
-                prompt = self._chat(row, asked, add_generation_prompt=True).text
-                plain = self._chat(row, asked).text.removesuffix(self.tokenizer.eos_token or "")  # Phi-3's
+                self._headers[key] = self._new_header(row, turns, chat, i)
             except BadRowError:  # some templates refuse a conversation that ends there
-                return next((header for known, header in self._headers.items() if known[1:] == key[1:]), "")
-            start = chat.turns[i][0][0]
-            is_beginning = i > 0 and prompt[:start] == chat.text[:start]
-            header = prompt[start:] if is_beginning else prompt[common_length(plain, prompt) :]
-            if not header:  # DiffusionGemma's prompt leaves out after a tool what it prints in the conversation
-                others = (known for names, known in self._headers.items() if names[1:] == key[1:])
-                header = next((known for known in others if known and chat.text.startswith(known, start)), "")
-            self._headers[key] = header
+                return self._frame(row).header
         return self._headers[key]
+
+    def _new_header(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> str:
+        asked = turns[:i] or [{"role": "user", "content": turns[i].get("content") or "?"}]
+        prompt = self._chat(row, asked, add_generation_prompt=True).text
+        plain = self._chat(row, asked).text.removesuffix(self.tokenizer.eos_token or "")  # Phi-3's
+        start = chat.turns[i][0][0]
+        is_beginning = i > 0 and prompt[:start] == chat.text[:start]
+        return prompt[start:] if is_beginning else prompt[common_length(plain, prompt) :]
+
+    def _frame(self, row: dict[str, Any]) -> Frame:
+        """Of the shortest conversation, so that it does not depend on the rows that came before."""
+        key = _frame_key(row)
+        if key not in self._frames:
+            content: Any = "?" if self._chat_template.takes_text else [{"type": "text", "text": "?"}]
+            turns = [{"role": role, "content": content} for role in ("user", "assistant", "user")]
+            header = tail = ""
+            with contextlib.suppress(BadRowError):
+                chat = self._chat(row, turns[:2])
+                if chat.turns[1]:
+                    header = self._new_header(row, turns[:2], chat, 1)
+                    tail = self._tail(row, turns, chat)
+            self._frames[key] = Frame(header, tail)
+        return self._frames[key]
+
+    def _tail(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation) -> str:
+        """What follows an answer whether it is the last turn or not. What only ends the text does not count: Phi-3's
+        EOS, the next header of Command A, which prints it even where none is asked for."""
+        tail = chat.text[chat.turns[1][-1][1] :]
+        if not tail.strip():
+            return ""
+        longer = self._chat(row, turns)
+        return tail if longer.turns[1] and longer.text.startswith(tail, longer.turns[1][-1][1]) else ""
 
     def _with_eos(self, text: str) -> str:
         eos = self.tokenizer.eos_token
@@ -384,6 +425,11 @@ class Formatter:
             if self.tokenizer.decode([token]).strip():
                 return None
         return None
+
+
+def _frame_key(row: dict[str, Any]) -> tuple[str, str]:
+    """What headers depend on, beside the role before."""
+    return kwargs_key(template_kwargs(row)), str(bool(row.get("tools")))
 
 
 @contextlib.contextmanager

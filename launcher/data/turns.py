@@ -46,6 +46,7 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+_NUM_WORDS = 8
 _NO_WORDS = {
     "role",
     "content",
@@ -69,13 +70,19 @@ def unused_keys(turns: Iterable[dict[str, Any]], words: frozenset[str]) -> froze
 
 
 def unshown_roles(turns: list[dict[str, Any]], chat: Conversation) -> frozenset[str]:
-    """What others than the assistant say and the template does not print: Qwen's know no developer."""
+    """What others than the assistant say and the template does not print: Qwen's know no developer, and of Command R's
+    only the header is printed."""
     roles = {
         turn["role"] for turn, pieces in zip(turns, chat.turns, strict=True)
-        if turn["role"] != "assistant" and not pieces
-        and (words := text_of_content(turn.get("content") or "", "content").strip()) and words not in chat.text
+        if turn["role"] != "assistant" and (words := text_of_content(turn.get("content") or "", "content").split())
+        and not _is_any_in(words, "".join(chat.text[a:b] for a, b in pieces)) and not _is_any_in(words, chat.text)
     }  # fmt: skip
     return frozenset(f"messages of the role {role} (the chat template does not show them)" for role in roles)
+
+
+def _is_any_in(words: list[str], text: str) -> bool:
+    """Of the first and the last few: a template may cut some out."""
+    return any(word in text for word in (*words[:_NUM_WORDS], *words[-_NUM_WORDS:]))
 
 
 def names_of(tools: list[Any]) -> list[str]:

@@ -246,7 +246,14 @@ def test_a_call_without_content_is_what_it_is_with_an_empty_one(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "role"), [("qwen3", "developer"), ("qwen2_5", "developer"), ("glm4moe", "developer"), ("gptoss", "system")]
+    ("name", "role"),
+    [
+        ("qwen3", "developer"),
+        ("qwen2_5", "developer"),
+        ("glm4moe", "developer"),
+        ("gptoss", "system"),
+        ("cohere2", "developer"),
+    ],
 )
 def test_what_others_say_is_named_when_the_template_does_not_show_it(name: str, role: str) -> None:
     turns = [
@@ -266,3 +273,16 @@ def test_a_header_is_no_part_of_an_answer_when_the_conversation_begins_with_one(
     turns = [assistant("ANS1"), user("Q1"), assistant("ANS2")]
     first, second = labelled(name, encode(name, {"messages": turns}))
     assert first.partition("ANS1")[0] == second.partition("ANS2")[0]
+
+
+def test_labels_do_not_depend_on_the_rows_before_and_no_header_is_learnt() -> None:
+    """DiffusionGemma prints what was said with a call behind the call's answer, where its own prompt ends otherwise."""
+    turns = [user("Q1"), assistant("SAY", tool_calls=[_CALL]), _TOOL_TURN, assistant("ANS2"), user("Q2"),
+             assistant("ANS3")]  # fmt: skip
+    row = {"messages": turns, "tools": [TOOL]}
+    alone = Formatter(with_template("diffusion_gemma"), 100_000, None).encode([("rows.jsonl:1", row)])[0]
+    rows = [("rows.jsonl:1", ROWS["tool"]), ("rows.jsonl:2", row)]
+    after_another = Formatter(with_template("diffusion_gemma"), 100_000, None).encode(rows)[1]
+    assert isinstance(alone, Encoded) and isinstance(after_another, Encoded)
+    assert alone.mask.tolist() == after_another.mask.tolist()
+    assert labelled("diffusion_gemma", alone) == [_CALLED, "SAY", "ANS2<turn|>\n", "ANS3<turn|>\n"]

@@ -66,6 +66,36 @@ def test_messages_when_template_has_generation_tags(tokenizer: Any) -> None:
     ]
 
 
+_END_BEFORE_THE_NEXT = (
+    "{% for m in messages %}{% if not loop.first %}<|end|>{% endif %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_HEADER_IN_ANY_CASE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+
+
+def test_the_token_that_ends_a_turn_is_learnt_when_the_template_prints_it_before_the_next_turn(tokenizer: Any) -> None:
+    """Jamba's; a template that prints the next header in any case does not have it learnt."""
+    tokenizer.chat_template = _END_BEFORE_THE_NEXT
+    row = chat("hi", "yo", "ok?", "no")
+    assert pieces(tokenizer, encode(tokenizer, row)) == [
+        (NONE, "<|user|>hi<|end|><|assistant|>"),
+        (LOSS, "yo<|end|>"),
+        (NONE, "<|user|>ok?<|end|><|assistant|>"),
+        (LOSS, "no<|end|>"),
+    ]
+    ending = {"messages": [*row["messages"][:2], *as_chat("user", "ok?")]}
+    assert pieces(tokenizer, encode(tokenizer, ending))[1] == (LOSS, "yo<|end|>")
+    tokenizer.chat_template = _HEADER_IN_ANY_CASE
+    twice = {"messages": [*row["messages"][:2], *as_chat("assistant", "and"), *as_chat("user", "ok?")]}
+    assert pieces(tokenizer, encode(tokenizer, twice)) == [
+        (NONE, "<|user|>hi<|end|><|assistant|>"),
+        (LOSS, "yo<|end|>"),
+        (NONE, "<|assistant|>"),
+        (LOSS, "and<|end|>"),
+        (NONE, "<|user|>ok?<|end|><|assistant|>"),
+    ]
+
+
 def test_messages_exact_tokens(tokenizer: Any) -> None:
     encoded = encode(tokenizer, chat("a", "é"))
     user, end, assistant = (tokenizer.convert_tokens_to_ids(t) for t in ("<|user|>", "<|end|>", "<|assistant|>"))
