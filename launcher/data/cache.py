@@ -32,7 +32,7 @@ from launcher.data.readers import Meter
 from launcher.data.sources import Source
 from launcher.data.tokenising_display import TokenisingDisplay
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _POLL_S = 0.5
 _TOKEN_DTYPES = ("uint16", "uint32")
 _DTYPES = {"mask": "bool", "offsets": "int64", "labelled": "int64", "numbers": "int64"}
