@@ -28,6 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = "this machine has no CUDA device"
     for item in own:
         item.add_marker(pytest.mark.gpu)
+        item.add_marker(pytest.mark.filterwarnings("default"))  # what libraries warn of on a device is no error
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
