@@ -5,11 +5,13 @@
 #   bash benchmarks/gpu/run.sh [PART…]           on the GPU machine, which needs none
 #
 # Parts: tests saves throughput sweep. Each has a limit of its own; one that fails does not stop the next. Results are
-# printed as they come and written to $OUT (default: benchmarks/results/gpu).
+# printed as they come and written to $OUT (default: benchmarks/results/gpu), with all that was printed in run.log: few
+# files, since not every way back takes many.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-benchmarks/results/gpu}
 mkdir -p "$OUT"
+: >"$OUT/run.log"
 export OUT PYTHONUNBUFFERED=1 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 WORK=${WORK:-$(mktemp -d /tmp/gpu-XXXXXX)}
 SHM_WORK=/dev/shm/gpu-$$
@@ -26,7 +28,7 @@ if ! $PYTHON -m pip install -q --no-index --no-deps --no-compile --no-cache-dir 
   exit 1
 fi
 export PYTHONPATH=$PWD:$site PATH=$site/bin:$PATH
-$PYTHON - <<'PY' | tee "$OUT/machine.txt"
+$PYTHON - <<'PY' | tee -a "$OUT/run.log"
 import importlib.metadata as m, platform, torch
 names = "torch transformers accelerate deepspeed huggingface_hub peft triton".split()
 def version(name):
@@ -36,14 +38,16 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA de
       "|", ", ".join(f"{name} {version(name)}" for name in names))
 PY
 
+say() { echo "== $*" | tee -a "$OUT/run.log"; }
+
 part() { # NAME LIMIT_S COMMAND…
   local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
-  echo "== $name"
-  : >"$OUT/$name.log" # else tail can begin with what an earlier run left there
+  say "$name"
+  : >"$WORK/$name.log"
   mkdir -p "$WORK/part"
-  PART=$name-$$ TMPDIR=$WORK/part timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 &
-  tail -n +1 -f --pid=$! "$OUT/$name.log"
+  PART=$name-$$ TMPDIR=$WORK/part timeout --kill-after=10 "$limit" "$@" >"$WORK/$name.log" 2>&1 &
+  tail -n +1 -f --pid=$! "$WORK/$name.log" | tee -a "$OUT/run.log"
   wait $! || code=$?
   # What it left running keeps memory of the device: the next part would run out of it.
   for environ in $(grep -lsz "^PART=$name-$$\$" /proc/[0-9]*/environ); do
@@ -51,7 +55,7 @@ part() { # NAME LIMIT_S COMMAND…
   done
   # Nor does a part that hit its limit remove its folders.
   rm -rf "$WORK/part" "$SHM_WORK"
-  echo "== $name: exit $code after $((SECONDS - start)) s ($((SECONDS - began)) s in all)"
+  say "$name: exit $code after $((SECONDS - start)) s ($((SECONDS - began)) s in all)"
 }
 
 # DeepSpeed's CPU Adam takes half a minute to build: now, beside the first tests.
@@ -67,5 +71,5 @@ for name in ${*:-tests saves throughput sweep}; do
     *) echo "unknown part $name: tests saves throughput sweep" >&2 ;;
   esac
 done
-echo "== all: $((SECONDS - began)) s"
+say "all: $((SECONDS - began)) s"
 [ -z "${KEEP:-}" ] && rm -rf "$WORK"
