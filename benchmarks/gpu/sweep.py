@@ -36,11 +36,12 @@ class _Launcher:
 
 
 def main() -> None:
+    launcher = _Launcher(_LIMIT_S)  # importing torch counts, too
     import torch
 
     has_cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory(prefix="gpu-sweep-", ignore_cleanup_errors=True) as name:
-        folder, launcher = Path(name), _Launcher(_LIMIT_S)
+        folder = Path(name)
         model = "qwen3-0.6b" if has_cuda else "tiny"
         write_parts({
             "sweep": lambda: _sweep(folder, launcher),
