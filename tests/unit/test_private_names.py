@@ -74,6 +74,18 @@ def test_partitioned_parameters_have_the_attributes_that_state_is_read_from() ->
         assert f"{name} = " in source, name
 
 
+def test_adam_of_the_host_takes_a_step_as_it_is_given_one_of_nothing() -> None:
+    """launcher/base/_deepspeed.py, forget_powers; the native part is built only where it is used."""
+    module = importlib.import_module("deepspeed.ops.adam.cpu_adam")
+    source = " ".join(inspect.getsource(module.DeepSpeedCPUAdam.step).split())
+    assert (
+        "self.ds_opt_adam.adam_update(self.opt_id, state['step'], group['lr'], beta1, beta2, group['eps'], "
+        "group['weight_decay'], group['bias_correction'], p.data, p.grad.data, state['exp_avg'], state['exp_avg_sq'])"
+    ) in source
+    header = (Path(module.__file__ or "").parents[1] / "csrc/includes/cpu_adam.h").read_text()
+    assert "if (step == _step + 1)" in header and header.count("_betta1_t = std::pow(_betta1, step)") == 2
+
+
 def test_private_names_of_deepspeed_are_in_one_module_only() -> None:
     """Its public interface is imported by launcher/train/accelerator.py through Accelerate; nothing else is used."""
     private = re.compile(
