@@ -15,7 +15,7 @@ class Planned:
     """Each call does the next thing of `plan`, over all processes that ever call it; after the last, nothing odd.
 
     Args:
-        plan: `ok`, `raise`, `kill`, `stop` (SIGSTOP), or seconds to sleep.
+        plan: `ok`, `raise`, `secret` (raise with $PGPASSWORD), `kill`, `stop` (SIGSTOP), or seconds to sleep.
     """
 
     def __init__(self, calls: str, plan: Sequence[str | float] = ()) -> None:
@@ -28,6 +28,8 @@ class Planned:
         action = self._plan[number] if number < len(self._plan) else "ok"
         if action == "raise":
             raise RuntimeError("as planned")
+        if action == "secret":
+            raise RuntimeError(f"no access with {os.environ['PGPASSWORD']}")
         if action in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
         elif action != "ok":

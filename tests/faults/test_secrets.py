@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import Lab
+from tests.distributed.runs import Lab, log_text, write_rows
 from tests.faults.launches import launched
 
 _PASSWORD, _URL_PASSWORD = "correct-horse-7", "hunter2hunter2"
@@ -52,3 +52,19 @@ def test_secret_is_nowhere_when_an_error_of_the_users_holds_it(lab: Lab, tmp_pat
     assert [p for p in written if any(value in p.read_bytes() for value in _VALUES)] == []
     modes = {name: stat.S_IMODE((tmp_path / "run" / name).stat().st_mode) for name in ("config.yaml", "logs")}
     assert modes == {"config.yaml": 0o600, "logs": 0o700}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_secret_is_in_no_log_when_an_evaluation_in_the_background_tells_it(lab: Lab, tmp_path: Path) -> None:
+    rows, root = tmp_path / "eval.jsonl", tmp_path / "run"
+    write_rows(rows, 5)
+    more = (
+        f"data.eval_files=[{rows}]", "eval.eval_strategy=steps", "eval.eval_steps=10", "eval.in_background=true",
+        "eval.metric._target_=tests.distributed.judging.Planned", f"eval.metric.calls={tmp_path / 'calls'}",
+        "eval.metric.plan=[secret,secret]",
+    )  # fmt: skip
+    run = lab.run(root, "single", 1, *more, env={"PGPASSWORD": _PASSWORD})
+    assert "RuntimeError: no access with ***" in run.evaluation_log.read_text()
+    assert "RuntimeError: no access with ***" in log_text(root)
+    assert [p for p in root.rglob("*") if p.is_file() and _PASSWORD.encode() in p.read_bytes()] == []
