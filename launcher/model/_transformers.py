@@ -213,6 +213,15 @@ def attention_implementations(config: Any) -> list[str] | None:
     return found + (["flex_attention"] if cls._supports_flex_attn else [])
 
 
+def is_found_by_its_config(model: Any) -> bool:
+    """Whether AutoModelForCausalLM makes the class of a model from the config that the model is saved with. Of code
+    that comes with a model it is not known here."""
+    from transformers import AutoModelForCausalLM
+
+    is_own = type(model).__module__.startswith("transformers.")
+    return not is_own or type(model.config) in AutoModelForCausalLM._model_mapping
+
+
 def is_linear(part: Any) -> bool:
     """Whether quantisation replaces such a layer, or has replaced it."""
     from transformers.pytorch_utils import Conv1D

@@ -78,6 +78,12 @@ def build_model(
     settings, dtype = config.model, saved_dtype(config)
     is_base = settings.is_adapter
     model = _load(config, tokenizer, None if is_base else resumed_from)
+    if not is_base and not _transformers.is_found_by_its_config(model):  # mllama, whose text has a config of its own
+        raise UserError(
+            f"of {settings.model_name_or_path or 'model.config'} transformers trains {type(model).__name__}, and saves "
+            f"it with a config ({model.config.model_type}) that AutoModelForCausalLM does not load: nothing could go "
+            "on from a checkpoint. Train an adapter (model/peft=lora), or another model"
+        )
     quantised_notices = check_quantised(config, model)
     is_new = is_base or resumed_from is None
     new_rows = grow(model, config, tokenizer, new_token_ids if is_new else ())

@@ -113,6 +113,22 @@ def test_attention_that_is_not_installed_names_the_default(base: Path, tmp_path:
         build(make_base(tmp_path, "llama"), "model.attn_implementation=flash_attention_2")
 
 
+def test_a_model_is_refused_when_no_checkpoint_of_it_could_be_resumed(tmp_path: Path) -> None:
+    """Llama 3.2's with images: its text is saved with a config that AutoModelForCausalLM does not know."""
+    text = {
+        "vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48, "cross_attention_layers": [1], "pad_token_id": 256,
+    }  # fmt: skip
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mllama", text_config=text)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)  # else it can be trained
+    AutoConfig.for_model("mllama", text_config=text).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"MllamaForCausalLM, .* \(mllama_text_model\) .*model/peft=lora"):
+        build(tmp_path)
+    assert build(tmp_path, *_LORA).stored
+
+
 def test_a_model_that_is_not_causal_is_refused_by_its_type() -> None:
     config = compose(["model.config={model_type: t5, d_model: 16}", "data=arithmetic"])
     with pytest.raises(UserError, match=r"t5 is no causal language model"):

@@ -133,6 +133,16 @@ def test_architecture_is_refused_when_only_long_packs_differ(name: str) -> None:
         check_packing(model, 200, cpu, name, pack_length=200, row_length=80)
 
 
+def test_packs_are_refused_when_they_are_longer_than_the_masks_of_an_architecture() -> None:
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    fields = {"vocab_size": 264, "max_position_embeddings": 64, "window_size": 16, "attention_dropout": 0.0}
+    model, cpu = build({"model_type": "gpt_neo", **sizes, **fields}, "eager"), torch.device("cpu")
+    give_positions_to_masks(model, model, cpu)
+    check_packing(model, 200, cpu, "gpt_neo", pack_length=64, row_length=60)
+    with pytest.raises(ConfigError, match=r"gpt_neo .* it cannot run a pack of .*data\.max_length below 200"):
+        check_packing(model, 200, cpu, "gpt_neo", pack_length=200, row_length=60)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in _MORE_LEAKING])
