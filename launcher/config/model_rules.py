@@ -78,6 +78,14 @@ def _adapter_problems(model: ModelConfig) -> Iterator[str]:
             "Set model.peft.init_lora_weights=true, or make the adapter with peft and name it: "
             "model.adapter_name_or_path=FOLDER"
         )
+    elif str(start).startswith("pissa_niter"):
+        yield (
+            f"model.peft.init_lora_weights={start} takes a part out of the base that is found with random numbers, and "
+            "no checkpoint holds either: the trained adapter would not fit the base that it is loaded on. "
+            "Set model.peft.init_lora_weights=pissa"
+        )
+    if model.merge_at_end and (reason := why_not_merged(model.peft)):
+        yield f"model.merge_at_end=true: model.peft has {reason}. Set model.merge_at_end=false"
     name = model.adapter_name_or_path
     if not name:
         return
@@ -91,6 +99,19 @@ def _adapter_problems(model: ModelConfig) -> Iterator[str]:
             f"Set {choice}model.model_name_or_path={base}"
         )
     yield from contradictions_of_adapter(name, own, model.peft)
+
+
+def why_not_merged(lora: Mapping[str, Any]) -> str | None:
+    """What of a LoRA config cannot be merged into the base as it is.
+
+    Args:
+        lora: its fields; what is left out is as peft has it.
+    """
+    if (start := lora.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal"):
+        return f"init_lora_weights={start}, which changed the base before the training"
+    if layers := lora.get("layer_replication"):
+        return f"layer_replication={layers}, which makes other layers of the base's"
+    return None
 
 
 def _adapter_config(name: str) -> dict[str, Any]:

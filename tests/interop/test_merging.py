@@ -166,6 +166,25 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path, capsys: Any, monkeypatch
     assert main(["export", str(checkpoint), str(tmp_path / "x"), "--format", "trainer", "--merge"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("model.peft.layer_replication=[[0,2],[1,2]]", "layer_replication=[[0, 2], [1, 2]], which makes other layers"),
+        ("model.peft.init_lora_weights=olora", "init_lora_weights=olora, which changed the base"),
+        ("model.peft.lora_bias=true", "peft cannot merge model.layers.0.self_attn.q_proj: Impossible to merge LoRA"),
+    ],
+)
+def test_an_adapter_is_not_merged_when_the_base_is_not_what_it_was_trained_on(
+    tmp_path: Path, capsys: Any, more: str, message: str
+) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    checkpoint = write_adapter(tmp_path / "checkpoint-10", base, more)
+    assert export(checkpoint, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert message in said and "Load both with peft" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_whole_model_is_not_merged(tmp_path: Path, capsys: Any) -> None:
     from tests.interop.folders import llama, write_our_folder
 

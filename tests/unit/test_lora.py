@@ -174,6 +174,18 @@ def test_what_an_adapter_contradicts_is_named(
             ["model/peft=lora", "model.peft.init_lora_weights=eva"],
             r"init_lora_weights=eva is computed in a pass over the data",
         ),
+        (
+            ["model/peft=lora", "model.peft.init_lora_weights=pissa_niter_4"],
+            r"the trained adapter would not fit .*Set model\.peft\.init_lora_weights=pissa$",
+        ),
+        (
+            ["model/peft=lora", "model.peft.init_lora_weights=pissa", "model.merge_at_end=true"],
+            r"changed the base before the training\. Set model\.merge_at_end=false",
+        ),
+        (
+            ["model/peft=lora", "model.peft.layer_replication=[[0,2],[1,2]]", "model.merge_at_end=true"],
+            r"makes other layers of the base's\. Set model\.merge_at_end=false",
+        ),
     ],
 )
 def test_contradictions_are_named_before_torch_is_imported(

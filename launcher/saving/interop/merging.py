@@ -22,6 +22,7 @@ from launcher.base.errors import CheckpointWriteError, ResumeError, UserError
 from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.checkpoint.layout import TensorSpec, plan_files
 from launcher.checkpoint.snapshot import SAFETENSORS_NAMES, TORCH_DTYPES
+from launcher.config.model_rules import why_not_merged
 from launcher.model import _transformers
 from launcher.model.identity import local_folder
 from launcher.model.lora import adapter_key
@@ -33,6 +34,7 @@ from launcher.saving.interop.streams import CHUNK_ITEMS, Source, write_sources
 from launcher.saving.interop.target import Exported
 
 _ADAPTER_FILES = ("adapter_config.json", "generation_config.json", "README.md")
+_BY_PEFT = "Load both with peft (PeftModel.from_pretrained)"
 _PREFIX = "base_model.model."
 _INNER = ("token_adapter.", "base_layer.", "original_module.", "modules_to_save.default.")
 
@@ -100,11 +102,8 @@ class _Merge:
         if source.stem != "adapter_model":
             raise UserError(f"{source.folder} holds no LoRA adapter but a whole model. Leave --merge out")
         own = files.read_json(source.folder / "adapter_config.json", within=source.folder)
-        if (start := own.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal"):
-            raise UserError(
-                f"{source.folder}: init_lora_weights={start} changed the base before the training: it cannot be merged "
-                "into the base as it is. Load both with peft (PeftModel.from_pretrained, merge_and_unload)"
-            )
+        if reason := why_not_merged(own):
+            raise UserError(f"{source.folder} cannot be merged into the base as it is: it has {reason}. {_BY_PEFT}")
         folder = _base_folder(source, own, base)
         rows = _rows_of_tokenizer(source.folder)
         options: dict[str, Any] = {"base": str(folder), "trust_remote_code": trust_remote_code, "min_rows": rows}
@@ -193,11 +192,16 @@ class _Merge:
                 tensor.copy_(_whole(self.adapter[key]).view(tensor.shape))
             elif plain in self.stored:
                 tensor.copy_(self.base.read(plain, 0, tensor.numel()).view(tensor.shape))
-        if hasattr(module, "unload_and_optionally_merge_module"):
-            result: Any = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-        else:
-            module.merge()
-            result = module.get_base_layer()
+        try:
+            if hasattr(module, "unload_and_optionally_merge_module"):
+                result: Any = module.unload_and_optionally_merge_module(
+                    merge=True, safe_merge=False, adapter_names=None
+                )
+            else:
+                module.merge()
+                result = module.get_base_layer()
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # lora_bias on layers without a bias
+            raise UserError(f"{self.source.folder}: peft cannot merge {name}: {error!s:.300} {_BY_PEFT}") from error
         found = {**dict(result.named_parameters()), **dict(result.named_buffers())}
         return {local: tensor.detach() for local, tensor in found.items()}
 
