@@ -195,7 +195,7 @@ def _wait(module: str, orders: int, parent: int, meanwhile: Callable[[], object]
     except BaseException:
         from launcher.base.secrets import redacted
 
-        print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr, flush=True)
     finally:
         try:
             atexit._run_exitfuncs()
