@@ -54,7 +54,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "hybrid_layer_ids": [1]},
     "gemma4_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 256},
     "gemma3n_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 256,
-                     "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": 0.0},
+                     "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.5, 0.0],
+                     "intermediate_size": [48, 48]},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "feed_forward_size": 48,
                  "attention_head_size": 8},
 }  # fmt: skip

@@ -137,7 +137,7 @@ def _maybe_use(
                 _register(own.NAME, own.attend)
                 found, _ = _of_rows(model, rows)
                 is_used = trust or shifts.is_same(found, expected, rounded_to(dtype, is_exact=is_exact))
-    except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+    except (NotImplementedError, TypeError, ValueError, RuntimeError, LookupError, AttributeError):
         is_used = False
     is_used = all_agree(is_used, device)
     if not is_used:
