@@ -181,10 +181,11 @@ class _Supervisor:
             text = f"{root} is finished: nothing to do. Its model is in that folder"
             return Verdict(EXIT_DONE, text, state="finished")
         if outcome.newest_checkpoint(self._paths) is None:
-            raise UserError(
-                f"{root} is finished, but its model is not in that folder any more, and no checkpoint is. To train it "
-                "again from the start: checkpoint.resume_from_checkpoint=never"
+            text = (
+                f"{root} is finished: nothing to do. Its model is not in that folder any more, and no checkpoint is. "
+                "To train it again from the start: checkpoint.resume_from_checkpoint=never"
             )
+            return Verdict(EXIT_DONE, text, state="finished")
         self._tell(f"{root} is finished, but its model is not in that folder any more: it is taken from a checkpoint")
         return None
 

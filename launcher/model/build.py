@@ -88,6 +88,7 @@ def build_model(
     is_new = is_base or resumed_from is None
     new_rows = grow(model, config, tokenizer, new_token_ids if is_new else ())
     _refuse_layerdrop(config, model.config)
+    _refuse_uneven_calls(config, model.config)
     blueprint = Blueprint.of(model, dtype)
     first_weights: Mapping[str, Tensor] | Path | None = None
     if resumed_from is None and config.strategy.zero_stage and dtype != torch.float32:
@@ -217,6 +218,19 @@ def _refuse_layerdrop(config: RunConfig, model_config: Any) -> None:
                     "leave out different layers. Set strategy=ddp, or 0 for it in the model's config"
                 ]
             )
+
+
+def _refuse_uneven_calls(config: RunConfig, model_config: Any) -> None:
+    """DBRX calls the module that holds its experts once for each of them that was chosen, which is another number on
+    every process: gathered at each call, as under ZeRO-3, they would wait for each other for ever. All other
+    architectures of transformers 5.23 call every module with parameters equally often."""
+    if config.strategy.zero_stage == 3 and model_config.model_type == "dbrx":
+        raise ConfigError(
+            [
+                f"strategy={config.strategy.name} cannot train dbrx: its processes would gather different numbers of "
+                "experts, and hang. Set strategy=zero2"
+            ]
+        )
 
 
 @contextlib.contextmanager

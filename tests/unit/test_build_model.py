@@ -135,6 +135,17 @@ def test_a_model_that_is_not_causal_is_refused_by_its_type() -> None:
         build_model(config, byte_tokenizer())
 
 
+def test_experts_that_are_called_one_by_one_are_refused_under_zero3() -> None:
+    """Their processes would wait for each other for ever."""
+    fields = (
+        "model.config={model_type: dbrx, d_model: 16, n_heads: 2, n_layers: 1, "
+        "attn_config: {kv_n_heads: 1, rope_theta: 10000.0}, ffn_config: {ffn_hidden_size: 8}}"
+    )
+    with pytest.raises(ConfigError, match=r"strategy=zero3 cannot train dbrx.* Set strategy=zero2"):
+        build_model(compose([fields, "data=arithmetic", "strategy=zero3"]), byte_tokenizer())
+    build_model(compose([fields, "data=arithmetic", "strategy=zero2"]), byte_tokenizer())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
 def test_flex_attention_is_refused_when_there_is_no_cuda(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trains on CUDA only\. Set model\.attn_implementation=auto"):
