@@ -66,9 +66,10 @@ def test_a_rank_trains_with_a_collector_that_passes_over_its_libraries(tmp_path:
         "main()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, "launch.num_processes=1", "tracker=off", f"output_dir={tmp_path}/run"],
+        [sys.executable, "-c", script, "launch.num_processes=1", "tracker=off", f"output_dir={tmp_path}/run",
+         f"data.cache_dir={tmp_path}/cache"],
         text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     is_on, is_frozen, num_whole = done.stdout.split()
     assert (is_on, is_frozen) == ("True", "True")
-    assert int(num_whole) <= 1, "all objects were looked through again and again"
+    assert int(num_whole) <= 2, "all objects were looked through again and again"

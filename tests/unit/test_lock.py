@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -41,7 +42,9 @@ def _long_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_lock(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps({"beat": 1_000_000_000, "id": "0123abcd", "pid": 7, "pids": [[7, 7]], **fields}))
+    new = path.with_name("new")
+    new.write_text(json.dumps({"beat": 1_000_000_000, "id": "0123abcd", "pid": 7, "pids": [[7, 7]], **fields}))
+    new.replace(path)
 
 
 def take(path: Path) -> RunLock:
@@ -132,16 +135,26 @@ def test_only_the_movement_of_its_heartbeat_decides_when_processes_cannot_be_see
     assert f"is locked by a run on host {fields['host']}, pid 7" in capsys.readouterr().out
     lock.release()
 
-    def beat() -> None:
-        write_lock(path, **fields, pids=[DEAD], beat=1_000_000_001)
-        os.utime(path, (1e9, 1e9))
+    ended = threading.Event()
+
+    def beat() -> None:  # again and again: on a busy machine the first may come before anybody looks
+        for number in itertools.count(1_000_000_001):
+            if ended.wait(0.05):
+                return
+            write_lock(path, **fields, pids=[DEAD], beat=number)
+            os.utime(path, (1e9, 1e9))
 
     write_lock(path, **fields, pids=[DEAD])
     os.utime(path, (1e9, 1e9))
-    monkeypatch.setattr(lock_file, "STALE_S", 30.0)  # on a busy machine the timer comes late
-    threading.Timer(0.05, beat).start()
-    with pytest.raises(RunLockedError, match=f"in use by a run on host {fields['host']}, pid 7"):
-        take(path)
+    monkeypatch.setattr(lock_file, "STALE_S", 30.0)  # there, it may come late as well
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(RunLockedError, match=f"in use by a run on host {fields['host']}, pid 7"):
+            take(path)
+    finally:
+        ended.set()
+        beating.join()
 
 
 @pytest.mark.parametrize(
