@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from launcher.base.errors import ConfigError
-from launcher.data.chat_template import RESERVED, ChatTemplate, Conversation, kwargs_key
+from launcher.data.answers import Answers
+from launcher.data.chat_template import RESERVED, ChatTemplate, Conversation
 from launcher.data.normalise import (
     BadRowError,
     check_text,
@@ -25,17 +26,8 @@ from launcher.data.normalise import (
     template_kwargs,
     tools_of,
 )
-from launcher.data.spans import common_length, spans_at_once, token_span, within, without
-from launcher.data.turns import (
-    MEND,
-    is_empty,
-    is_rewritten,
-    names_of,
-    other_forms,
-    refuse_swallowed_turns,
-    unshown_roles,
-    unused_keys,
-)
+from launcher.data.spans import common_length, spans_at_once, token_span, without
+from launcher.data.turns import is_rewritten, names_of, other_forms, unshown_roles, unused_keys
 
 _MANY_SPANS = 32
 
@@ -65,14 +57,6 @@ class Encoded:
     unused: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What a template prints around an answer to a question: before it, as a generation prompt does, and behind it."""
-
-    header: str
-    tail: str
-
-
 @dataclass
 class Formatter:
     """Validates, renders and tokenises rows.
@@ -93,13 +77,13 @@ class Formatter:
     columns: dict[str, str] = field(default_factory=dict)
     day: str | None = None
     _template: ChatTemplate | None = field(init=False, default=None)
-    _headers: dict[tuple[str, ...], str] = field(init=False, default_factory=dict)
-    _frames: dict[tuple[str, ...], Frame] = field(init=False, default_factory=dict)
+    _answers: Answers = field(init=False)
     _special_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.tokenizer.chat_template:
             self._template = ChatTemplate(self.tokenizer, self.day)
+        self.forget()
         added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = frozenset({*added, *self.tokenizer.all_special_ids})
 
@@ -122,8 +106,8 @@ class Formatter:
 
     def forget(self) -> None:
         """Drops what was learnt from earlier rows, so that the next ones do not depend on them."""
-        self._headers.clear()
-        self._frames.clear()
+        takes_text = self._template is None or self._template.takes_text
+        self._answers = Answers(self._chat, takes_text=takes_text, eos=self.tokenizer.eos_token or "")
 
     # ------------------------------------------------------------------ render
 
@@ -163,7 +147,7 @@ class Formatter:
         trained = [takes_part(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
         chat = self._chat(row, turns)
         first = len(asked) if only else 0
-        spans = [(self._start_of(row, turns, chat, first), len(chat.text))] if only else None
+        spans = [(self._answers.start(row, turns, chat, first), len(chat.text))] if only else None
         spans = self._without_untrained(row, turns, chat, spans, [None] * first + trained[first:])
         return self._rendered(row, turns, chat, spans, trained, len(asked))
 
@@ -182,7 +166,7 @@ class Formatter:
         if chat.generated is not None and chosen == answers:
             spans = chat.generated
         else:
-            spans = [span for i in chosen for span in self._spans_of(row, turns, chat, i)]
+            spans = [span for i in chosen for span in self._answers.spans(row, turns, chat, i)]
         return self._rendered(row, turns, chat, spans, trained, 0)
 
     def _without_untrained(
@@ -193,7 +177,7 @@ class Formatter:
         untrained = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and trained[i] is False]
         if not untrained:
             return spans
-        holes = [hole for i in untrained for hole in self._spans_of(row, turns, chat, i)]
+        holes = [hole for i in untrained for hole in self._answers.spans(row, turns, chat, i)]
         return without([(0, len(chat.text))] if spans is None else spans, holes)
 
     def _rendered(
@@ -235,118 +219,6 @@ class Formatter:
             except Exception as error:  # templates are programs: whatever one raises, it refused this row
                 problem = problem or error
         raise BadRowError(f"the chat template refused it: {problem}") from problem
-
-    def _spans_of(
-        self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int
-    ) -> list[tuple[int, int]]:
-        """The characters of turn i that the model is to write: without the header that a generation prompt holds.
-
-        Raises:
-            BadRowError: it cannot be told which these are.
-        """
-        pieces = chat.turns[i]
-        if chat.generated is not None:
-            return [part for low, high in pieces for part in within(chat.generated, low, high)]
-        if not pieces:
-            return [] if is_empty(turns[i]) else [self._span_by_prefix(row, turns, chat, i)]
-        refuse_swallowed_turns(turns, chat, i)
-        if i == len(turns) - 1 and pieces[-1][1] == max(end for own in chat.turns for _, end in own):
-            # What comes after the loop: Phi-3's EOS.
-            pieces = [*pieces[:-1], (pieces[-1][0], len(chat.text))]
-        end = self._end_of(row, turns, chat, i, pieces[0][1])
-        spans = [(self._start_of(row, turns, chat, i), end), *pieces[1:]]
-        tail, (low, high) = self._frame(row).tail, spans[-1]
-        if tail and chat.text.startswith(tail, high):  # Jamba's <|eom|> is printed when the loop is at the next message
-            spans[-1] = low, high + len(tail)
-        return spans
-
-    def _start_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> int:
-        """Where the model begins to write turn i: behind what a generation prompt holds of it.
-
-        Raises:
-            BadRowError: it cannot be told.
-        """
-        if not chat.turns[i]:
-            return self._span_by_prefix(row, turns, chat, i)[0]
-        start, end = chat.turns[i][0]
-        text, header = chat.text[start:end], self._header(row, turns, chat, i)
-        if not header or not text.startswith(header):
-            # DiffusionGemma's prompt leaves out after a tool what it prints in the conversation; some print it always.
-            usual = self._frame(row).header
-            header = usual if text.startswith(usual) else header
-        return start + common_length(header, text)
-
-    def _end_of(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int, end: int) -> int:
-        """Where the model ends what it writes first of turn i.
-
-        Gemma 4's answers of tools follow inside of the turn, and the mark that they begin with is what it stops at.
-        """
-        if i + 1 in chat.inner:
-            until = self._chat(row, turns[: i + 1]).text
-            if chat.text.startswith(until):
-                return max(end, len(until))
-        return end
-
-    def _span_by_prefix(
-        self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int
-    ) -> tuple[int, int]:
-        """For a template that has no loop over the messages: between the prompt for turn i and the text with it.
-
-        Raises:
-            BadRowError: the conversation's beginning is rendered otherwise once more follows.
-        """
-        asked = self._chat(row, turns[:i], add_generation_prompt=True).text if i else ""
-        until = self._chat(row, turns[: i + 1]).text
-        if not chat.text.startswith(until):
-            until = until.removesuffix(self.tokenizer.eos_token or "")
-        if not chat.text.startswith(until):
-            raise BadRowError(
-                "the chat template rewrites earlier turns and has no loop over the messages, so it cannot be told "
-                f"where message {i} is. {MEND}"
-            )
-        return common_length(asked, chat.text), len(until)
-
-    def _header(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> str:
-        """What the template prints to ask for turn i: the same after every turn of one role."""
-        key = (turns[i - 1]["role"] if i else "", *_frame_key(row))
-        if key not in self._headers:
-            try:
-                self._headers[key] = self._new_header(row, turns, chat, i)
-            except BadRowError:  # some templates refuse a conversation that ends there
-                return self._frame(row).header
-        return self._headers[key]
-
-    def _new_header(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation, i: int) -> str:
-        asked = turns[:i] or [{"role": "user", "content": turns[i].get("content") or "?"}]
-        prompt = self._chat(row, asked, add_generation_prompt=True).text
-        plain = self._chat(row, asked).text.removesuffix(self.tokenizer.eos_token or "")  # Phi-3's
-        start = chat.turns[i][0][0]
-        is_beginning = i > 0 and prompt[:start] == chat.text[:start]
-        return prompt[start:] if is_beginning else prompt[common_length(plain, prompt) :]
-
-    def _frame(self, row: dict[str, Any]) -> Frame:
-        """Of the shortest conversation, so that it does not depend on the rows that came before."""
-        key = _frame_key(row)
-        if key not in self._frames:
-            content: Any = "?" if self._chat_template.takes_text else [{"type": "text", "text": "?"}]
-            turns = [{"role": role, "content": content} for role in ("user", "assistant", "user")]
-            header = tail = ""
-            with contextlib.suppress(BadRowError):
-                chat = self._chat(row, turns[:2])
-                if chat.turns[1]:
-                    header = self._new_header(row, turns[:2], chat, 1)
-                    tail = self._tail(row, turns, chat)
-            self._frames[key] = Frame(header, tail)
-        return self._frames[key]
-
-    def _tail(self, row: dict[str, Any], turns: list[dict[str, Any]], chat: Conversation) -> str:
-        """What follows an answer whether it is the last turn or not. What only ends the text does not count: Phi-3's
-        EOS, the next header of Command A, which prints it even where none is asked for."""
-        tail = chat.text[chat.turns[1][-1][1] :]
-        if not tail.strip():
-            return ""
-        longer = self._chat(row, turns)
-        return tail if longer.turns[1] and longer.text.startswith(tail, longer.turns[1][-1][1]) else ""
 
     def _with_eos(self, text: str) -> str:
         eos = self.tokenizer.eos_token
@@ -425,11 +297,6 @@ class Formatter:
             if self.tokenizer.decode([token]).strip():
                 return None
         return None
-
-
-def _frame_key(row: dict[str, Any]) -> tuple[str, str]:
-    """What headers depend on, beside the role before."""
-    return kwargs_key(template_kwargs(row)), str(bool(row.get("tools")))
 
 
 @contextlib.contextmanager
