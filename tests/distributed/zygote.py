@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -122,10 +121,9 @@ def _serve() -> None:
 
 
 def _fork_ranks(request: dict[str, Any]) -> list[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    count, pids = request["num_processes"], []
+    from launcher.agent.command import free_port
+
+    count, port, pids = request["num_processes"], free_port(), []  # the kernel might give its own to others meanwhile
     for rank in range(count):
         pid = os.fork()
         if pid == 0:
