@@ -75,6 +75,8 @@ def checkpoints(work_dir: Path) -> dict[str, float]:
     for step in range(1, _NUM_CHECKPOINTS + 1):
         folder = work_dir / f"checkpoint-{step}"
         (folder / "state").mkdir(parents=True)
+        for name in names:
+            (folder / name).touch()
         (folder / "manifest.json").write_bytes(Manifest(step, 1, 0, entries).to_json())
         line = {"step": step, "eval_loss": 1.0}
         (folder / "trainer_state.json").write_text(json.dumps({"epoch": 1.0, "log_history": [line]}))

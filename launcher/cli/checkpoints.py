@@ -38,7 +38,7 @@ def list_checkpoints(root: Path) -> list[dict[str, Any]]:
         except DamagedCheckpointError as error:
             rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {printable(error)}"})
             continue
-        if problems := manifest.structural_problems(folder, found):
+        if not manifest.is_complete(folder, found) and (problems := manifest.structural_problems(folder, found)):
             rows.append({"checkpoint": folder.name, "step": step, "state": f"damaged: {printable(problems[0])}"})
             continue
         judged = evaluations.read(paths, step) if step in evaluated else None

@@ -98,9 +98,8 @@ class SpoolHub:
         if self._settings.strategy == "end":
             return
         journal = self._spool.read_journal()
-        there = (
-            journal["pushed"] if journal["target"] == self._settings.target else {}
-        )  # of another repository: not here
+        is_same = journal["target"] == self._settings.target  # what another repository has is not here
+        there = journal["pushed"] if is_same else {}
         pushed = [e["step"] for e in there.values() if e["step"] is not None]
         dropped = self._spool.read_ledger()["dropped"]
         pending = self._spool.pending()

@@ -54,9 +54,8 @@ def check_positions(
                 f"{what}for all rows of a micro-batch where one has more than {switch[1]}, as in transformers. To "
                 "train each row as it is alone: train.per_device_train_batch_size=1"
             )
-    known = getattr(
-        config.get_text_config(), "max_position_embeddings", None
-    )  # with scaled rotary positions: of the scaled model
+    # With scaled rotary positions: of the scaled model.
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None or not isinstance(known, int) or longest <= known:
         return notices
     return [
