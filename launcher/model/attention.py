@@ -16,7 +16,7 @@ from launcher.base.errors import ConfigError
 from launcher.config.settings import RunConfig
 from launcher.model import _transformers, cpu_attention, cuda_attention
 from launcher.model.causality import check_causal
-from launcher.model.leaks import Shifts, all_agree, evaluating, log_probs, padded, random_rows, rounded_to
+from launcher.model.leaks import Shifts, all_agree, evaluating, log_probs, padded, random_rows, rounded_once_more
 from launcher.model.packing_check import check_packing
 from launcher.model.packing_masks import give_positions_to_masks
 
@@ -74,16 +74,14 @@ def settle_attention(
     """
     device, data, plain = accelerator.device, config.data, name
     base = unwrapped(accelerator.unwrap_model(model))
-    is_exact = config.mixed_precision == "no"
 
     def keeps_rows_apart(kernel: str, *, has_borders: bool) -> None:
         if known == {"name": kernel, "is_flat": has_borders}:
             return
         is_ours = own is not None and kernel == own.NAME  # and no layer asks for what it does not see, such as chunks
         pack_length = 0 if is_ours else data.max_length * (config.train.micro_batch_size if has_borders else 1)
-        kind = base.config.model_type
         check_packing(
-            model, vocab_size, device, kind, has_borders=has_borders, is_exact=is_exact, pack_length=pack_length,
+            model, vocab_size, device, base.config.model_type, has_borders=has_borders, pack_length=pack_length,
             row_length=longest_row,
         )  # fmt: skip
 
@@ -92,7 +90,7 @@ def settle_attention(
             check_causal(model, base.config, vocab_size, device, config.model.model_name_or_path)
         own = own_attention(device) if config.model.attn_implementation == "auto" else None
         is_trusted = own is not None and known is not None and known["name"] == own.NAME
-        if own is not None and _maybe_use(own, model, base, vocab_size, device, is_exact=is_exact, trust=is_trusted):
+        if own is not None and _maybe_use(own, model, base, vocab_size, device, trust=is_trusted):
             name = own.NAME
         else:
             own = None
@@ -115,9 +113,7 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _maybe_use(
-    own: OwnAttention, model: Any, base: Any, vocab_size: int, device: torch.device, *, is_exact: bool, trust: bool
-) -> bool:
+def _maybe_use(own: OwnAttention, model: Any, base: Any, vocab_size: int, device: torch.device, *, trust: bool) -> bool:
     """Switches to our attention where the model can be trained with it and predicts the same. Collective."""
     if not getattr(base, "_supports_flash_attn", False) or not base._can_set_attn_implementation():
         return False
@@ -126,8 +122,10 @@ def _maybe_use(
     is_used = False
     try:
         with evaluating(model):
-            expected, dtype = _of_rows(model, rows)
-            shifts.add_control(torch.cat([_of_rows(model, [row])[0] for row in rows]), expected)
+            expected = _of_rows(model, rows)
+            shifts.add_control(expected, torch.cat([_of_rows(model, [row]) for row in rows]))
+            with rounded_once_more(model):
+                shifts.add_control(expected, _of_rows(model, rows))
             _register(own.NAME, seen.attend, seen.mask)
             base.set_attn_implementation(own.NAME)
             model.train()  # dropout
@@ -135,8 +133,8 @@ def _maybe_use(
             model.eval()
             if seen.allows(base.config.get_text_config()):
                 _register(own.NAME, own.attend)
-                found, _ = _of_rows(model, rows)
-                is_used = trust or shifts.is_same(found, expected, rounded_to(dtype, is_exact=is_exact))
+                found = _of_rows(model, rows)
+                is_used = trust or shifts.is_same(found, expected)
     except (NotImplementedError, TypeError, ValueError, RuntimeError, LookupError, AttributeError):
         is_used = False
     is_used = all_agree(is_used, device)
@@ -153,11 +151,10 @@ def _register(name: str, attend: Any, mask: Any = None) -> None:
     AttentionMaskInterface.register(name, mask or _transformers.mask_of_rows)
 
 
-def _of_rows(model: Any, rows: list[Tensor]) -> tuple[Tensor, torch.dtype]:
+def _of_rows(model: Any, rows: list[Tensor]) -> Tensor:
     """Log probabilities of their tokens, one row after another."""
     inputs = padded(rows)
-    found, dtype = log_probs(model, inputs)
-    return found[inputs["attention_mask"].bool()], dtype
+    return log_probs(model, inputs)[inputs["attention_mask"].bool()]
 
 
 class _Seen:

@@ -32,11 +32,11 @@ def check_causal(model: Any, config: Any, vocab_size: int, device: torch.device,
             row, beside, other = random_rows(draw, (_LENGTH, _LENGTH, _LENGTH), vocab_size, device)
             changed = row.clone()
             changed[-1] = (row[-1] + 1) % vocab_size
-            before, after = (log_probs(model, padded([first, beside]))[0][0, :-1] for first in (row, changed))
+            before, after = (log_probs(model, padded([first, beside]))[0, :-1] for first in (row, changed))
             leaks.add(before, after)
             if all_agree(leaks.are_none or leaks.are_unknown, device):
                 return
-            leaks.add_control(before, log_probs(model, padded([row, other]))[0][0, :-1])
+            leaks.add_control(before, log_probs(model, padded([row, other]))[0, :-1])
     if all_agree(leaks.are_rounding, device):
         return
     raise ConfigError([

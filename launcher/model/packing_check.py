@@ -18,7 +18,7 @@ from launcher.model.leaks import (
     log_probs,
     padded,
     random_rows,
-    rounded_to,
+    rounded_once_more,
 )  # fmt: skip
 
 _LENGTHS = (13, 11)
@@ -28,7 +28,7 @@ _NUM_LAST = 8
 
 def check_packing(
     model: Any, vocab_size: int, device: torch.device, model_type: str, *, has_borders: bool = False,
-    is_exact: bool = True, pack_length: int = 0, row_length: int = 0,
+    pack_length: int = 0, row_length: int = 0,
 ) -> None:  # fmt: skip
     """Runs a pack of two rows, and the second row alone; its log probabilities must be the same. Collective.
 
@@ -43,7 +43,6 @@ def check_packing(
     Args:
         model: the prepared one, as training calls it.
         has_borders: the borders of the rows are given, as flash attention takes them.
-        is_exact: forward rounds nothing to bf16 or fp16.
         pack_length: tokens of the longest pack; 0: it is known that its length makes no difference.
         row_length: of the longest row.
 
@@ -52,11 +51,11 @@ def check_packing(
     """
     mend = "Set data.packing=false; rows of similar length waste little padding"
     with evaluating(model):
-        problem = _problem(model, vocab_size, device, has_borders, is_exact)
+        problem = _problem(model, vocab_size, device, has_borders)
         length = min(row_length, 3 * pack_length // 8) * 15 // 16 | 1  # odd: no chunks of the model end with its rows
         if problem is None and length > _NUM_LAST:
             num_rows = pack_length // length
-            problem = _long_problem(model, vocab_size, device, num_rows, length, has_borders, is_exact)
+            problem = _long_problem(model, vocab_size, device, num_rows, length, has_borders)
             mend = f"Set data.packing=false. Shorter packs may be exact: data.max_length below {pack_length}"
     if problem is not None:
         raise ConfigError(
@@ -64,7 +63,7 @@ def check_packing(
         )
 
 
-def _problem(model: Any, vocab_size: int, device: torch.device, has_borders: bool, is_exact: bool) -> str | None:
+def _problem(model: Any, vocab_size: int, device: torch.device, has_borders: bool) -> str | None:
     """How rows of a pack are not what they are alone; None where they are."""
     leaks, shifts, num_shifted = Leaks(), Shifts(), 0
     try:
@@ -72,10 +71,11 @@ def _problem(model: Any, vocab_size: int, device: torch.device, has_borders: boo
             first, other, second = random_rows(draw, (_LENGTHS[0], _LENGTHS[0], _LENGTHS[1]), vocab_size, device)
             packed, changed = (_log_probs(model, [row, second], has_borders)[len(first) :] for row in (first, other))
             leaks.add(packed, changed)
-            alone, dtype = log_probs(model, padded([second]))
-            beside, _ = log_probs(model, padded([first, second]))
-            shifts.add_control(alone[0], beside[1, : len(second)])
-            num_shifted += not shifts.is_same(packed, alone[0], rounded_to(dtype, is_exact=is_exact))
+            alone = log_probs(model, padded([second]))[0]
+            shifts.add_control(alone, log_probs(model, padded([first, second]))[1, : len(second)])
+            with rounded_once_more(model):
+                shifts.add_control(alone, log_probs(model, padded([second]))[0])
+            num_shifted += not shifts.is_same(packed, alone)
             if all_agree(leaks.are_none and num_shifted <= draw, device):
                 return None
             # What a row says cannot leak to one that stands before it.
@@ -90,7 +90,7 @@ def _problem(model: Any, vocab_size: int, device: torch.device, has_borders: boo
 
 
 def _long_problem(
-    model: Any, vocab_size: int, device: torch.device, num_rows: int, length: int, has_borders: bool, is_exact: bool
+    model: Any, vocab_size: int, device: torch.device, num_rows: int, length: int, has_borders: bool
 ) -> str | None:
     """The same of a pack of many tokens, whose rows have one length: each at its end, beside a batch of them."""
     where = f"a pack of {num_rows * length:,} tokens"
@@ -101,12 +101,15 @@ def _long_problem(
         for draw in range(NUM_DRAWS):
             rows = random_rows(draw, [length] * num_rows, vocab_size, device)
             packed = _log_probs(model, rows, has_borders, ends).split(_NUM_LAST)
-            alone, dtype = log_probs(model, padded(rows), own)
-            controls = [log_probs(model, padded([row]), own)[0][0] for row in rows[:2]]
+            alone = log_probs(model, padded(rows), own)
+            controls = [log_probs(model, padded([row]), own)[0] for row in rows[:2]]
+            with rounded_once_more(model):
+                rounded = log_probs(model, padded(rows[:1]), own)[0]
             for i, shift in enumerate(shifts):
+                shift.add_control(controls[0], rounded)
                 for control, beside in zip(controls, alone, strict=False):
                     shift.add_control(control, beside)
-                num_shifted[i] += not shift.is_same(packed[i], alone[i], rounded_to(dtype, is_exact=is_exact))
+                num_shifted[i] += not shift.is_same(packed[i], alone[i])
             if all_agree(max(num_shifted) <= draw, device):
                 return None
     except torch.OutOfMemoryError:
@@ -123,7 +126,7 @@ def _log_probs(model: Any, rows: list[Tensor], has_borders: bool, positions: Seq
     restarting = torch.cat([torch.arange(len(row), device=device) for row in rows])
     borders: dict[str, Any] = borders_of([len(row) for row in rows], device) if has_borders else {}
     inputs = {"input_ids": torch.cat(rows)[None], "position_ids": restarting[None], **borders}
-    return log_probs(model, inputs, positions)[0][0]
+    return log_probs(model, inputs, positions)[0]
 
 
 def borders_of(lengths: Sequence[int], device: torch.device | None = None) -> dict[str, Any]:
