@@ -15,7 +15,7 @@ from launcher.agent.machine import Ended, Verdict
 from launcher.base import files, json_lines
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, RunLockedError
 from launcher.base.full_disk import rewrite_json
-from launcher.base.paths import CheckpointPaths, RunPaths
+from launcher.base.paths import RunPaths
 from launcher.base.process import host
 from launcher.base.rank_reports import Report, first_failure, in_words, is_connection_loss
 from launcher.base.stop_requests import read_stop, remove_stop
@@ -179,10 +179,9 @@ def give_up(paths: RunPaths, attempt: str, text: str) -> None:
 def newest_checkpoint(paths: RunPaths) -> int | None:
     """The step of the newest one that was committed; None also where the disk does not answer."""
     try:
-        steps = [step for step, folder in paths.checkpoint_dirs() if CheckpointPaths(folder).manifest.is_file()]
+        return max(paths.own_checkpoints(), default=None)
     except OSError:
         return None
-    return max(steps, default=None)
 
 
 def why_no_restart(outcome: Outcome, earlier: Outcome | None, *, has_new: bool, has_any: bool) -> str | None:

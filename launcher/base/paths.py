@@ -211,3 +211,7 @@ class RunPaths:
             return
         found = [(step, p) for p in self.root.iterdir() if (step := checkpoint_step(p)) is not None and p.is_dir()]
         yield from sorted(found)
+
+    def own_checkpoints(self) -> dict[int, Path]:
+        """Step → folder of those that carry our manifest, in the same order. Others are not touched."""
+        return {step: folder for step, folder in self.checkpoint_dirs() if CheckpointPaths(folder).manifest.is_file()}

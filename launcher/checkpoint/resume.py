@@ -60,7 +60,7 @@ def find(
     Raises:
         ResumeError, DamagedCheckpointError: an explicit path cannot be used, or only damaged ones are left.
     """
-    has_ours = processes.on_main(lambda: holds_ours(paths))
+    has_ours = processes.on_main(lambda: bool(paths.own_checkpoints()))
     if choice == "auto" or (choice == "never" and os.environ.get(RESTARTED) and has_ours):
         return _newest(paths, processes)
     if choice == "never":
@@ -74,11 +74,6 @@ def find(
     keep = point.step if point.folder.parent == paths.root else -1
     point.notices += processes.on_main(lambda: supersede(paths, above_step=keep))
     return point, point.notices
-
-
-def holds_ours(paths: RunPaths) -> bool:
-    """Whether a checkpoint of ours is in output_dir, whole or not."""
-    return any(_is_ours(folder) for _, folder in paths.checkpoint_dirs())
 
 
 def origin_id(folder: Path) -> str:
@@ -115,8 +110,7 @@ def _state_as_listed(folder: Path) -> dict[str, Any] | None:
 
 def supersede(paths: RunPaths, above_step: int) -> list[str]:
     """Renames our checkpoints beyond a step: kept, but no longer taken for this run's."""
-    moved = [_move_aside(f, "superseded").name for s, f in paths.checkpoint_dirs()
-             if s > above_step and (f / manifest.NAME).is_file()]  # fmt: skip
+    moved = [_move_aside(f, "superseded").name for s, f in paths.own_checkpoints().items() if s > above_step]
     return [f"kept under another name, since the run starts before them: {', '.join(moved)}"] if moved else []
 
 
@@ -127,7 +121,7 @@ def newest_before(step: int, paths: RunPaths, processes: Processes) -> tuple[Res
     Returns:
         The point, or None, and notices.
     """
-    found = processes.on_main(lambda: [str(f) for s, f in paths.checkpoint_dirs() if s < step and _is_ours(f)])
+    found = processes.on_main(lambda: [str(f) for s, f in paths.own_checkpoints().items() if s < step])
     point, _, notices = _first_whole(found[::-1], processes, leave_out_newer=True)
     return point, notices
 

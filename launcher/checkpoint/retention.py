@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Iterable
 
 from launcher.base.files import remove_file, remove_tree
-from launcher.base.manifest import NAME
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.writer import DELETED_PREFIX
 
@@ -15,16 +14,10 @@ _HALF_REPLACED = re.compile(r"^\.(.+\.tmp(-[0-9a-f]+)?|lock-.+)$")
 
 
 def our_steps(paths: RunPaths) -> list[int]:
-    """Steps of the folders that carry our manifest; foreign `checkpoint-N` folders do not count and are not touched.
-
-    Nor do links: a checkpoint that was moved to another disk and linked is read, but it is not ours to delete any more.
+    """Steps of our checkpoints but for links: one that was moved to another disk and linked is read, but it is not ours
+    to delete any more.
     """
-    return [s for s, folder in paths.checkpoint_dirs() if (folder / NAME).is_file() and not folder.is_symlink()]
-
-
-def readable_steps(paths: RunPaths) -> list[int]:
-    """Those, and the ones that are links."""
-    return [step for step, folder in paths.checkpoint_dirs() if (folder / NAME).is_file()]
+    return [step for step, folder in paths.own_checkpoints().items() if not folder.is_symlink()]
 
 
 def kept_words(paths: RunPaths) -> str:

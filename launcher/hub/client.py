@@ -103,7 +103,7 @@ class SpoolHub:
         pushed = [e["step"] for e in there.values() if e["step"] is not None]
         dropped = self._spool.read_ledger()["dropped"]
         pending = self._spool.pending()
-        whole = [(s, d) for s, d in self._paths.checkpoint_dirs() if (d / manifest.NAME).is_file()]
+        whole = list(self._paths.own_checkpoints().items())
         if linked := [d for _, d in whole if d.is_symlink()]:
             whole = [(s, d) for s, d in whole if d not in linked]
             self._notices.append(

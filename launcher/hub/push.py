@@ -71,10 +71,10 @@ def plan_push(folder: Path, overrides: dict[str, Any]) -> Plan:
     item = model_item(folder, None, kind="folder")
     if any(f.path.endswith(".safetensors") for f in item.files):
         return Plan(_settings(folder, overrides, default="every_save"), (item,))
-    whole = [(s, p) for s, p in RunPaths(folder).checkpoint_dirs() if (p / manifest.NAME).is_file()]
+    whole = RunPaths(folder).own_checkpoints()
     if not whole:
         raise UserError(f"{folder} holds no model of ours: no *.safetensors, no checkpoint-N with a manifest")
-    step, newest = whole[-1]
+    step, newest = max(whole.items())
     if newest.is_symlink():
         raise UnsafeFileError(f"{newest} is a link. To send what it leads to: launcher push {newest.resolve()}")
     item = _readable(lambda: checkpoint_item(step, newest), newest)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from launcher.base import evaluations, files, manifest
+from launcher.base import evaluations, files
 from launcher.base.evaluations import Evaluation
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
@@ -80,10 +80,7 @@ class Background:
             e for s in evaluations.steps(self._paths) if s not in known and (e := evaluations.read(self._paths, s))
         ]
         known |= {e.step for e in found}
-        unjudged = [
-            s for s, folder in self._paths.checkpoint_dirs()
-            if s <= step and s not in known and self._is_due(s) and (folder / manifest.NAME).is_file()
-        ]  # fmt: skip
+        unjudged = [s for s in self._paths.own_checkpoints() if s <= step and s not in known and self._is_due(s)]
         if not self.is_on:
             if lost := [f"checkpoint-{s}" for s in unjudged if s != step]:
                 self._recorder.say(

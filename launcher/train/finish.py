@@ -11,7 +11,7 @@ from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Checkpoin
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.layout import MAX_SHARD_BYTES
 from launcher.checkpoint.resume import put_aside_if_damaged
-from launcher.checkpoint.retention import kept_words, readable_steps
+from launcher.checkpoint.retention import kept_words
 from launcher.saving.interop.target import Exported
 from launcher.train import planned
 from launcher.train.loop import Run, is_stopped_early
@@ -150,7 +150,7 @@ def whole_best_dir(run: Run, paths: RunPaths) -> Path | None:
     while (step := run.state.progress.best_step) is not None:
         folder = paths.checkpoint_dir(step)
         run.watchdog.alive()
-        if step in run.processes.on_main(lambda: readable_steps(paths)):
+        if step in run.processes.on_main(paths.own_checkpoints):
             notice = put_aside_if_damaged(folder, run.processes)
             if notice is None:
                 return folder

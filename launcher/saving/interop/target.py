@@ -68,7 +68,7 @@ def choose(path: Path, *, newest: bool) -> Exported:
 
 
 def _of_run(paths: RunPaths, *, newest: bool) -> Path | None:
-    ours = {step: folder for step, folder in paths.checkpoint_dirs() if (folder / manifest.NAME).is_file()}
+    ours = paths.own_checkpoints()
     if not ours:
         return None
     last = ours[max(ours)]
