@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from launcher.base.errors import ConfigError, UserError
 from launcher.config.model_rules import contradictions_of_adapter
 from launcher.config.settings import RunConfig, is_local_path
@@ -71,9 +74,32 @@ def _new_config(model: Any, config: RunConfig, new_token_ids: Sequence[int]) -> 
         lora = LoraConfig(**{"task_type": "CAUSAL_LM", **config.model.peft})
     except (TypeError, ValueError) as error:
         raise ConfigError([f"model.peft: {error}"]) from error
+    if lora.target_modules == "all-linear" and not lora.exclude_modules:
+        lora.exclude_modules = _not_linear(model) or None
     if new_token_ids and lora.trainable_token_indices is None:
         _train_rows(model, lora, list(new_token_ids))
     return lora
+
+
+def _not_linear(model: Any) -> list[str]:
+    """Layers that peft takes for linear ones, since they are made from them, and that compute something else: routers
+    (phimoe, Llama 4), products in groups (DeepSeek-V4). A quantized layer is none of them."""
+    layers = [(name, type(layer)) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    others = {kind for _, kind in layers if kind.__module__.startswith("transformers.models.") and not _is_linear(kind)}
+    return [name for name, kind in layers if kind in others]
+
+
+def _is_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a class computes what nn.Linear does, as Falcon's does: tried on a small one."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        layer, rows = kind.__new__(kind), torch.ones(1, 2, 3)
+        nn.Linear.__init__(layer, 3, 4)
+        try:
+            found = layer(rows)
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):  # it has more parts, or other inputs
+            return False
+        expected = nn.functional.linear(rows, layer.weight, layer.bias)
+        return isinstance(found, torch.Tensor) and found.shape == expected.shape and found.allclose(expected)
 
 
 def _train_rows(model: Any, lora: Any, ids: list[int]) -> None:

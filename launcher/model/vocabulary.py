@@ -56,7 +56,8 @@ def grow(model: Any, config: RunConfig, tokenizer: Any, new_token_ids: Sequence[
             which nothing has trained.
 
     Raises:
-        ConfigError: the tokenizer was larger than the embedding before, and `model.resize_embeddings` is not set.
+        ConfigError: the tokenizer was larger than the embedding before, and `model.resize_embeddings` is not set; or
+            transformers cannot resize the embedding of this architecture (xLSTM).
     """
     num_before = _deepspeed.full_shape(model.get_input_embeddings().weight)[0]
     needed = num_rows(tokenizer)
@@ -65,7 +66,13 @@ def grow(model: Any, config: RunConfig, tokenizer: Any, new_token_ids: Sequence[
     if not ids:
         return NewRows((), {})
     if needed > num_before:
-        model.resize_token_embeddings(needed, mean_resizing=False)
+        try:
+            model.resize_token_embeddings(needed, mean_resizing=False)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise ConfigError([
+                f"the embedding of {model.config.model_type} cannot grow from {num_before} to {needed} tokens "
+                f"({error}). Leave out what asks for more: model.add_tokens=[], and no tokenizer but the model's"
+            ]) from error  # fmt: skip
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     return NewRows(ids, _fill(model, ids, dtype))
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.base.errors import ConfigError, LauncherError, UserError
 from launcher.config.compose import compose
 from launcher.config.settings import RunConfig
-from launcher.data.tokenizer import build_vocabulary
+from launcher.data.tokenizer import build_vocabulary, byte_tokenizer
 from launcher.model.build import BuiltModel, build_model, static_files
 from tests.unit.test_build_model import make_base
 from tests.unit.test_vocabulary import TOKENS
@@ -194,3 +194,26 @@ def test_contradictions_are_named_before_torch_is_imported(
     folder = adapter(tmp_path / "adapter", bases["llama"])
     with pytest.raises(ConfigError, match=message):
         compose([o.format(adapter=folder) for o in overrides])
+
+
+_SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+_KINDS: dict[str, dict[str, Any]] = {
+    "phimoe": {"num_key_value_heads": 2, "intermediate_size": 48},
+    "deepseek_v4": {"num_key_value_heads": 1, "intermediate_size": 48},
+    "falcon": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # kernels that are not installed
+@pytest.mark.parametrize("name", _KINDS)
+def test_all_linear_leaves_out_what_only_looks_linear(name: str, tmp_path: Path) -> None:
+    """phimoe's router and DeepSeek-V4's products in groups are made from nn.Linear; so are Falcon's linear layers."""
+    config = AutoConfig.for_model(name, **_SIZES, **_KINDS[name])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    module: Any = built(tmp_path, "model.peft={target_modules: all-linear}").module
+    assert module(input_ids=torch.arange(8)[None]).logits.shape == (1, 8, 264)
+    adapted = {key for key, _ in module.named_modules() if key.endswith("lora_A")}
+    assert len(adapted) >= 4 and not any("router" in key or "o_a_proj" in key for key in adapted)

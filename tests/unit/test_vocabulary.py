@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.base.errors import ConfigError
 from launcher.config.compose import compose
@@ -95,6 +95,14 @@ def test_a_larger_tokenizer_is_refused_with_the_key_that_lets_embeddings_grow(
     with pytest.raises(ConfigError, match=r"Set model\.config\.vocab_size=266, or leave it out"):
         config = compose(["model=tiny_llama", "model.config.vocab_size=264", TOKENS, "data=arithmetic"])
         build_model(config, build_vocabulary(config).tokenizer)
+
+
+def test_new_tokens_are_refused_where_transformers_cannot_resize_the_embedding(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("xlstm", vocab_size=264, hidden_size=32, num_hidden_layers=1, num_heads=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"embedding of xlstm cannot grow from 264 to 266 .*model\.add_tokens=\[\]"):
+        built(tmp_path, TOKENS)
 
 
 def test_files_of_a_resumed_run_are_the_same(bases: dict[str, Path], tmp_path: Path) -> None:
