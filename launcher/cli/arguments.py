@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -26,6 +28,13 @@ def parse_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tupl
     options, unknown = parser.parse_known_intermixed_args(list(argv))
     split_arguments(_with_values(unknown, argv), _OPTION.findall(parser.format_help()))  # refuses options that are none
     return options, Arguments(tuple(options.overrides), options.config_dir, options.config_file)
+
+
+def hush_libraries() -> None:
+    """Before a model is built: bitsandbytes, which peft imports, tells of kernels that nothing here needs."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not os.environ.get("LAUNCHER_DEBUG"):
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _with_values(unknown: Sequence[str], argv: Sequence[str]) -> list[str]:

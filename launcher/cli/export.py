@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import re
 from pathlib import Path
 
 from launcher.base.errors import EXIT_DONE, UserError
+from launcher.cli.arguments import hush_libraries
 from launcher.config.settings import DTYPES
 from launcher.saving.interop.target import refuse_missing
 
@@ -44,8 +43,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file (default: 5GB)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     options = parser.parse_args(argv)
-    if not os.environ.get("LAUNCHER_DEBUG"):  # it tells of kernels that nothing here needs
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    hush_libraries()
     checkpoint, target = options.checkpoint.expanduser(), options.target.expanduser()
     size = _num_bytes(options.max_shard_size)
     refuse_missing(checkpoint)

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from launcher.agent.command import num_processes
 from launcher.base.collector import no_collections
 from launcher.base.device_memory import parse_bytes
 from launcher.base.errors import EXIT_DONE, ConfigError, UserError
-from launcher.cli.arguments import find_own_modules, parse_settings
+from launcher.cli.arguments import find_own_modules, hush_libraries, parse_settings
 from launcher.cli.train import as_argv
 from launcher.config.arguments import Arguments
 from launcher.config.compose import compose_arguments
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     }
     config, has_data = _composed(arguments)
     count = options.num_processes or num_processes(config)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    hush_libraries()
     find_own_modules()
     with contextlib.redirect_stdout(sys.stderr), no_collections():  # what libraries print is no part of the JSON
         from launcher.saving.plan import make_plan

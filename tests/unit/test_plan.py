@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,14 @@ def test_a_plan_is_plain_lines_when_it_is_piped(folder: Path, capsys: pytest.Cap
     assert main([f"model.model_name_or_path={folder}", "train.max_steps=100", "--tokens-per-s", "1000"]) == 0
     out = capsys.readouterr().out
     assert "6.74B parameters" in out and "\x1b" not in out and "100 steps" in out
+
+
+def test_nothing_but_the_plan_is_said_when_libraries_have_more_to_say() -> None:
+    """bitsandbytes tells of kernels as it is imported, once per process."""
+    command = [sys.executable, "-m", "launcher.cli", "plan", "model=tiny_llama", "model/peft=lora", "data=arithmetic"]
+    process = subprocess.run([*command, "--device-memory", "80GB"], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0 and "parameters" in process.stdout
+    assert process.stderr == ""
 
 
 def test_a_config_error_is_told_before_anything_is_planned() -> None:
