@@ -156,7 +156,10 @@ def as_of_now(told: Any, paths: RunPaths) -> dict[str, Any] | None:
         return told if isinstance(told, dict) else None
     from launcher.hub.records import read_journal
 
-    pending = pending_uploads(paths)
+    try:
+        pending = pending_uploads(paths)
+    except PermissionError:  # a colleague's run, whose uploads are private
+        return told
     now = {"pending": pending, "pushed": list(read_journal(paths.hub_dir / "journal.json")["pushed"])}
     return {**told, **now} if pending else {**told, **now, "last_error": None, "command": None}
 

@@ -20,6 +20,7 @@ from launcher.sweep.run import exit_code
 from launcher.sweep.runs import Metric, MetricsTail, read_run
 from launcher.sweep.table import show_table
 from tests.sweep.runner import ROOT, SweepRunner
+from tests.unprivileged import without_privileges
 
 LOSS = Metric("eval_loss", is_greater_better=False)
 
@@ -334,3 +335,13 @@ def test_a_process_is_taken_for_a_jobs_only_when_boot_namespace_and_start_say_so
     (tmp_path / "logs/job.json").write_text(json.dumps({**me, **changed}))
     assert job_process(tmp_path) == (os.getpid() if is_living else None)
     assert (read_job(tmp_path, LOSS).state == "running") is is_living
+
+
+def test_run_of_a_colleague_is_shown_when_its_uploads_are_private(tmp_path: Path) -> None:
+    told = {"pushed": [], "pending": ["checkpoint-10"], "last_error": "it is down", "command": "launcher push run"}
+    run = make_run(tmp_path / "run", hub=told)
+    (run / ".hub/queue").mkdir(parents=True)
+    (run / ".hub").chmod(0)
+    with without_privileges():
+        (shown,) = status.as_data(tmp_path)["runs"]
+    assert shown["hub"] == told
