@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +28,10 @@ _STATE_TYPES: dict[str, tuple[type, ...]] = {
     "scheduler": (dict,), "scaler": (dict, NoneType), "optimizer": (dict,), "settings": (dict,),
     "origin": (str, NoneType), "imported": (dict, NoneType),
 }  # fmt: skip
+_NOT_NOW = (
+    errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
+)  # fmt: skip
+"""Why a file cannot be opened, whatever it holds."""
 ROUNDING_KEYS = (
     "strategy", "strategy.deepspeed.zero_optimization", "num_processes", "per_device_train_batch_size",
     "train.fused_loss", "train.torch_compile", "attention", "num_threads",
@@ -58,7 +65,8 @@ def find(
         The point (None: start at step 0) and notices.
 
     Raises:
-        ResumeError, DamagedCheckpointError: an explicit path cannot be used, or only damaged ones are left.
+        ResumeError, DamagedCheckpointError: an explicit path cannot be used, one cannot be read now, or only damaged
+            ones are left.
     """
     has_ours = processes.on_main(lambda: bool(paths.own_checkpoints()))
     if choice == "auto" or (choice == "never" and os.environ.get(RESTARTED) and has_ours):
@@ -127,7 +135,37 @@ def newest_before(step: int, paths: RunPaths, processes: Processes) -> tuple[Res
 
 
 def _is_ours(folder: Path) -> bool:
-    return (folder / manifest.NAME).is_file()
+    """Raises: ResumeError: that cannot be seen."""
+    try:
+        return stat.S_ISREG((folder / manifest.NAME).stat().st_mode)
+    except OSError as error:
+        if error.errno in _NOT_NOW:
+            raise _unreadable(folder, error) from error
+        return False
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Before a checkpoint is called damaged and renamed: it would stay behind when it can be read again.
+
+    Raises:
+        ResumeError: one of its files cannot be opened for a reason that says nothing of what is in it.
+    """
+    names = [manifest.NAME]
+    with contextlib.suppress(OSError, DamagedCheckpointError):
+        names += [entry.path for entry in manifest.read(folder).files]
+    for name in names:
+        try:
+            files.open_read(folder / name, within=folder).close()
+        except OSError as error:
+            if error.errno in _NOT_NOW:
+                raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: OSError) -> ResumeError:
+    return ResumeError(
+        f"{folder} cannot be read now: {error.strerror} for user {os.getuid()}. It stays as it is: mend that and run "
+        "the same command again, or go on from another one: checkpoint.resume_from_checkpoint=FOLDER"
+    )
 
 
 def _newest(paths: RunPaths, processes: Processes) -> tuple[ResumePoint | None, list[str]]:
@@ -191,6 +229,7 @@ def put_aside_if_damaged(folder: Path, processes: Processes) -> str | None:
 
 def _put_aside(folder: Path, problems: list[str], processes: Processes) -> tuple[str, str]:
     """Its new name, and a notice. Collective."""
+    processes.on_main(partial(_refuse_unreadable, folder))
     aside = processes.on_main(partial(_move_aside, folder, "damaged"))
     return aside.name, f"{folder.name} is damaged ({problems[0]}); moved to {aside.name}"
 
@@ -260,12 +299,13 @@ def _move_aside(folder: Path, why: str) -> Path:
 
 
 def _explicit(folder: Path, processes: Processes, importer: Callable[[Path], Path]) -> ResumePoint:
-    if not (folder / manifest.NAME).is_file():
+    if not _is_ours(folder):
         foreign = folder
         folder = processes.on_main(lambda: importer(foreign))
     mine = manifest.verify(folder, processes.rank, processes.world_size)
     problems = [p for share in processes.gather(mine) for p in share]
     if problems:
+        processes.on_main(partial(_refuse_unreadable, folder))
         raise DamagedCheckpointError(f"{folder} is damaged: " + "; ".join(problems))
     return _open(folder, processes)
 

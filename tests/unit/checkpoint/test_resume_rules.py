@@ -15,6 +15,7 @@ from launcher.base.process import RESTARTED
 from launcher.checkpoint.resume import ResumePoint, compare_settings, find, from_weights, origin_id
 from launcher.config.compose import compose
 from tests.faults.file_layer import OneProcess
+from tests.unprivileged import without_privileges
 
 
 def make(root: Path, step: int, /, **state: Any) -> Path:
@@ -99,6 +100,21 @@ def test_a_state_of_nonsense_is_moved_aside_and_the_next_one_is_used(tmp_path: P
     point, notices = go(tmp_path)
     assert point is not None and point.step == 10
     assert "is not the state of this checkpoint" in notices[0]
+
+
+@pytest.mark.parametrize("closed", [".", "manifest.json", "state/state.json"])
+@pytest.mark.parametrize("choice", ["auto", "checkpoint-20"])
+def test_one_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, closed: str, choice: str) -> None:
+    for step in (10, 20):
+        make(tmp_path, step)
+    path = tmp_path / "checkpoint-20" / closed
+    path.chmod(0)
+    choice = choice if choice == "auto" else str(tmp_path / choice)
+    with without_privileges(), pytest.raises(ResumeError, match="checkpoint-20 cannot be read now: Permission denied"):
+        go(tmp_path, choice)
+    path.chmod(0o755)
+    point, notices = go(tmp_path, choice)
+    assert point is not None and (point.step, notices) == (20, [])
 
 
 def test_a_state_that_the_manifest_does_not_name_is_not_used(tmp_path: Path) -> None:
