@@ -6,6 +6,7 @@ Messages say what is wrong, the value got, what is valid, and the override that 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 EXIT_DONE = 0
@@ -108,6 +109,14 @@ class StoppedEarlyError(LauncherError):
 
 class HubError(LauncherError):
     """The Hub refused for good (token, quota, name); says the cure."""
+
+
+def not_allowed(path: object) -> str:
+    """What to tell of a place that belongs to somebody else."""
+    return (
+        f"{path} may not be used by this user (uid {os.getuid()}). Have its owner allow it (chmod, chgrp), "
+        "or name another one"
+    )
 
 
 class SlurmError(UserError):

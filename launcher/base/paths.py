@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.base.errors import UserError
+from launcher.base.errors import UserError, not_allowed
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _CODE_DIR = Path(__file__).resolve().parent.parent
@@ -20,8 +20,18 @@ def conf_dir() -> Path:
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/launcher`, else ~/.cache/launcher."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher"
+    """`$XDG_CACHE_HOME/launcher`, else ~/.cache/launcher.
+
+    Raises:
+        UserError: there is no home folder, as in a container for a user that it does not know.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher"
+    except RuntimeError:
+        raise UserError(
+            f"tokenised data has no place: HOME is not set, and user {os.getuid()} has no home folder. Set "
+            "data.cache_dir=FOLDER, or HOME"
+        ) from None
 
 
 def constraints_path() -> Path:
@@ -155,8 +165,18 @@ class RunPaths:
         """To be asked before anything is written here.
 
         Raises:
-            UserError: one of `own_dirs` is a link, or something else stands where a run has a folder or a file.
+            UserError: one of `own_dirs` is a link, or something else stands where a run has a folder or a file; or it
+                is another user's run, whose logs and settings are private.
         """
+        try:
+            self._refuse_odd()
+        except PermissionError as error:
+            raise UserError(
+                f"output_dir={self.root}: {not_allowed(error.filename)}. To go on from another user's run in a folder "
+                f"of your own: output_dir=FOLDER checkpoint.resume_from_checkpoint={self.root}/checkpoint-N"
+            ) from error
+
+    def _refuse_odd(self) -> None:
         for folder in filter(Path.is_symlink, self.own_dirs):
             raise UserError(
                 f"{folder} is a link to {folder.readlink()}: what a run writes stays inside of its output_dir. "

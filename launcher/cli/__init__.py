@@ -16,7 +16,16 @@ import time
 from collections.abc import Iterator, Sequence
 
 from launcher import __version__
-from launcher.base.errors import EXIT_DONE, EXIT_FAILED, ConfigError, LauncherError, OutputError, UserError
+from launcher.base.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_USER,
+    ConfigError,
+    LauncherError,
+    OutputError,
+    UserError,
+    not_allowed,
+)
 from launcher.base.first_moments import obey_signals
 from launcher.base.output import open_standard_files, tell_failed_output
 
@@ -80,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _telling():
             _show(error)
         return error.exit_code
+    except PermissionError as error:
+        with _telling():
+            _show(UserError(not_allowed(error.filename)))
+        return EXIT_USER
     except KeyboardInterrupt:
         with _telling():
             print("launcher: interrupted", file=sys.stderr)

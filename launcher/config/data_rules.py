@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from launcher.base.errors import not_allowed
 from launcher.config.schema import did_you_mean, near_miss
 from launcher.config.settings import (
     DATA_COLUMNS,
@@ -96,8 +98,11 @@ def _column_problems(data: DataConfig) -> Iterator[str]:
 
 def _missing_files(key: str, names: Any) -> Iterator[str]:
     for name in [names] if isinstance(names, str) else names or []:
-        if not expand_files([str(name)]):
+        found = expand_files([str(name)])
+        if not found:
             yield f"{key}: {no_files_text(str(name))}"
+        elif (closed := next((path for path in found if not os.access(path, os.R_OK)), None)) is not None:
+            yield f"{key}: {not_allowed(closed)}"
         elif not DATA_SUFFIX.search(str(name)) and not Path(str(name)).expanduser().is_dir():
             yield f"{key}: {name} must be a .jsonl, .ndjson, .json, .csv or .parquet (.gz, .zst), or a folder of such"
 

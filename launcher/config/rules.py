@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from launcher.base.errors import not_allowed
 from launcher.base.paths import default_cache_dir
 from launcher.config import sbatch
 from launcher.config.background_rules import background_problems
@@ -38,7 +39,12 @@ def contradictions(config: RunConfig, explicit: Collection[str] = ()) -> list[st
         explicit: keys that the user set for this very run. `load_best_model_at_end` comes with the recommended choice,
             where it means "if there is a best one"; only who sets it himself is told that there cannot be one.
     """
-    problems = [problem for rule in _RULES for problem in rule(config)]
+    problems: list[str] = []
+    for rule in _RULES:
+        try:
+            problems.extend(rule(config))
+        except PermissionError as error:
+            problems.append(not_allowed(error.filename))
     if "checkpoint.load_best_model_at_end" in explicit:
         problems += _best_model_problems(config)
     return problems

@@ -1,0 +1,74 @@
+"""What is told of places that are another user's, and where there is no home: one line, before anything begins."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
+from launcher.base.errors import UserError
+from launcher.base.paths import RunPaths, default_cache_dir
+from tests.unprivileged import drop_privileges, without_privileges
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Path:
+    """A folder that nobody may enter."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    return folder
+
+
+def test_closed_data_and_model_are_named_together_when_settings_are_read(tmp_path: Path, closed: Path) -> None:
+    files = [tmp_path / name for name in ("open.jsonl", "mine.jsonl")]
+    for path in files:
+        path.write_text('{"text": "one"}\n')
+    files[1].chmod(0)
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.cli",
+        "train",
+        "--cfg",
+        "job",
+        f"data.train_files=[{files[0]},{files[1]}]",
+    ]
+    done = subprocess.run(
+        [*command, f"model.model_name_or_path={closed}/model"], capture_output=True, text=True, timeout=60,
+        preexec_fn=drop_privileges, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2 and "2 settings are wrong" in done.stderr
+    assert f"data.train_files: {files[1]} may not be used by this user (uid {os.getuid()})" in done.stderr
+    assert f"{closed}/model/config.json may not be used" in done.stderr
+
+
+def test_run_of_another_user_is_refused_with_the_way_to_go_on_from_it(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir(mode=0)
+    with without_privileges(), pytest.raises(UserError) as caught:
+        RunPaths(tmp_path).refuse_links()
+    assert f"output_dir={tmp_path}: {tmp_path}/logs/" in str(caught.value)
+    assert f"checkpoint.resume_from_checkpoint={tmp_path}/checkpoint-N" in str(caught.value)
+
+
+@pytest.mark.parametrize("verb", ["status", "checkpoints", "verify", "report"])
+def test_closed_folder_is_named_in_one_line(closed: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with without_privileges():
+        assert cli.main([verb, str(closed)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(closed) in told and "may not be used by this user" in told
+
+
+def test_missing_home_is_named_with_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(UserError, match=r"Set data\.cache_dir=FOLDER"):
+        default_cache_dir()
