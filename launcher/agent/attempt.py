@@ -65,15 +65,18 @@ class Attempt:
             began: when the command that this start belongs to began, seconds since the epoch.
         """
         try:
+            temporary = tempfile.TemporaryDirectory(prefix="launcher-")
+        except OSError as error:
+            return self._not_begun(f"no temporary file can be made on {host()}: {error.strerror}. Set TMPDIR=FOLDER")
+        try:
             self._paths.logs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             log = files.open_append(self._log, within=self._paths.root)
         except (OSError, UnsafeFileError) as error:
-            wrong = UserError(f"output_dir={self._config.output_dir} cannot be written on {host()}: {error}")
-            report = make_report(wrong, rank=self._ranks.start, training_began=False, step=None)
-            return Ended(self._machine, host(), wrong.exit_code, [report])
+            temporary.cleanup()
+            return self._not_begun(f"output_dir={self._config.output_dir} cannot be written on {host()}: {error}")
         kills_before = oom_kills()
         stacks = {rank: self._stack_bytes(rank) for rank in self._ranks}
-        with log, tempfile.TemporaryDirectory(prefix="launcher-") as error_dir:
+        with log, temporary as error_dir:
             begin = log.tell()
             process = self._popen(start, error_dir, log.fileno(), began)
             stopped = StoppedProcesses(process.pid, self._config.launch.hang_timeout_s, self._ranks.start)
@@ -89,6 +92,11 @@ class Attempt:
                 {rank: stood for rank, size in stacks.items() if (stood := self._where_it_hung(rank, size))},
                 output[-4000:], oom_kills() - kills_before, stopped=stopped.at_the_end(),
             )  # fmt: skip
+
+    def _not_begun(self, why: str) -> Ended:
+        wrong = UserError(why)
+        report = make_report(wrong, rank=self._ranks.start, training_began=False, step=None)
+        return Ended(self._machine, host(), wrong.exit_code, [report])
 
     def _popen(self, start: Start, error_dir: str, log: int, began: float) -> subprocess.Popen[bytes] | Fork:
         parent = os.getpid()

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launcher.base.errors import UserError
+
 # ------------------------------------------------------------------ ZeRO-3's parameters
 
 
@@ -178,16 +180,26 @@ def build_cpu_collectives() -> None:
     end (torch/utils/file_baton.py). Every load takes that file, also of what is compiled already, so all of ours happen
     under a kernel lock, which dies with its holder: a `lock` found under it is stale. Later loads in this process take
     neither.
+
+    Raises:
+        UserError: it may not be written where torch keeps such operators.
     """
-    from deepspeed.comm.torch import build_shm_op
     from torch.utils.cpp_extension import _get_build_directory
 
     name = "deepspeed_shm_comm"
-    folder = Path(_get_build_directory(name, False))
-    with (folder.parent / f".{name}.launcher-lock").open("w") as own_lock:
-        fcntl.flock(own_lock, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        if not (folder / f"{name}.so").is_file():
-            print("DeepSpeed compiles an operator, once on this machine: about 30 s", file=sys.stderr, flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that an operator was built
-            build_shm_op()
+    try:
+        folder = Path(_get_build_directory(name, False))
+        with (folder.parent / f".{name}.launcher-lock").open("w") as own_lock:
+            fcntl.flock(own_lock, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
+            from deepspeed.comm.torch import build_shm_op
+
+            if not (folder / f"{name}.so").is_file():
+                print("DeepSpeed compiles an operator, once on this machine: about 30 s", file=sys.stderr, flush=True)
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints that an operator was built
+                build_shm_op()
+    except OSError as error:
+        raise UserError(
+            f"ZeRO on a CPU needs an operator that DeepSpeed compiles, and there is no place for it: {error}. Set "
+            "TORCH_EXTENSIONS_DIR=FOLDER, or train with strategy=ddp"
+        ) from error

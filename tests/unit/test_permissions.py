@@ -6,13 +6,19 @@ import os
 import pwd
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from launcher import cli
+from launcher.agent.attempt import Attempt
+from launcher.agent.machine import OneMachine, Start
+from launcher.agent.requests import Requests
+from launcher.base._deepspeed import build_cpu_collectives
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths, default_cache_dir
+from launcher.config.settings import RunConfig
 from tests.unprivileged import drop_privileges, without_privileges
 
 
@@ -72,3 +78,19 @@ def test_missing_home_is_named_with_the_setting(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(UserError, match=r"Set data\.cache_dir=FOLDER"):
         default_cache_dir()
+
+
+def test_missing_place_for_temporary_files_is_named_with_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    config = RunConfig(output_dir=str(tmp_path / "run"))
+    attempt = Attempt(config, RunPaths(tmp_path / "run"), [])
+    ended = attempt.run(Start(0, "a", 1, is_restart=False), OneMachine(Requests(), lambda: None), 0.0)
+    assert ended.code == 2 and "Set TMPDIR=FOLDER" in ended.reports[0]["message"]
+
+
+def test_missing_place_for_operators_is_named_with_the_variable(closed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(closed / "operators"))
+    with without_privileges(), pytest.raises(UserError, match="Set TORCH_EXTENSIONS_DIR=FOLDER"):
+        build_cpu_collectives()
