@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,16 @@ def checkpoint_step(path: Path) -> int | None:
     """The N of a folder named exactly `checkpoint-N`, else None."""
     match = _CHECKPOINT.fullmatch(path.name)
     return int(match.group(1)) if match else None
+
+
+def is_own_checkpoint(folder: Path) -> bool:
+    """Whether it carries our manifest. Raises: OSError: that cannot be seen."""
+    try:
+        return stat.S_ISREG(CheckpointPaths(folder).manifest.stat().st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
 
 
 @dataclass(frozen=True)
@@ -233,5 +245,9 @@ class RunPaths:
         yield from sorted(found)
 
     def own_checkpoints(self) -> dict[int, Path]:
-        """Step → folder of those that carry our manifest, in the same order. Others are not touched."""
-        return {step: folder for step, folder in self.checkpoint_dirs() if CheckpointPaths(folder).manifest.is_file()}
+        """Step → folder of those that carry our manifest, in the same order. Others are not touched.
+
+        Raises:
+            OSError: one may not be entered; that says nothing of what is in it.
+        """
+        return {step: folder for step, folder in self.checkpoint_dirs() if is_own_checkpoint(folder)}

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.base import files, manifest
 from launcher.base.errors import DamagedCheckpointError, NoWholeCheckpointError, ResumeError, ResumeMismatchError
-from launcher.base.paths import CheckpointPaths, RunPaths, checkpoint_step
+from launcher.base.paths import CheckpointPaths, RunPaths, checkpoint_step, is_own_checkpoint
 from launcher.base.process import RESTARTED
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def find(
         ResumeError, DamagedCheckpointError: an explicit path cannot be used, one cannot be read now, or only damaged
             ones are left.
     """
-    has_ours = processes.on_main(lambda: bool(paths.own_checkpoints()))
+    has_ours = processes.on_main(lambda: bool(own_checkpoints(paths)))
     if choice == "auto" or (choice == "never" and os.environ.get(RESTARTED) and has_ours):
         return _newest(paths, processes)
     if choice == "never":
@@ -118,7 +117,7 @@ def _state_as_listed(folder: Path) -> dict[str, Any] | None:
 
 def supersede(paths: RunPaths, above_step: int) -> list[str]:
     """Renames our checkpoints beyond a step: kept, but no longer taken for this run's."""
-    moved = [_move_aside(f, "superseded").name for s, f in paths.own_checkpoints().items() if s > above_step]
+    moved = [_move_aside(f, "superseded").name for s, f in own_checkpoints(paths).items() if s > above_step]
     return [f"kept under another name, since the run starts before them: {', '.join(moved)}"] if moved else []
 
 
@@ -129,19 +128,21 @@ def newest_before(step: int, paths: RunPaths, processes: Processes) -> tuple[Res
     Returns:
         The point, or None, and notices.
     """
-    found = processes.on_main(lambda: [str(f) for s, f in paths.own_checkpoints().items() if s < step])
+    found = processes.on_main(lambda: [str(f) for s, f in own_checkpoints(paths).items() if s < step])
     point, _, notices = _first_whole(found[::-1], processes, leave_out_newer=True)
     return point, notices
 
 
+def own_checkpoints(paths: RunPaths) -> dict[int, Path]:
+    """`RunPaths.own_checkpoints`. Raises: ResumeError: one may not be entered."""
+    return {step: folder for step, folder in paths.checkpoint_dirs() if _is_ours(folder)}
+
+
 def _is_ours(folder: Path) -> bool:
-    """Raises: ResumeError: that cannot be seen."""
     try:
-        return stat.S_ISREG((folder / manifest.NAME).stat().st_mode)
+        return is_own_checkpoint(folder)
     except OSError as error:
-        if error.errno in _NOT_NOW:
-            raise _unreadable(folder, error) from error
-        return False
+        raise _unreadable(folder, error) from error
 
 
 def _refuse_unreadable(folder: Path) -> None:

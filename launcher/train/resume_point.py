@@ -47,7 +47,7 @@ def find_resume_point(config: RunConfig, paths: RunPaths, processes: Processes) 
     # Once it is in output_dir it is a checkpoint like any other: a restart goes on from the newest one there.
     # What is not ours is ignored, and does not stand for it.
     notices = []
-    if not processes.on_main(lambda: bool(paths.own_checkpoints())):
+    if not processes.on_main(lambda: bool(resume.own_checkpoints(paths))):
         processes.on_main(maybe_fetch)
     else:
         notices = processes.on_main(not_asked)
