@@ -36,6 +36,7 @@ from launcher.model.identity import agreed_identity
 from launcher.model.loss import build_loss, takes_padding
 from launcher.model.optim import Schedule, build_optimizer
 from launcher.model.positions import check_positions
+from launcher.model.processor import processor_files
 from launcher.model.quantization import try_quantised
 from launcher.model.stop_tokens import end_generation_with
 from launcher.saving.interop.importing import import_notices
@@ -177,10 +178,8 @@ def build_run(
     tell(processes, "building the model")
     if accelerator.device.type == "cpu" and not config.strategy.zero_stage:  # DeepSpeed's buffers leave gaps: half more
         keep_freed_memory()
-    built = build_model(
-        config, tokenizer, new_token_ids=vocabulary.new_token_ids,
-        resumed_from=point.folder if point is not None else None,
-    )  # fmt: skip
+    resumed_from = point.folder if point is not None else None
+    built = build_model(config, tokenizer, new_token_ids=vocabulary.new_token_ids, resumed_from=resumed_from)
     end_generation_with(built.module, data.end_token_ids)
     notices += check_positions(
         built.module, built.config, data.longest, data.longest_place, is_packed=config.data.packing,
@@ -192,7 +191,9 @@ def build_run(
         late["model.base"] = agreed_identity(config, processes)
     notices += compared_late(config, point, settings, late)
     processes.on_main(lambda: write_settings(config, paths))  # not those of a start that was just refused
-    statics = static_files(built, tokenizer) if processes.is_main else {}
+    statics: dict[str, bytes] = {}
+    if processes.is_main:
+        statics = static_files(built, tokenizer) | processor_files(config, built.config, resumed_from)
     optimizer = build_optimizer(config, built.module)
     notices += try_optimizer(config, optimizer, accelerator.device)
     schedule = Schedule(config, optimizer, total_steps)

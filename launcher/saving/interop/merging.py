@@ -23,7 +23,7 @@ from launcher.base.stored import StoredTensor, StoredTensors
 from launcher.checkpoint.layout import TensorSpec, plan_files
 from launcher.checkpoint.snapshot import SAFETENSORS_NAMES, TORCH_DTYPES
 from launcher.config.model_rules import why_not_merged
-from launcher.model import _transformers
+from launcher.model import _transformers, processor
 from launcher.model.identity import local_folder
 from launcher.model.lora import adapter_key
 from launcher.model.vocabulary import num_rows
@@ -236,6 +236,9 @@ class _Merge:
             if (place / "generation_config.json").is_file():
                 files.copy_file(place / "generation_config.json", folder / "generation_config.json")
                 break
+        for name in processor.FILES if processor.takes_more_than_text(config) else ():
+            if (self.base_folder / name).is_file():
+                files.copy_file(self.base_folder / name, folder / name)
 
 
 def _aliases(plain: nn.Module, stored: StoredTensors) -> dict[str, str]:
