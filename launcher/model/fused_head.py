@@ -213,17 +213,49 @@ def _cross_entropy(
     loss = -log_probs.gather(1, targets[:, None]).sum(dtype=loss_dtype)
     if not needs_grad:
         return loss, None
-    if torch.compiler.is_compiling():  # one pass over all of it; an indexed write would make it three
-        grad = log_probs.exp() - (torch.arange(logits.shape[1], device=logits.device) == targets[:, None]).float()
-    else:
-        grad = log_probs.exp_()
-        grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
+    grad = log_probs.exp_()
+    grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0
     grad = after.backward_(grad, logits if after.cap is not None else None)
     given.copy_(grad)
     return loss, None if bias is None else grad.sum(0)
 
 
-_compiled_cross_entropy = functools.cache(lambda: torch.compile(_cross_entropy, dynamic=True))
+def _in_two_passes(
+    given: Tensor, bias: Tensor | None, targets: Tensor, own: Tensor, after: AfterHead, *, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same for the compiler: the loss of each row, without an indexed read or write, which would be a pass more.
+
+    Args:
+        own: what the head and `after` make of each row's target.
+    """
+    logits = given.float()
+    if bias is not None:
+        logits = logits + bias
+    after.apply_(logits)
+    total = logits.logsumexp(-1, keepdim=True)
+    if not needs_grad:
+        return total - own, None
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    grad = after.backward_((logits - total).exp() - is_target.float(), logits if after.cap is not None else None)
+    given.copy_(grad)
+    return total - own, None if bias is None else grad.sum(0)
+
+
+@functools.cache
+def _compiled_cross_entropy() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    passes = torch.compile(_in_two_passes, dynamic=True)
+
+    def cross_entropy(
+        given: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, loss_dtype: torch.dtype, *,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        # Read out here: torch 2.11's compiler read it after the gradient had been written in its place.
+        own = given.gather(1, targets[:, None]).float()
+        own = after.apply_(own if bias is None else own + bias[targets[:, None]])
+        losses, of_bias = passes(given, bias, targets, own, after, needs_grad=needs_grad)
+        return losses.sum(dtype=loss_dtype), of_bias
+
+    return cross_entropy
 
 
 class _FusedHead(torch.autograd.Function):
