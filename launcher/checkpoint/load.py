@@ -378,5 +378,6 @@ def scalar_of(segment: Segment, value: float | int, kind: dict[str, Any] | None)
         place = "cpu" if kind["is_on_host"] else segment.key.device
         return torch.tensor(value, dtype=TORCH_DTYPES[kind["dtype"]], device=place)
     group = segment.optimizer.param_groups[segment.group]
-    device = segment.key.device if group.get("fused") or group.get("capturable") else "cpu"
+    was_on_device = kind is not None and not kind["is_on_host"]  # ASGD's are, always
+    device = segment.key.device if group.get("fused") or group.get("capturable") or was_on_device else "cpu"
     return torch.tensor(float(value), dtype=torch.float32, device=device)

@@ -7,6 +7,8 @@ import torch
 from transformers import get_scheduler
 
 from launcher.base.errors import ConfigError
+from launcher.checkpoint.load import scalar_of
+from launcher.checkpoint.segments import Segment
 from launcher.config.settings import RunConfig
 from launcher.model.optim import Schedule, build_optimizer
 
@@ -103,3 +105,22 @@ def test_update_is_one_kernel_unless_another_way_is_asked_for() -> None:
     assert not build_optimizer(asked, model()).defaults["fused"]
     asked.optim.name, asked.optim.kwargs = "torch.optim.Adadelta", {}  # it has no such kernel
     assert "fused" not in build_optimizer(asked, model()).defaults
+
+
+@pytest.mark.parametrize(
+    ("name", "is_fused", "was_on_host", "expected"),
+    [
+        ("ASGD", False, False, "meta"), ("Adam", False, True, "cpu"), ("Adam", False, None, "cpu"),
+        ("AdamW", True, False, "meta"), ("AdamW", True, True, "meta"),
+    ],
+)  # fmt: skip
+def test_scalars_of_a_state_lie_where_the_optimizer_has_them_when_it_goes_on(
+    name: str, is_fused: bool, was_on_host: bool | None, expected: str
+) -> None:
+    """Parameters of a device, for which "meta" stands. Where they lie decides which kernels compute."""
+    key = torch.nn.Parameter(torch.empty(4, device="meta"))
+    optimizer = getattr(torch.optim, name)([key])
+    optimizer.param_groups[0]["fused"] = is_fused
+    kind = None if was_on_host is None else {"dtype": "F32", "is_on_host": was_on_host}
+    found = scalar_of(Segment(key.detach(), optimizer, 0, (), (), key), 3.0, kind)
+    assert (found.device.type, found.dtype) == (expected, torch.float32)
