@@ -108,7 +108,8 @@ def use_single_process_env() -> None:
 
 
 def build_accelerator(config: RunConfig) -> LauncherAccelerator:
-    """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo).
+    """The accelerator for `strategy`, on CUDA (nccl) or CPU (gloo); of torch's kernels those that `full_determinism`
+    asks for, whoever computes: what evaluates in the background decides which checkpoint is the best.
 
     Raises:
         ConfigError: there is no fp16 on this device; Accelerate would train fp32 without a word.
@@ -116,6 +117,8 @@ def build_accelerator(config: RunConfig) -> LauncherAccelerator:
     has_cuda = torch.cuda.is_available()
     if problems := precision_problems(config.model.dtype, has_gpu=has_cuda):
         raise ConfigError(problems)
+    if config.train.full_determinism:
+        torch.use_deterministic_algorithms(True)
     handlers: list[Any] = [InitProcessGroupKwargs(backend="nccl" if has_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)]
     logs = str(RunPaths(Path(config.output_dir).expanduser().resolve()).logs_dir)
     arguments: dict[str, Any] = {

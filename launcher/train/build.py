@@ -147,8 +147,6 @@ def build_run(
     """
     processes.on_main(lambda: None if paths.config.exists() else write_settings(config, paths))
     stop = early.stop
-    if config.train.full_determinism:
-        torch.use_deterministic_algorithms(True)
     point, notices = find_resume_point(config, paths, processes)
     tell(processes, "reading the data")
     vocabulary = build_vocabulary(config)

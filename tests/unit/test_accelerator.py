@@ -37,3 +37,16 @@ def test_ddp_is_set_alike_for_every_process_group(
     build_accelerator(compose(["strategy=ddp", "launch.num_processes=1"]))
     kinds = [type(handler).__name__ for handler in made[0]["kwargs_handlers"]]
     assert kinds == (["InitProcessGroupKwargs", "DistributedDataParallelKwargs"] if is_set else [])
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_kernels_are_deterministic_for_whoever_computes_when_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, is_asked: bool
+) -> None:
+    """The process that evaluates in the background has an accelerator, too, and nothing else of a training."""
+    monkeypatch.setattr(accelerator, "LauncherAccelerator", lambda **arguments: None)
+    try:
+        build_accelerator(compose(["strategy=ddp", f"train.full_determinism={str(is_asked).lower()}"]))
+        assert torch.are_deterministic_algorithms_enabled() is is_asked
+    finally:
+        torch.use_deterministic_algorithms(False)
