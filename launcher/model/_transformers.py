@@ -69,12 +69,11 @@ def known_masks(is_full: bool | None, is_packed: bool | None) -> Iterator[None]:
 def _teach_masks() -> None:
     from transformers import masking_utils
 
-    asks_all = getattr(masking_utils, "fast_all", None)  # not there before 5.20
-    asks_packed = masking_utils.find_packed_sequence_indices
+    asks_all, asks_packed = masking_utils.fast_all, masking_utils.find_packed_sequence_indices
 
-    def fast_all(tensor: Tensor) -> Any:
+    def fast_all(tensor: Any) -> Any:
         if _masks[0] is None or torch.compiler.is_compiling():
-            return asks_all(tensor) if asks_all is not None else tensor.all()
+            return asks_all(tensor)
         return _masks[0] or not tensor.numel()
 
     def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
@@ -85,8 +84,7 @@ def _teach_masks() -> None:
             return None
         return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
-    if asks_all is not None:
-        masking_utils.fast_all = fast_all
+    masking_utils.fast_all = fast_all
     masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
 
 
