@@ -249,7 +249,7 @@ def _compiled_cross_entropy() -> Callable[..., tuple[Tensor, Tensor | None]]:
         given: Tensor, bias: Tensor | None, targets: Tensor, after: AfterHead, loss_dtype: torch.dtype, *,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        # Read out here: torch 2.11's compiler read it after the gradient had been written in its place.
+        # Read out here: torch 2.11's compiler read it after the gradient had been written in its place (on a CPU).
         own = given.gather(1, targets[:, None]).float()
         own = after.apply_(own if bias is None else own + bias[targets[:, None]])
         losses, of_bias = passes(given, bias, targets, own, after, needs_grad=needs_grad)
