@@ -103,8 +103,10 @@ def rounded_once_more(model: Any) -> Iterator[None]:
         if not (isinstance(output, Tensor) and output.is_floating_point()):
             return output
         generator = generators.setdefault(output.device, torch.Generator(output.device).manual_seed(0))
-        shares = torch.rand(output.shape, generator=generator, device=output.device) - 0.5
-        return (output.float() * (1 + shares * torch.finfo(output.dtype).eps)).to(output.dtype)
+        # In place: the logits of a long pack may be the largest tensor that fits.
+        factors = torch.rand(output.shape, generator=generator, device=output.device).sub_(0.5)
+        factors.mul_(torch.finfo(output.dtype).eps).add_(1.0)
+        return factors.mul_(output).to(output.dtype)
 
     layers = [layer for layer in model.modules() if next(layer.children(), None) is None]
     hooks = [layer.register_forward_hook(moved) for layer in layers]
