@@ -73,4 +73,4 @@ for name in ${*:-tests saves throughput sweep}; do
   esac
 done
 say "all: $((SECONDS - began)) s"
-[ -z "${KEEP:-}" ] && rm -rf "$WORK"
+[ -n "${KEEP:-}" ] || rm -rf "$WORK"
