@@ -340,3 +340,9 @@ def test_how_a_run_ended_is_told_when_no_new_file_can_be_made(tmp_path: Path, mo
     with pytest.raises(OSError, match="No space"):
         rewrite_json(path, {"text": "z" * 10_000})
     assert files.read_json(path)["state"] == "interrupted"
+
+
+def test_folder_is_left_to_its_file_system_when_that_knows_no_fsync_of_folders(tmp_path: Path) -> None:
+    files.fsync_dir(Path("/proc/self"))
+    with pytest.raises(OSError, match="No such file"):
+        files.fsync_dir(tmp_path / "missing")
