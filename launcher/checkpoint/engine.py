@@ -95,6 +95,8 @@ class Checkpointer:
         self._num_outstanding = 0  # answers to retain and discard that have not come yet
         self._target, self._attempt = Path(), 0
         self.phase = Phase.IDLE
+        self.undeleted: str | None = None
+        """Why a checkpoint that was to go is still there, as the writer said last; main process."""
         self.notices: list[str] = []
         """What the user should know of how saves are made here; said once."""
 
@@ -287,6 +289,8 @@ class Checkpointer:
         event, flight = answer["event"], self._flight
         if event in ("retained", "discarded") or answer.get("cmd") in ("retain", "discard"):
             self._num_outstanding -= 1
+            if event == "failed" and answer["cmd"] == "retain":
+                self.undeleted = answer["error"]
         elif flight is None or answer["save"] != flight.commit["save"]:  # a step may be saved again
             return
         elif event == "failed":

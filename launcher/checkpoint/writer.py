@@ -32,7 +32,7 @@ After a crash at any point only `.tmp-checkpoint-*` and `.tmp-deleted-*` can rem
 from __future__ import annotations
 
 import base64
-import contextlib
+import errno
 import json
 import mmap
 import os
@@ -174,13 +174,15 @@ class Writer:
         """
         for name in command["durable"]:
             files.fsync_tree(Path(name))
+        failed: OSError | None = None
         for name in command["expired"]:
             _check_fence(command)
-            path = Path(name)
-            hidden = path.with_name(f"{DELETED_PREFIX}{path.name}")
-            with contextlib.suppress(FileNotFoundError):
-                files.rename(path, hidden)
-            files.remove_tree(hidden)
+            try:
+                _delete(Path(name))
+            except OSError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
         return {"event": "retained", "step": command["step"]}
 
     def discard(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -278,6 +280,23 @@ class Writer:
                     "errno": number,
                 }
             ]
+
+
+def _delete(path: Path) -> None:
+    """Deletes a checkpoint, which has no valid name any more before the first of its files goes. overlayfs cannot
+    rename a folder of a layer below: there the manifest goes first, without which it is no checkpoint."""
+    hidden = path.with_name(f"{DELETED_PREFIX}{path.name}")
+    try:
+        files.rename(path, hidden)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        files.remove_file(path / manifest.NAME)
+        files.fsync_dir(path)
+        files.remove_tree(path)
+    files.remove_tree(hidden)
 
 
 def _check_fence(command: dict[str, Any]) -> None:

@@ -74,6 +74,7 @@ class Saver:
         self._previous_best: tuple[float | None, int | None] = (None, None)
         self._last_write_s: float | None = None
         self._last_error: str | None = None
+        self._told_undeleted: str | None = None
         self._is_reserved = False
 
     @property
@@ -378,6 +379,9 @@ class Saver:
         collective: only the main process does something."""
         if not self._processes.is_main or not self.is_on:
             return
+        if (why := self.checkpointer.undeleted) not in (None, self._told_undeleted):
+            self._told_undeleted = why
+            self._outlet.say(f"WARNING an old checkpoint could not be deleted: {why}. Make that possible, or delete it")
         best = self._state.progress.best_step
         steps = our_steps(self._paths)
         needed = [*self._rollback_target(steps), *self.unjudged]

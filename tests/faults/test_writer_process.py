@@ -346,3 +346,43 @@ def test_everything_is_written_when_the_file_system_refuses_direct_writes(
     file.sync()
     file.close()
     assert (tmp_path / "file").read_bytes() == content
+
+
+def test_one_that_cannot_be_deleted_is_told_and_the_others_go(group: Group) -> None:
+    folders = [group.paths.checkpoint_dir(step) for step in (1, 2, 3)]
+    for step in (1, 2, 3):
+        group.save(step)
+        assert group.finish().error is None
+    (group.paths.root / ".tmp-deleted-checkpoint-1/in/the/way").mkdir(parents=True)
+    group.members[0].expire(folders[:2])
+    group.members[0].settle()
+    assert _whole(group.paths) == [1, 3]
+    assert "Directory not empty" in str(group.members[0].undeleted)
+
+
+_ON_OVERLAYFS = """
+mount -t tmpfs none upper && mkdir upper/new upper/work
+mount -t overlay overlay -o lowerdir=lower,upperdir=upper/new,workdir=upper/work run
+exec "$0" -c '
+import sys
+from pathlib import Path
+from launcher.checkpoint.writer import Writer
+names = [str(Path("run/checkpoint-1").absolute())]
+print(Writer(memoryview(b"")).execute({"cmd": "retain", "step": -1, "expired": names, "durable": []}))
+assert not list(Path("run").iterdir())
+'
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mount namespaces need root")
+def test_a_checkpoint_of_a_layer_below_is_deleted_on_overlayfs(tmp_path: Path) -> None:
+    """A container's file system cannot rename a folder that came with its image."""
+    for name in ("upper", "run", "lower/checkpoint-1/state"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("config.json", "manifest.json", "state/state.json"):
+        (tmp_path / "lower/checkpoint-1" / name).write_text("{}")
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-ec", _ON_OVERLAYFS, sys.executable], cwd=tmp_path, capture_output=True,
+        text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0 and "retained" in done.stdout, done.stdout + done.stderr

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.retention import expired_steps, our_steps, sweep_leftovers
+from launcher.config.settings import RunConfig
+from launcher.hub import NoHub
+from launcher.saving.save_schedule import SaveSchedule
+from launcher.saving.saver import Saver
+from launcher.saving.training_state import ProgressState
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, None])
@@ -89,3 +96,20 @@ def test_linked_checkpoints_are_not_counted(tmp_path: Path) -> None:
 def test_only_the_plain_name_is_a_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     assert list(RunPaths(tmp_path).checkpoint_dirs()) == []
+
+
+def test_what_cannot_be_deleted_is_told_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    config = RunConfig()
+    state: Any = SimpleNamespace(progress=ProgressState(), step=40)
+    checkpointer: Any = SimpleNamespace(undeleted=None, expire=lambda *_: None)
+    main: Any = SimpleNamespace(is_main=True)
+    outlet: Any = SimpleNamespace(say=told.append)
+    hub: Any = NoHub()
+    saver = Saver(
+        config, RunPaths(tmp_path), main, state, checkpointer, main, lock=main, schedule=SaveSchedule(config, 64),
+        outlet=outlet, hub=hub, alive=main, is_stopping=main, is_judged_later=main, total_steps=100, saved_step=0,
+    )  # fmt: skip
+    for checkpointer.undeleted in (None, "Permission denied: checkpoint-10", "Permission denied: checkpoint-10"):
+        saver.retain()
+    assert [line.partition(":")[0] for line in told] == ["WARNING an old checkpoint could not be deleted"]
