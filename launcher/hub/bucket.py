@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from launcher.hub.remote import Throttle, require_xet
 from launcher.hub.spool import reached
 
 LATEST = "latest.json"
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,19}")
 MAX_FILES_PER_CALL = 100
 CAPPED_CALL_BYTES = 8 * 2**20
 """With a bandwidth cap a call takes no further file beyond these: what a finished call sent survives a kill."""
@@ -75,11 +77,19 @@ class BucketTarget:
             self._journal["repo_id"] = name
             save_journal()
         for item in items:
+            if item.kind == "checkpoint":
+                self._note_unmarked([item.name], save_journal)
             self._push_folder(item.name if item.kind == "checkpoint" else "model", self._wanted(item))
             self._add({LATEST: json.dumps({"folder": item.name if item.kind == "checkpoint" else "model"}).encode()})
             reached("committed")
-        self._retain(items)
+        self._retain(items, save_journal)
         return Stored()
+
+    def _note_unmarked(self, folders: Sequence[str], save_journal: Callable[[], None]) -> None:
+        """Before these checkpoints lose their marker or get their first file: what a kill, or a newer checkpoint that
+        makes them pointless, leaves of them is taken away later."""
+        self._journal["unmarked"] = sorted({*self._journal["unmarked"], *folders})
+        save_journal()
 
     def _wanted(self, item: Item) -> dict[str, LocalFile]:
         """All of a checkpoint; with every_save, and of a final model, the files at the top."""
@@ -182,8 +192,9 @@ class BucketTarget:
         if paths:
             self._api.batch_bucket_files(self.name, delete=paths)
 
-    def _retain(self, items: Sequence[Item]) -> None:
-        """Takes old checkpoints away once the new one is complete: marker first, so that none looks whole."""
+    def _retain(self, items: Sequence[Item], save_journal: Callable[[], None]) -> None:
+        """Takes old checkpoints away once the new one is complete: marker first, so that none looks whole. And those
+        that never became complete."""
         coming = [f"{i.name}/{manifest.NAME}" for i in items if i.kind == "checkpoint"]
         if not coming:
             return
@@ -193,9 +204,14 @@ class BucketTarget:
         limit = 1 if self._settings.is_newest_enough else self._settings.save_total_limit
         best = None if self._settings.is_newest_enough else best_step(items)
         complete = [f"{folder}/{manifest.NAME}" for folder in marked]
-        for folder in outdated_folders(coming, complete, limit, best):
+        outdated = outdated_folders(coming, complete, limit, best)
+        halves = [name for name in self._journal["unmarked"] if _CHECKPOINT.fullmatch(name) and name not in marked]
+        self._note_unmarked(outdated, save_journal)
+        for folder in outdated:
             self._delete([f"{folder}/{MARKER}"])
+        for folder in [*outdated, *halves]:
             self._delete([p for p in paths if p.startswith(f"{folder}/") and not p.endswith(f"/{MARKER}")])
+        self._journal["unmarked"] = []
 
     def maybe_squash(self, now: float, save_journal: Callable[[], None]) -> bool:
         """A bucket keeps no history."""

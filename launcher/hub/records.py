@@ -62,6 +62,7 @@ _JOURNAL: _Checks = {
     "tags_due": (lambda: None, _is_tags),
     "pull_requests_before": (lambda: None, _is_names),
     "told_notices": (list, _is_names),
+    "unmarked": (list, _is_names),
     "card": (dict, _is_card),
 }
 _LEDGER: _Checks = {"passed_over": (list, _is_names), "dropped": (list, _is_names)}

@@ -52,7 +52,7 @@ class Uploader:
         if self._journal["target"] != settings.target:  # the user chose another one: what we know is about the old one
             self._journal.update(
                 target=settings.target, repo_id=None, card={}, last_squash=None, commits_since_squash=0, pushed={},
-                failed={}, tags_due=None,
+                failed={}, tags_due=None, unmarked=[],
             )  # fmt: skip
         self._throttle = Throttle(settings.max_bytes_per_s)
         self._target = build_target(settings, self._journal, self._throttle)

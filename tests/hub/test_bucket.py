@@ -80,6 +80,20 @@ def test_folder_is_not_complete_when_uploader_is_killed(
     assert read(hub, "model/model.safetensors") == (run / "model.safetensors").read_bytes()
 
 
+def test_half_sent_checkpoint_goes_when_a_newer_one_makes_it_pointless(
+    hub: HubServer, xet_env: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    spool = prepare_spool(run, make_config(run, hub_strategy="checkpoint", bucket=BUCKET))
+    spool.add(checkpoint_item(10, make_checkpoint(run, 10)))
+    with UploaderUnderTest(spool, xet_env, crash_at=("uploaded", 1)) as uploader:
+        uploader.process.wait(timeout=120)
+    assert "checkpoint-10/model.safetensors" in hub.buckets[BUCKET].files
+    spool.add(checkpoint_item(20, make_checkpoint(run, 20)))
+    upload_all(spool, xet_env)
+    assert {p.split("/")[0] for p in hub.buckets[BUCKET].files} == {"checkpoint-20", "latest.json"}
+
+
 def test_bandwidth_is_capped(hub: HubServer, xet_env: dict[str, str], tmp_path: Path) -> None:
     run, cap = tmp_path / "run", 300_000.0
     spool = prepare_spool(run, make_config(run, hub_strategy="all_checkpoints", bucket=BUCKET, max_bytes_per_s=cap))
