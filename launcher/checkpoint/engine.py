@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import enum
+import errno
 import math
 import os
 import time
@@ -135,10 +136,12 @@ class Checkpointer:
         try:
             self._reserve(self.plan)
         except (OSError, MemoryError) as error:
+            cure = "More processes or another strategy hold less each (strategy=zero3)"
+            if getattr(error, "errno", None) == errno.EFBIG:
+                cure = "The shell's limit of files counts for it, and for those of checkpoints: ulimit -f unlimited"
             raise CheckpointWriteError(
                 f"a save keeps a copy of this process's state in host memory, and {self.plan.buffer_bytes:,} bytes "
-                f"cannot be had: {error}. More processes or another strategy hold less each (strategy=zero3); to train "
-                "without checkpoints: checkpoint=off"
+                f"cannot be had: {error}. {cure}; to train without checkpoints: checkpoint=off"
             ) from error
 
     def _reserve(self, plan: SnapshotPlan) -> None:

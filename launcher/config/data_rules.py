@@ -98,7 +98,11 @@ def _column_problems(data: DataConfig) -> Iterator[str]:
 
 def _missing_files(key: str, names: Any) -> Iterator[str]:
     for name in [names] if isinstance(names, str) else names or []:
-        found = expand_files([str(name)])
+        try:
+            found = expand_files([str(name)])
+        except PermissionError as error:
+            yield f"{key}: {not_allowed(error.filename)}"
+            continue
         if not found:
             yield f"{key}: {no_files_text(str(name))}"
         elif (closed := next((path for path in found if not os.access(path, os.R_OK)), None)) is not None:

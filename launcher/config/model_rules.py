@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.base import files
+from launcher.base.errors import not_allowed
+from launcher.base.manifest import model_files
 from launcher.config.quantization_rules import quantization_problems
 from launcher.config.schema import did_you_mean
 from launcher.config.settings import ModelConfig, RunConfig, is_local_path
@@ -42,9 +46,22 @@ def model_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _missing_model(key: str, name: str | None, file: str) -> Iterator[str]:
-    if name and is_local_path(name) and not (Path(name).expanduser() / file).is_file():
-        what = f"has no {file}" if Path(name).expanduser().is_dir() else "does not exist"
-        yield f"{key}={name} {what} (looked in {Path.cwd()}). It must be a folder that holds one, or a Hub id ORG/NAME"
+    try:
+        if not name or not is_local_path(name):
+            return
+        folder = Path(name).expanduser()
+        if not (folder / file).is_file():
+            what = f"has no {file}" if folder.is_dir() else "does not exist"
+            yield (
+                f"{key}={name} {what} (looked in {Path.cwd()}). It must be a folder that holds one, or a Hub id "
+                "ORG/NAME"
+            )
+            return
+        for path in (folder / found for found in model_files(folder)):
+            if path.exists() and not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    except PermissionError as error:
+        yield f"{key}: {not_allowed(error.filename)}"
 
 
 def _token_problems(model: ModelConfig) -> Iterator[str]:

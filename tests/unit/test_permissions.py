@@ -35,6 +35,11 @@ def test_closed_data_and_model_are_named_together_when_settings_are_read(tmp_pat
     for path in files:
         path.write_text('{"text": "one"}\n')
     files[1].chmod(0)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer_config.json").write_text("{}")
+    (tokenizer / "tokenizer.json").touch(mode=0)
+    names = [f"model.model_name_or_path={closed}/model", f"model.tokenizer_name_or_path={tokenizer}"]
     command = [
         sys.executable,
         "-m",
@@ -45,12 +50,13 @@ def test_closed_data_and_model_are_named_together_when_settings_are_read(tmp_pat
         f"data.train_files=[{files[0]},{files[1]}]",
     ]
     done = subprocess.run(
-        [*command, f"model.model_name_or_path={closed}/model"], capture_output=True, text=True, timeout=60,
+        [*command, *names], capture_output=True, text=True, timeout=60,
         preexec_fn=drop_privileges, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 2 and "2 settings are wrong" in done.stderr
+    assert done.returncode == 2 and "3 settings are wrong" in done.stderr
     assert f"data.train_files: {files[1]} may not be used by this user (uid {os.getuid()})" in done.stderr
-    assert f"{closed}/model/config.json may not be used" in done.stderr
+    assert f"model.model_name_or_path: {closed}/model/config.json may not be used" in done.stderr
+    assert f"model.tokenizer_name_or_path: {tokenizer}/tokenizer.json may not be used" in done.stderr
 
 
 def test_run_of_another_user_is_refused_with_the_way_to_go_on_from_it(tmp_path: Path) -> None:
