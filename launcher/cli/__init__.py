@@ -89,10 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _telling():
             _show(error)
         return error.exit_code
-    except PermissionError as error:
-        with _telling():
-            _show(UserError(not_allowed(error.filename)))
-        return EXIT_USER
     except KeyboardInterrupt:
         with _telling():
             print("launcher: interrupted", file=sys.stderr)
@@ -101,9 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _give_up_output()
         return EXIT_FAILED
     except Exception as error:
+        place = error.filename if isinstance(error, PermissionError) else None
         with _telling():
-            print(f"launcher: {_unexpected(error)}", file=sys.stderr)
-        return EXIT_FAILED
+            if place is None:
+                print(f"launcher: {_unexpected(error)}", file=sys.stderr)
+            else:
+                _show(UserError(not_allowed(place)))
+        return EXIT_FAILED if place is None else EXIT_USER
 
 
 def _run(arguments: list[str]) -> int:

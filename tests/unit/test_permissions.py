@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import subprocess
@@ -18,6 +19,7 @@ from launcher.agent.requests import Requests
 from launcher.base._deepspeed import build_cpu_collectives
 from launcher.base.errors import UserError
 from launcher.base.paths import RunPaths, default_cache_dir
+from launcher.cli import status
 from launcher.config.settings import RunConfig
 from tests.unprivileged import drop_privileges, without_privileges
 
@@ -100,3 +102,14 @@ def test_missing_place_for_operators_is_named_with_the_variable(closed: Path, mo
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(closed / "operators"))
     with without_privileges(), pytest.raises(UserError, match="Set TORCH_EXTENSIONS_DIR=FOLDER"):
         build_cpu_collectives()
+
+
+def test_refusal_that_names_no_place_is_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(arguments: list[str]) -> int:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(status, "main", refused)
+    assert cli.main(["status"]) == 1
+    assert "unexpected PermissionError" in capsys.readouterr().err
