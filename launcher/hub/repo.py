@@ -291,7 +291,7 @@ class RepoTarget:
         last, settings = self._journal["last_squash"], self._settings
         if settings.save_total_limit is None or settings.create_pr or self._journal["commits_since_squash"] < 2:
             return False
-        if last is not None and now - last < settings.squash_interval_s:
+        if last is not None and 0.0 <= now - last < settings.squash_interval_s:  # else the clock was set back
             return False
         self._journal["last_squash"] = now  # before it is done, and also where it fails: at most one try in an hour
         save_journal()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,13 @@ def test_retention_keeps_best_and_newest_when_limited(hub: HubServer, env: dict[
     assert folders == {"checkpoint-10", "checkpoint-40"}
     assert set(repo.tags) == {"step-10", "step-40"}
     assert repo.squashes == 1  # at most one an hour
+    spool.write_journal({**spool.read_journal(), "last_squash": time.time() + 1e7})  # before the clock was set back
+    for step in (50, 60):
+        spool.add(checkpoint_item(step, make_checkpoint(run, step, best=10)))
+        upload_all(spool, env)
+    assert repo.squashes == 2
     card = hub.read(REPO, "README.md").decode()
-    assert "| 10 |" in card and "| 40 |" in card and "| 20 |" not in card
+    assert "| 10 |" in card and "| 60 |" in card and "| 20 |" not in card
 
 
 def test_foreign_folders_stay_when_retention_runs(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
