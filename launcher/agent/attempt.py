@@ -24,7 +24,7 @@ from launcher.base.errors import UnsafeFileError, UserError
 from launcher.base.forks import Fork
 from launcher.base.paths import RunPaths
 from launcher.base.process import RESTARTED, die_with_parent, host
-from launcher.base.rank_reports import ATTEMPT, is_library, make_report, read_reports
+from launcher.base.rank_reports import ATTEMPT, Report, is_library, make_report, read_reports
 from launcher.base.stop_requests import SUPERVISED, read_stop
 from launcher.base.timeline import BEGAN
 from launcher.config.settings import RunConfig
@@ -88,7 +88,7 @@ class Attempt:
                 process.wait()
             output = _text_from(self._log, begin)
             return Ended(
-                self._machine, host(), code, read_reports(Path(error_dir)), self._killed(output),
+                self._machine, host(), code, self._reports(Path(error_dir), start), self._killed(output),
                 {rank: stood for rank, size in stacks.items() if (stood := self._where_it_hung(rank, size))},
                 output[-4000:], oom_kills() - kills_before, stopped=stopped.at_the_end(),
             )  # fmt: skip
@@ -144,6 +144,11 @@ class Attempt:
             if end_at is not None and time.monotonic() >= end_at:
                 with contextlib.suppress(OSError):  # the ranks die with it
                     os.killpg(process.pid, signal.SIGKILL)
+
+    def _reports(self, error_dir: Path, start: Start) -> list[Report]:
+        """Of this machine's ranks; where temporary files had no room for them, the copies in output_dir."""
+        kept = [report for report in read_reports(self._paths.logs_dir) if report["attempt"] == start.id]
+        return read_reports(error_dir) or [report for report in kept if report["rank"] in self._ranks]
 
     def _has_begun(self, start: Start) -> bool:
         """Whether this start has come to its first step: run.json is its own from there on."""

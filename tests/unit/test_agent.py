@@ -16,9 +16,11 @@ import yaml
 from launcher.agent import attempt, outcome
 from launcher.agent.attempt import Attempt
 from launcher.agent.command import accelerate_command
+from launcher.agent.machine import Start
 from launcher.agent.supervise import check_unchanged, is_finished, run
-from launcher.base.errors import UserError
+from launcher.base.errors import DataError, UserError
 from launcher.base.paths import RunPaths
+from launcher.base.rank_reports import ATTEMPT, make_report, write_report
 from launcher.base.timeline import note_ended
 from launcher.config.changes import changed_settings
 from launcher.config.settings import DataConfig, RunConfig, TrainConfig, to_dict
@@ -267,3 +269,19 @@ def test_what_the_ranks_told_is_not_hidden_when_the_disk_of_the_run_has_failed(
     assert Attempt(RunConfig(output_dir=str(tmp_path)), paths, [])._stack_bytes(0) == 0
     assert outcome.newest_checkpoint(paths) is None
     note_ended(paths, "a", 0.0, {"state": "failed"})
+
+
+def test_what_the_ranks_told_is_found_in_output_dir_when_temporary_files_had_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, empty = RunPaths(tmp_path / "run"), tmp_path / "empty"
+    for folder in (paths.logs_dir, empty):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv(ATTEMPT, "this")
+    for rank in (0, 1):  # the other one is another machine's
+        report = make_report(DataError(f"row of rank {rank}"), rank=rank, training_began=False, step=None)
+        write_report(report, paths.logs_dir)
+    made = Attempt(RunConfig(output_dir=str(paths.root)), paths, [])
+    (found,) = made._reports(empty, Start(0, "this", 1, is_restart=False))
+    assert (found["message"], found["exit_code"]) == ("row of rank 0", 2)
+    assert made._reports(empty, Start(1, "another", 1, is_restart=True)) == []
