@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Checkpoin
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.layout import MAX_SHARD_BYTES
 from launcher.checkpoint.resume import put_aside_if_damaged
-from launcher.checkpoint.retention import kept_words
+from launcher.checkpoint.retention import kept_words, sweep_leftovers
 from launcher.saving.interop.target import Exported
 from launcher.train import planned
 from launcher.train.loop import Run, is_stopped_early
@@ -39,6 +40,9 @@ def finish(run: Run, paths: RunPaths) -> None:
     )  # fmt: skip
     # The others end here: uploading may take longer than a collective waits. Who asks for a stop now has the model.
     say_all(run, run.hub.finish(paths.root, is_stopping=lambda: run.stop.reason_code(0.0, 0.0) > 0))
+    if run.processes.is_main:
+        with contextlib.suppress(OSError):
+            sweep_leftovers(paths)  # of a failed save that the disk would not let go: no next start would
     run.saver.retain()  # what was held while it was copied
     run.stop.clear()
     run.recorder.update_run(hub=run.hub.status())

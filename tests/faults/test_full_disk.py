@@ -51,6 +51,7 @@ def test_saves_are_skipped_while_there_is_no_room_and_resume_when_there_is(
     run = RunPaths(disk / "run")
     lab.start(run.root, "single", 1, "train.max_steps=60", env=_SLOW)
     wait_until(lambda: run.checkpoint_dir(10).exists(), "checkpoint-10")
+    run.temporary_dir(7).mkdir()  # as a failed save leaves it where the disk refuses its deletion, too
     ballast = _fill(disk, leave=_MIB // 2)
     wait_until(lambda: "no checkpoint saved" in log_text(run.root), "the warning")
     before = max(lines(run))
@@ -65,6 +66,7 @@ def test_saves_are_skipped_while_there_is_no_room_and_resume_when_there_is(
     assert "room; checkpoint-10 is as it was" in text
     assert "the checkpoints of this run will need up to" in text and "checkpoint.save_total_limit=2" in text
     assert different(undisturbed.checkpoint_dir(60), run.checkpoint_dir(60)) == []
+    assert not run.temporary_dir(7).exists()
 
 
 @pytest.mark.timeout(300)
