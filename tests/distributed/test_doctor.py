@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
+from launcher.agent.command import free_port
 from launcher.cli.doctor import services
 from tests.hub.helpers import hub_environment
 from tests.hub.server import HubServer
@@ -131,10 +131,7 @@ def test_doctor_says_what_the_file_system_lacks(
 
 @pytest.mark.parametrize("is_shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_doctor_compares_the_machines_of_a_run(is_shared: bool, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
+    port, started = free_port(), []
     for rank in range(3):
         folder = tmp_path / ("run" if is_shared else f"run-{rank}")
         started.append(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launcher.agent.command import free_port
 from launcher.hub.items import checkpoint_item
 from launcher.hub.spool import Spool
 from tests.hub.helpers import (
@@ -98,9 +99,7 @@ def test_arrives_once_when_upload_is_cut_in_the_middle(hub: HubServer, env: dict
 
 
 def test_arrives_when_server_comes_up_late(env: dict[str, str], tmp_path: Path) -> None:
-    with HubServer(tmp_path / "first") as first:
-        port = int(first.url.rpartition(":")[2])
-    spool = spool_with_checkpoint(tmp_path)
+    port, spool = free_port(), spool_with_checkpoint(tmp_path)
     with UploaderUnderTest(spool, {**env, "HF_ENDPOINT": f"http://127.0.0.1:{port}"}):
         wait_until(lambda: spool.read_status().get("state") == "waiting", message="it did not notice the outage")
         assert len(told(spool)) == 1 and "will be tried until it works" in told(spool)[0]

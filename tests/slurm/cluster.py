@@ -7,11 +7,12 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from launcher.agent.command import free_port
 
 NODES = ("n0", "n1")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel")
@@ -61,11 +62,11 @@ def missing() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Different ones. The kernel might give those of its own to others before Slurm's daemons take them."""
+    found = set[int]()
+    while len(found) < count:
+        found.add(free_port())
+    return list(found)
 
 
 class Cluster:
