@@ -60,6 +60,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: own.get(item.path.relative_to(Path(__file__).parent).parts[0], len(own)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before its fixtures: what a test draws does not depend on the tests that ran before it in its worker."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _built_operators(request: pytest.FixtureRequest) -> None:
     """DeepSpeed compiles its shared-memory collectives at the first start, for half a minute; not in a test's time."""
