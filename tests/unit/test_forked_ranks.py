@@ -24,6 +24,10 @@ from launcher.base import forks
 from launcher.train import forked_ranks
 RANK = [sys.executable, "-u", "-m", "launcher.train", "model=tiny", "output_dir=a b"]
 
+def killed(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
 def told(*_, **__):
     # what a rank would run: written down, and an end as asked for
     proc = Path("/proc/self")
@@ -109,7 +113,7 @@ def test_a_signal_and_a_time_limit_are_told_as_by_popen(tmp_path: Path) -> None:
     "change",
     [
         "env['OMP_NUM_THREADS'] = '3'", "env['LD_PRELOAD'] = ''", "env.pop('HF_HOME', None); env['HF_HOME'] = '/x'",
-        "os.kill(ranks._waiting[0].pid, signal.SIGKILL); time.sleep(0.2)", "ranks._waiting.clear()",
+        "killed(ranks._waiting[0].pid)", "ranks._waiting.clear()",
         "RANK[3] = 'json.tool'", "RANK[0] = '/bin/true'",
     ],
 )  # fmt: skip
