@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +21,20 @@ from launcher.train.metrics import MetricsFile
 _CALL_S, _WRITE_S = 0.01, 0.3
 
 
+class Clock:
+    """Of the saver: a machine that is busy with something else takes no part in what is counted."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 class SlowDisk:
     """A checkpointer whose call is short and whose writer takes long."""
 
-    def __init__(self) -> None:
-        self.phase = Phase.IDLE
+    def __init__(self, clock: Clock) -> None:
+        self.phase, self._clock = Phase.IDLE, clock
         self._step = 0
         self.plan = SimpleNamespace(total_bytes=1000)
         self.stall_s = self.copies_in_wait_s = 0.0
@@ -37,7 +45,7 @@ class SlowDisk:
     def wait(self, on_wait: Callable[[], None], is_urgent: Callable[[], bool]) -> SaveResult | None:
         if self.phase is Phase.IDLE:
             return None
-        time.sleep(_WRITE_S)
+        self._clock.now += _WRITE_S
         self.phase = Phase.IDLE
         return SaveResult(self._step, _CALL_S + self.copies_in_wait_s, _WRITE_S, 1000)
 
@@ -48,11 +56,13 @@ class SlowDisk:
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> tuple[Saver, SaveSchedule, Any, MetricsFile, RunConfig]:
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Saver, SaveSchedule, Any, MetricsFile, RunConfig]:
     config, state = RunConfig(), SimpleNamespace(step=0, progress=SimpleNamespace(best_metric=None, best_step=None))
     config.checkpoint.save_steps = "auto"
     config.train.on_spike = "off"
-    disk, schedule, metrics = SlowDisk(), SaveSchedule(config, 64), MetricsFile(tmp_path / "metrics.jsonl")
+    clock = Clock()
+    monkeypatch.setattr("launcher.saving.saver.time", clock)
+    disk, schedule, metrics = SlowDisk(clock), SaveSchedule(config, 64), MetricsFile(tmp_path / "metrics.jsonl")
     alone: Any = SimpleNamespace(is_main=True, on_main=lambda action: action())
     unused: Any = SimpleNamespace(
         check=lambda: None, held_names=(), pending_dirs=(), checkpoint_committed=lambda *_: None, saved=metrics.append
