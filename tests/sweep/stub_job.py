@@ -3,7 +3,8 @@
 run.json, metrics.jsonl, the STOP file, SIGTERM and resuming are those of a real run. A step mixes its number into a
 digest that a checkpoint carries, so that a lost, repeated or skipped step shows in the result.
 Environment: STUB_STEPS, STUB_STEP_S, STUB_DEVICES (a folder: who uses a device locks a file there), STUB_FAIL (a text
-in the arguments of jobs that fail), STUB_IGNORE_STOP.
+in the arguments of jobs that fail), STUB_IGNORE_STOP, STUB_LAST (a text in the arguments of the job that ends only when
+STUB_OTHERS others have).
 """
 
 import fcntl
@@ -91,6 +92,11 @@ def main() -> int:
             replace(root / "run.json", {**state, "exit_code": 75})
             return 75
         replace(root / "run.json", state)
+    last = os.environ.get("STUB_LAST")
+    while last and last in " ".join(sys.argv):
+        if len(list(root.parent.glob("*/ended.log"))) >= int(os.environ["STUB_OTHERS"]):
+            break
+        time.sleep(0.02)
     with (root / "ended.log").open("a") as file:
         file.write(f"{digest}\n")
     replace(root / "run.json", {**state, "state": "finished", "exit_code": 0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -35,11 +36,12 @@ def test_all_jobs_run_on_disjoint_devices_and_are_ranked(sweep: SweepRunner, tmp
 
 def test_next_job_starts_at_once_when_one_ends(sweep: SweepRunner) -> None:
     """No batches: with one long job, the short ones pass by on the other slot."""
-    code, output = sweep.run("seed=1,2,3,4", "+launch.env.A=x", "sweep.num_slots=2", STUB_STEP_S="0.05")
+    code, output = sweep.run(
+        "seed=1,2,3,4", "+launch.env.A=x", "sweep.num_slots=2", STUB_LAST="seed=1", STUB_OTHERS="3"
+    )
     assert code == 0, output
-    starts = sorted(record["started_at"] for record in sweep.records().values())
-    assert starts[1] - starts[0] < 0.15
-    assert starts[2] - starts[0] >= 0.2
+    assert sweep.ended().keys() == {"seed=1", "seed=2", "seed=3", "seed=4"}
+    assert output.index("started   seed=4") < output.index("finished  seed=1")
 
 
 def test_nothing_runs_twice_when_the_command_is_repeated_and_new_values_add_jobs(sweep: SweepRunner) -> None:
@@ -83,15 +85,16 @@ def test_others_go_on_when_a_job_fails_and_it_is_retried_on_demand(sweep: SweepR
 
 def test_every_job_saves_when_the_sweep_is_stopped(sweep: SweepRunner) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = sweep.start(*EIGHT, STUB_STEPS="60", STUB_STEP_S="0.05")
-        wait_until(lambda: sum("exit_code" not in record for record in sweep.records().values()) == 2)
-        time.sleep(0.3)
+        process = sweep.start(*EIGHT, STUB_STEPS="300", STUB_STEP_S="0.05")
+        wait_until(
+            lambda: [json.loads(p.read_text())["state"] for p in sweep.root.glob("*/run.json")] == ["running"] * 2
+        )
         process.send_signal(number)
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=60)
         assert process.returncode == 75, output
         states = [json.loads(p.read_text())["state"] for p in sweep.root.glob("*/run.json")]
         assert states == ["interrupted"] * 2, output
-    code, output = sweep.run(*EIGHT, STUB_STEPS="60", STUB_STEP_S="0.001")
+    code, output = sweep.run(*EIGHT, STUB_STEPS="300", STUB_STEP_S="0")
     assert code == 0, output
     assert [len(times) for times in sweep.ended().values()] == [1] * 8
 
@@ -126,10 +129,12 @@ def test_jobs_are_killed_when_asked_twice(sweep: SweepRunner) -> None:
     process = sweep.start("seed=1,2", "sweep.num_slots=2", STUB_STEPS="1000", STUB_STEP_S="0.05", STUB_IGNORE_STOP="1")
     wait_until(lambda: len(list(sweep.root.glob("*/run.json"))) == 2)
     process.send_signal(signal.SIGINT)
-    time.sleep(1.0)
+    assert process.stdout is not None
+    assert any("stopping 2 jobs" in line for line in process.stdout)
+    time.sleep(1.0)  # signals close together are one
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert not any(os.path.exists(f"/proc/{record['pid']}") for record in sweep.records().values())  # noqa: PTH110
     assert "0 failed" not in output
@@ -154,7 +159,7 @@ def test_jobs_stop_with_a_save_when_their_controller_is_killed(sweep: SweepRunne
     wait_until(lambda: len(list(sweep.root.glob("*/run.json"))) == 2)
     process.kill()
     process.wait()
-    wait_until(lambda: sweep.state("seed=1") == sweep.state("seed=2") == "interrupted", timeout_s=10)
+    wait_until(lambda: sweep.state("seed=1") == sweep.state("seed=2") == "interrupted")
 
 
 def test_every_job_ends_exactly_once_when_controller_and_jobs_are_killed_at_random(sweep: SweepRunner) -> None:
@@ -190,11 +195,17 @@ def test_every_job_ends_exactly_once_when_controller_and_jobs_are_killed_at_rand
 def test_thousand_jobs_are_planned_and_listed_in_five_seconds(sweep: SweepRunner) -> None:
     from launcher.cli import status
 
-    began = time.monotonic()
+    began = _cpu_s()
     process = sweep.start("seed=range(500)", "optim.learning_rate=1e-5,3e-5", "sweep.num_slots=1", STUB_STEP_S="1")
-    wait_until(lambda: list(sweep.root.glob("*/logs/job.json")), timeout_s=10)
+    wait_until(lambda: list(sweep.root.glob("*/logs/job.json")), timeout_s=120)
     assert status.main([str(sweep.root), "--json"]) == 0
-    took_s = time.monotonic() - began
     process.kill()
+    process.wait()
     assert len(json.loads((sweep.root / "sweep.json").read_text())["jobs"]) == 1000
-    assert took_s < 5
+    assert _cpu_s() - began < 5
+
+
+def _cpu_s() -> float:
+    """Of this process and of those that it has waited for: a busy machine takes no part in it."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
