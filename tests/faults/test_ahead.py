@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launcher.base import files, manifest
-from launcher.checkpoint.engine import Phase
+from launcher.checkpoint.engine import Checkpointer, Phase
 from launcher.checkpoint.notes import FOLDER, Notes
 from launcher.checkpoint.writer import Writer
 from tests.faults.writer_group import Group
@@ -34,11 +34,23 @@ def make(tmp_path: Path) -> Iterator[Callable[[int], Group]]:
         one.close()
 
 
-def _until(is_so: Callable[[], bool], seconds: float = 30.0) -> None:
+def _until(is_so: Callable[[], bool], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.005)
+
+
+def _answers_up_to_the_commit(member: Checkpointer) -> list[dict[str, Any]]:
+    """What its writer says, which the member has not heard of."""
+    said: list[dict[str, Any]] = []
+
+    def has_committed() -> bool:
+        said.extend(member._writer.poll(0.1))
+        return any(answer["event"] == "committed" for answer in said)
+
+    _until(has_committed)
+    return said
 
 
 def _names(root: Path) -> list[str]:
@@ -66,8 +78,8 @@ def test_a_save_is_whole_on_disk_before_the_step_that_follows_has_ended(
 def test_one_tick_is_enough_to_end_it(make: Callable[[int], Group]) -> None:
     group = make(2)
     group.save(1)
-    _until(group.paths.checkpoint_dir(1).exists)
-    time.sleep(0.3)  # the answer
+    for answer in _answers_up_to_the_commit(group.members[0]):
+        group.members[0]._take(answer)
     result = group.tick()
     assert result is not None and result.error is None and result.num_bytes > 0
     assert group.members[1].phase is Phase.IDLE
@@ -95,11 +107,9 @@ def test_the_main_writer_that_dies_before_its_answer_costs_no_checkpoint(
     group = make(2)
     main = group.members[0]
     group.save(1)
-    _until(group.paths.checkpoint_dir(1).exists)
-    time.sleep(0.3)
-    kept = [answer for answer in main._writer.poll() if answer["event"] != "committed"]
-    for answer in kept:
-        main._take(answer)
+    for answer in _answers_up_to_the_commit(main):
+        if answer["event"] != "committed":
+            main._take(answer)
     assert main.writer_pid is not None
     os.kill(main.writer_pid, signal.SIGKILL)
     time.sleep(0.2)

@@ -55,6 +55,13 @@ def _wait_discarded(group: Group) -> None:
         time.sleep(0.005)
 
 
+def _wait_for_the_ends_of_writers(group: Group) -> None:
+    deadline = time.monotonic() + 30
+    while any(member._writer.is_alive for member in group.members):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_save_fails_cleanly_and_the_next_one_is_whole_when_a_writer_is_killed(group: Group, victim: int) -> None:
     group.save(1)
@@ -137,10 +144,10 @@ def test_save_fails_without_an_exception_when_no_writer_can_start(
         os.kill(member.writer_pid, signal.SIGKILL)
     with monkeypatch.context() as patch:
         patch.setattr("sys.executable", "/bin/false")
-        time.sleep(0.2)
+        _wait_for_the_ends_of_writers(group)
         group.save(2)
         assert group.finish().error is not None
-        time.sleep(0.3)
+        _wait_for_the_ends_of_writers(group)  # of those that were to discard what was left
     group.save(3)
     assert group.finish().error is None
     assert 3 in _whole(group.paths)

@@ -94,7 +94,7 @@ class Group:
         results = [m.advance(*sums) for m in self.members]
         return results[0]
 
-    def finish(self, seconds: float = 60.0) -> SaveResult:
+    def finish(self, seconds: float = 300.0) -> SaveResult:
         deadline = time.monotonic() + seconds
         while (result := self.tick()) is None:
             assert time.monotonic() < deadline, "the save never ended"
