@@ -1,11 +1,11 @@
 """An optimizer with faults, chosen by `optim.name`: a test says what goes wrong at which step of which rank.
 
 FAULTS is a JSON list of {"rank", "step" (counted from 1, in this process), "kind", "seconds"?, "bytes"?, "message"?,
-"once"?: a file that marks the fault as done}. Kinds: sleep, kill (SIGKILL), raise, hang, quota (no file may grow beyond
-"bytes"; -1: any), nan (in the gradients of that step, while its loss is a number), out_of_memory (in a forward pass of
-that step and of later ones with more than "above" rows; in an evaluation instead with "in_evaluation"; "signal" kills),
-jump (of the losses of that step and later ones, to three times as much), no_links (from the start: no hard links can be
-made, and each file's copy to the spool takes so many seconds).
+"once"?: a file that marks the fault as done}. Kinds: sleep, wait (until "file" is there), kill (SIGKILL), raise, hang,
+quota (no file may grow beyond "bytes"; -1: any), nan (in the gradients of that step, while its loss is a number),
+out_of_memory (in a forward pass of that step and of later ones with more than "above" rows; in an evaluation instead
+with "in_evaluation"; "signal" kills), jump (of the losses of that step and later ones, to three times as much),
+no_links (from the start: no hard links can be made, and each file's copy to the spool takes so many seconds).
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ class FaultyAdamW(torch.optim.AdamW):
         match fault["kind"]:
             case "sleep":
                 time.sleep(fault["seconds"])
+            case "wait":
+                while not Path(fault["file"]).exists():
+                    time.sleep(0.01)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "raise":

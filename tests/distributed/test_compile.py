@@ -57,7 +57,7 @@ def test_weights_equal_when_killed_and_continued_with_an_empty_compiler_cache(
     overrides = (*_COMPILED, *more)
     undisturbed = lab.run(tmp_path / "a", strategy, 2, *overrides, env=cache)
     killed = tmp_path / "b"
-    slow = {"FAULTS": '[{"kind": "sleep", "seconds": 0.05}]'}
+    slow = {"FAULTS": '[{"kind": "sleep", "seconds": 0.05}, {"kind": "hang", "step": 18}]'}
     pids = lab.start(killed, strategy, 2, *overrides, env={**cache, **slow})
     wait_until(lambda: (killed / "checkpoint-10").exists(), "checkpoint-10")
     kill(pids)

@@ -17,7 +17,8 @@ from launcher.cli import verify
 from launcher.data.tokenizer import byte_tokenizer
 from tests.distributed.runs import Lab, different, kill, log_text, losses, tensors, wait_until
 
-_SLOW_STEPS = '[{"kind": "sleep", "seconds": 0.05}]'
+_SLOW_STEPS = '[{"kind": "sleep", "seconds": 0.05}, {"kind": "hang", "step": 18}]'
+"""The kill may come late on a busy machine, and finds the run still there."""
 
 
 _SIZES = [("single", 1), *itertools.product(("ddp", "zero1", "zero2", "zero3"), (1, 2, 3, 4))]

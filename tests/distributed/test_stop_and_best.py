@@ -15,7 +15,6 @@ from launcher.base.paths import RunPaths
 from tests.distributed.runs import Lab, different, lines, log_text, losses, wait_until, write_rows
 
 _SIZES = list(itertools.product(("ddp", "zero1", "zero2", "zero3"), (3, 4)))
-_SLOW = {"FAULTS": json.dumps([{"kind": "sleep", "seconds": 0.1}])}
 
 
 @pytest.mark.timeout(300)
@@ -34,13 +33,15 @@ def test_best_and_result_are_the_same_when_a_run_was_stopped_between_saves(
         "checkpoint.save_total_limit=2", "checkpoint.load_best_model_at_end=true", "checkpoint.greater_is_better=true",
     )  # fmt: skip
     plain = lab.run(tmp_path / "plain", strategy, count, *more)
-    run = RunPaths(tmp_path / "run")
-    pids = lab.start(run.root, strategy, count, *more, env=_SLOW)
+    run, asked = RunPaths(tmp_path / "run"), tmp_path / "asked"
+    slow = [{"kind": "sleep", "seconds": 0.1}, {"kind": "wait", "step": 14, "file": str(asked)}]
+    pids = lab.start(run.root, strategy, count, *more, env={"FAULTS": json.dumps(slow)})
     wait_until(lambda: max(lines(run), default=0) >= 7, "step 7")
     if count == 3:
         run.stop_file.write_text("")
     else:
         os.kill(pids[-1], signal.SIGTERM)
+    asked.touch()
     assert lab.zygote.wait() == [0] * count, log_text(run.root)
     state = files.read_json(run.run_state)
     assert (state["state"], state["reason"]) == ("interrupted", "stop_file" if count == 3 else "signal")

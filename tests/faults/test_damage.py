@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -218,7 +219,8 @@ def stopped(lab: Lab) -> RunPaths:
     rows = lab.folder / "eval.jsonl"
     write_rows(rows, 5)
     run = RunPaths(lab.folder / "best-to-damage")
-    lab.start(run.root, "zero3", 3, *_best(lab), env={"FAULTS": '[{"kind": "sleep", "seconds": 0.1}]'})
+    faults = [{"kind": "sleep", "seconds": 0.1}, {"kind": "wait", "step": 14, "file": str(run.stop_file)}]
+    lab.start(run.root, "zero3", 3, *_best(lab), env={"FAULTS": json.dumps(faults)})
     wait_until(lambda: max(lines(run), default=0) >= 12, "step 12")
     run.stop_file.touch()
     assert lab.zygote.wait() == [0] * 3, log_text(run.root)

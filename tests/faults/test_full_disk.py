@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,11 @@ from tests.distributed.runs import Lab, different, kill, lines, log_text, losses
 
 _MIB = 2**20
 _SLOW = {"FAULTS": '[{"kind": "sleep", "seconds": 0.1}]'}
+
+
+def _slow_until(file: Path) -> dict[str, str]:
+    """What happens after the save of step 10 happens before that of step 20, however busy the machine is."""
+    return {"FAULTS": json.dumps([{"kind": "sleep", "seconds": 0.1}, {"kind": "wait", "step": 15, "file": str(file)}])}
 
 
 def _mount(folder: Path, *options: str) -> None:
@@ -54,12 +60,12 @@ def test_saves_are_skipped_while_there_is_no_room_and_resume_when_there_is(
     run.temporary_dir(7).mkdir()  # as a failed save leaves it where the disk refuses its deletion, too
     ballast = _fill(disk, leave=_MIB // 2)
     wait_until(lambda: "no checkpoint saved" in log_text(run.root), "the warning")
-    before = max(lines(run))
     assert [s for s, _ in run.checkpoint_dirs()] == [10] and manifest.verify(run.checkpoint_dir(10)) == []
     ballast.unlink()
+    before = max(lines(run))
     wait_until(lambda: len(list(run.checkpoint_dirs())) > 1, "the save that was missed")
-    made_up = max(s for s, _ in run.checkpoint_dirs())
-    assert made_up <= before + 10, "the save was not made up for at once"
+    made_up = min(s for s, _ in run.checkpoint_dirs() if s > 10)
+    assert made_up <= before + 5, "the save was not made up for at once"
     assert lab.zygote.wait() == [0], log_text(run.root)
     text = log_text(run.root)
     assert "bytes" in text and "free. Training goes on and saves as soon as there is room" in text
@@ -101,7 +107,7 @@ def test_the_run_stops_with_exit_1_when_a_save_fails_and_on_error_is_stop(lab: L
 @pytest.mark.timeout(300)
 def test_an_output_dir_that_vanishes_is_a_clear_error(lab: Lab, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    pids = lab.start(folder, "ddp", 2, env=_SLOW)
+    pids = lab.start(folder, "ddp", 2, env=_slow_until(tmp_path / "elsewhere"))
     try:
         wait_until(lambda: (folder / "checkpoint-10").exists(), "checkpoint-10")
         folder.rename(tmp_path / "elsewhere")
@@ -128,10 +134,11 @@ def test_a_read_only_output_dir_is_refused(lab: Lab, disk: Path, tmp_path: Path)
 def test_the_model_alone_is_published_when_the_last_checkpoint_has_no_room(lab: Lab, disk: Path) -> None:
     """Promises 1 and 4: what was trained is not lost, the earlier checkpoint stays, and the run says what it kept."""
     run = RunPaths(disk / "run")
-    lab.start(run.root, "single", 1, "train.max_steps=20", env=_SLOW)
+    lab.start(run.root, "single", 1, "train.max_steps=20", env=_slow_until(disk.parent / "filled"))
     wait_until(lambda: run.checkpoint_dir(10).exists(), "checkpoint-10")
     model = (run.checkpoint_dir(10) / "model.safetensors").stat().st_size
     _fill(disk, leave=16 * _MIB + 2 * model)  # beside the margin: more than the model, less than a checkpoint
+    (disk.parent / "filled").touch()
     assert lab.zygote.wait() == [0], log_text(run.root)
     assert [step for step, _ in run.checkpoint_dirs()] == [10]
     assert manifest.verify(run.checkpoint_dir(10)) == []
