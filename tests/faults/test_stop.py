@@ -32,7 +32,7 @@ def test_stop_before_the_first_step_ends_within_seconds(tmp_path: Path) -> None:
         started = time.monotonic()
         os.kill(run.process.pid, signal.SIGTERM)
         assert run.wait(30) == 75, run.text()
-        assert time.monotonic() - started < 10, run.text()
+        assert time.monotonic() - started < 25, run.text()
         assert run.run_state().get("state") == "interrupted" and run.run_state().get("reason") == "signal"
         assert not (tmp_path / "run" / "STOP").exists()
 

@@ -133,4 +133,4 @@ def test_uploader_ends_when_trainer_is_killed(hub: HubServer, trainer_env: dict[
         except OSError:
             return True
 
-    wait_until(is_gone, timeout_s=10, message=f"the uploader {pid} outlived its trainer")
+    wait_until(is_gone, timeout_s=60, message=f"the uploader {pid} outlived its trainer")

@@ -23,7 +23,8 @@ from tests.hub.helpers import REPO
 from tests.hub.server import HubServer
 from tests.hub.test_starts import uploaders
 
-_SOON_S = 5.0
+_SOON_S = 30.0
+"""What a busy machine needs for the ends of processes, and much less than the waits for the Hub."""
 _PUSH = (
     "hub=push", f"hub.hub_model_id={REPO}", "hub.hub_strategy=all_checkpoints", "hub.max_wait_s=600",
     "train.max_steps=4", "checkpoint.save_steps=2", "scheduler.warmup_steps=1",
@@ -116,7 +117,7 @@ def test_start_of_a_finished_run_ends_at_once_when_it_waits_for_the_hub(
             paths.stop_file.touch()
         else:
             os.kill(process.pid, signal.SIGTERM)
-        text = process.communicate(timeout=30)[0]
+        text = process.communicate(timeout=60)[0]
     finally:
         process.kill()
     assert process.returncode == 0 and time.monotonic() - started < _SOON_S, text

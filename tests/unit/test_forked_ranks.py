@@ -217,7 +217,7 @@ def test_an_ignored_end_counts_as_one(tmp_path: Path) -> None:
 def test_forks_that_are_never_told_end(tmp_path: Path) -> None:
     lines, told = _run(tmp_path, "ranks.fork(3)\nprint(*(rank.pid for rank in ranks._waiting))")
     for pid in map(int, lines[0].split()):
-        wait_until(lambda pid=pid: not is_alive(pid, None), f"the end of {pid}", 10.0)  # type: ignore[misc]
+        wait_until(lambda pid=pid: not is_alive(pid, None), f"the end of {pid}", 60.0)  # type: ignore[misc]
     assert not told
 
 
@@ -238,7 +238,7 @@ def test_forks_end_with_a_killed_parent(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     for pid in pids:
-        wait_until(lambda pid=pid: start_ticks(pid) is None, f"the end of {pid}", 10.0)  # type: ignore[misc]
+        wait_until(lambda pid=pid: start_ticks(pid) is None, f"the end of {pid}", 60.0)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -128,4 +128,4 @@ def test_it_ends_with_who_began_it(how: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _PROLOGUE + script], text=True, capture_output=True, timeout=60, check=False
     )
-    wait_until(lambda: not is_alive(int(done.stdout), None), "its end", 10.0)
+    wait_until(lambda: not is_alive(int(done.stdout), None), "its end", 60.0)

@@ -134,7 +134,7 @@ def test_a_request_to_stop_is_obeyed_when_workers_are_busy(tmp_path: Path, write
             tmp_path / "tokens" / "1", FileSource((Path(write_rows(rows(100))),)), Slow(byte_tokenizer(), 100, None),
             on_bad_row="skip", num_workers=2, display=TokenisingDisplay(alive=alive),
         )  # fmt: skip
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30, "until a call came back"
     assert not multiprocessing.active_children()
 
 
