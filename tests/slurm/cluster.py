@@ -95,11 +95,11 @@ class Cluster:
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={munge / name}" for option, name in files.items()]
         self._daemon("munged", ["munged", "--foreground", "--force", *options])
-        wait_for(lambda: (munge / "socket").exists(), 20, "munged's socket")
+        wait_for(lambda: (munge / "socket").exists(), 120, "munged's socket")
         self._daemon("slurmctld", ["slurmctld", "-D", "-i"])
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split().count("idle") >= 4, 60, "two idle nodes")
+        wait_for(lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split().count("idle") >= 4, 240, "two idle nodes")
 
     def start_node(self, node: str) -> None:
         mount = f"mount -t tmpfs none {self.private_dir} && " if node == "n1" else ""
@@ -152,7 +152,7 @@ class Cluster:
     def state(self, job_id: str) -> str:
         return self.job(job_id).get("JobState", "GONE")
 
-    def wait_state(self, job_id: str, *states: str, timeout_s: float = 60) -> str:
+    def wait_state(self, job_id: str, *states: str, timeout_s: float = 240) -> str:
         wait_for(
             lambda: self.state(job_id) in states,
             timeout_s,

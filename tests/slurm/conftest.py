@@ -89,10 +89,10 @@ class StandInRun:
         stat = Path(f"/proc/{self.pid(node)}/stat").read_text()
         return int(stat.rpartition(")")[2].split()[1])
 
-    def wait_step(self, step: int, timeout_s: float = 90) -> None:
+    def wait_step(self, step: int, timeout_s: float = 240) -> None:
         wait_for(lambda: self.step >= step, timeout_s, lambda: f"step {step}: {self.run_json()}\n{self.log()}", 0.05)
 
-    def wait_completed(self, timeout_s: float = 60) -> None:
+    def wait_completed(self, timeout_s: float = 240) -> None:
         """The job is COMPLETED and every step was done exactly once."""
         try:
             assert self.cluster.wait_state(self.job_id, "COMPLETED", "FAILED", timeout_s=timeout_s) == "COMPLETED"

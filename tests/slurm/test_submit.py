@@ -58,7 +58,7 @@ def test_submission_is_refused_while_a_job_of_that_folder_is_queued(submit_stand
     with pytest.raises(RunLockedError, match=f"scancel {run.job_id}"):
         submit_stand_in()
     run.cluster.run("scancel", run.job_id)
-    wait_for(lambda: not live_jobs([run.root]), 10, "the job to leave the queue")
+    wait_for(lambda: not live_jobs([run.root]), 60, "the job to leave the queue")
 
 
 def test_slurm_reads_a_value_as_it_was_set_when_it_holds_quotes(use_cluster: Cluster, tmp_path: Path) -> None:
