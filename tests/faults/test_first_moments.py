@@ -51,7 +51,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def _check_nothing_lost(root: Path) -> None:
-    wait_for(lambda: not _processes_of(root), 10, lambda: f"the end of {_processes_of(root)}")
+    wait_for(lambda: not _processes_of(root), 60, lambda: f"the end of {_processes_of(root)}")
     run = json.loads((root / "run.json").read_text())
     assert (run["state"], run["reason"], run["step"]) == ("interrupted", "signal", 7)
     assert not (root / "STOP").exists()
@@ -76,7 +76,7 @@ def test_stop_is_obeyed_from_the_first_line_of_ours_on(
     run_dir: Path, number: signal.Signals, more: tuple[str, ...]
 ) -> None:
     process = _start(run_dir, *more)
-    wait_for(lambda: _catches(process.pid, signal.SIGUSR1), 10, "a handler", poll_s=0.001)
+    wait_for(lambda: _catches(process.pid, signal.SIGUSR1), 60, "a handler", poll_s=0.001)
     os.kill(process.pid, number)
     assert process.wait(timeout=30) == EXIT_STOPPED
     assert (run_dir.parent / "out").read_text() == "launcher: stopped before the start; nothing was running\n"
