@@ -92,7 +92,7 @@ class Activity:
     """What a process has done so far, as the kernel counts it: nothing that it would have to tell itself.
 
     Time on a core and bytes read and written, of all its threads. They stand still where it was stopped, and where a
-    file system does not answer.
+    file system does not answer. While it waits for a core they do too, but it does not.
     """
 
     def __init__(self, pid: int) -> None:
@@ -115,16 +115,21 @@ class Activity:
     def standstill_s(self) -> float:
         """Seconds since it was last seen doing something."""
         now = self._now()
-        if now != self._last:
+        if now != self._last or self._state == "R":
             self._last, self._moved_at = now, time.monotonic()
         return time.monotonic() - self._moved_at
 
     @property
     def is_stopped(self) -> bool:
         """Whether a signal has stopped it."""
+        return self._state in ("T", "t")
+
+    @property
+    def _state(self) -> str:
+        """As the kernel names it; R runs or would, had it a core."""
         with contextlib.suppress(OSError, IndexError):
-            return (self._folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "Tt"
-        return False
+            return (self._folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        return ""
 
 
 class WriterClient:

@@ -111,6 +111,21 @@ def test_no_step_waits_when_a_killed_writer_does_not_die(
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize(("state", "stands_still"), [("R", False), ("S", True), ("D", True), ("T", True)])
+def test_a_process_does_not_stand_still_when_it_waits_for_a_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, stands_still: bool
+) -> None:
+    """A writer gets one only where nobody else wants it; its time on a core stands still until then."""
+    clock = [0.0]
+    monkeypatch.setattr(writer_client.time, "monotonic", lambda: clock[0])
+    activity = writer_client.Activity(os.getpid())
+    activity._folder = tmp_path
+    (tmp_path / "stat").write_text(f"7 (python) {state} {' '.join('1' * 40)}")
+    activity.standstill_s()
+    clock[0] = 100.0
+    assert activity.standstill_s() == (100.0 if stands_still else 0.0)
+
+
 def test_a_wait_ends_at_once_when_somebody_asks_for_a_stop(groups: list[Group], tmp_path: Path) -> None:
     group = Group(tmp_path, 1, hang_timeout_s=600.0)
     groups.append(group)
