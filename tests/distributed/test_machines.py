@@ -62,7 +62,7 @@ class Machines:
     def texts(self) -> str:
         return "\n".join(f"--- {rank}\n{self.text(rank)}" for rank in self.agents)
 
-    def codes(self, seconds: float = 60.0) -> list[int]:
+    def codes(self, seconds: float = 240.0) -> list[int]:
         deadline = time.monotonic() + seconds
         for agent in self.agents.values():
             try:
@@ -85,7 +85,7 @@ class Machines:
             assert done == [None] * len(done), f"{done}\n{self.texts()}"
             return all(len(self.attempts(rank)) >= number for rank in self.agents)
 
-        wait_until(has_started, f"start {number}", 60)
+        wait_until(has_started, f"start {number}", 240)
 
     def close(self) -> None:
         for agent in self.agents.values():
@@ -177,9 +177,9 @@ def test_all_end_at_once_when_any_agent_gets_ctrl_c_twice(tmp_path: Path) -> Non
         run.wait_for_start()
         run.root.joinpath("STOP").mkdir()  # which the ranks cannot obey
         os.kill(run.agents[1].pid, signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(2.0)  # two signals that come together are one
         os.kill(run.agents[1].pid, signal.SIGINT)
-        assert run.codes(20) == [1, 1], run.texts()
+        assert run.codes() == [1, 1], run.texts()
         assert "killed at once" in run.text(0) and "killed at once" in run.text(1)
 
 
@@ -210,13 +210,13 @@ def test_the_others_say_whom_they_wait_for_and_end_with_the_runs_code_when_an_ag
         run.root.joinpath("STOP").touch()  # the ranks end; the agent of one machine does not say so
         others = [rank for rank in range(3) if rank != frozen]
         told = f"the processes here have ended; waiting for machine {frozen}"
-        wait_until(lambda: all(told in run.text(rank) for rank in (others if frozen == 0 else [0])), "a word", 60)
+        wait_until(lambda: all(told in run.text(rank) for rank in (others if frozen == 0 else [0])), "a word", 240)
         if frozen == 0:  # which alone may still upload: the others end on request
             for rank in others:
                 os.kill(run.agents[rank].pid, signal.SIGTERM)
-        assert [run.agents[rank].wait(60) for rank in others] == [75, 75], run.texts()
+        assert [run.agents[rank].wait(240) for rank in others] == [75, 75], run.texts()
         os.kill(run.agents[frozen].pid, signal.SIGCONT)
-        assert run.agents[frozen].wait(30) == 75, run.texts()
+        assert run.agents[frozen].wait(240) == 75, run.texts()
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -225,25 +225,25 @@ def test_the_others_end_with_1_when_an_agent_is_killed(tmp_path: Path, killed: i
         run.start()
         run.wait_for_start()
         files = [run.root / f"pid-{rank}" for rank in range(3)]
-        wait_until(lambda: all(file.exists() and file.read_text() for file in files), "the pids of all ranks", 30)
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files), "the pids of all ranks", 240)
         pids = [int(file.read_text()) for file in files]
         run.agents[killed].kill()
-        codes = run.codes(40)
+        codes = run.codes()
         assert [code for rank, code in enumerate(codes) if rank != killed] == [1, 1], run.texts()
         others = [run.text(rank) for rank in range(3) if rank != killed]
         assert all(f"machine {killed} on" in text and "has gone" in text for text in others)
         state = run.run_json()
         assert (state["state"], state["reason"], state["exit_code"]) == ("failed", "crash", 1)
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the end of all ranks", 10)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the end of all ranks", 240)
 
 
 @_SLOW
 def test_it_is_said_whom_a_machine_waits_for_and_the_run_begins_when_it_comes_late(tmp_path: Path) -> None:
     with machines(tmp_path / "run", [["finish"], ["finish"], ["finish"]]) as run:
         run.start(2)
-        wait_until(lambda: "waiting for machine 0" in run.text(2), "a word from machine 2", 30)
+        wait_until(lambda: "waiting for machine 0" in run.text(2), "a word from machine 2", 240)
         run.start(0)
-        wait_until(lambda: "waiting for machine 1 of" in run.text(0), "a word from machine 0", 30)
+        wait_until(lambda: "waiting for machine 1 of" in run.text(0), "a word from machine 0", 240)
         run.start(1)
         assert run.codes() == [0, 0, 0], run.texts()
 
@@ -252,7 +252,7 @@ def test_it_is_said_whom_a_machine_waits_for_and_the_run_begins_when_it_comes_la
 def test_a_machine_gives_up_when_another_never_comes(tmp_path: Path, started: int) -> None:
     with machines(tmp_path / "run", [["finish"], ["finish"]], "launch.hang_timeout_s=2") as run:
         run.start(started)
-        assert run.codes(30) == [1], run.texts()
+        assert run.codes() == [1], run.texts()
         assert f"gave up after launch.hang_timeout_s=2: waiting for machine {1 - started}" in run.text(started)
 
 
@@ -260,9 +260,9 @@ def test_a_machine_gives_up_when_another_never_comes(tmp_path: Path, started: in
 def test_waiting_machines_end_with_75_when_one_is_asked_to_stop(tmp_path: Path) -> None:
     with machines(tmp_path / "run", [["finish"]] * 3) as run:
         run.start(0, 1)
-        wait_until(lambda: "waits for others" in run.text(1), "both to wait", 30)
+        wait_until(lambda: "waits for others" in run.text(1), "both to wait", 240)
         os.kill(run.agents[1].pid, signal.SIGTERM)
-        assert run.codes(20) == [75, 75], run.texts()
+        assert run.codes() == [75, 75], run.texts()
 
 
 @_SLOW
@@ -272,7 +272,7 @@ def test_a_busy_port_is_named(tmp_path: Path) -> None:
         machines(tmp_path / "run", [["finish"], ["finish"]], port=taken.getsockname()[1]) as run,
     ):
         run.start(0)
-        assert run.codes(40) == [2], run.texts()
+        assert run.codes() == [2], run.texts()
         assert f"launch.main_process_port={run.port} cannot be used" in run.text(0)
 
 
@@ -280,13 +280,13 @@ def test_a_busy_port_is_named(tmp_path: Path) -> None:
 def test_a_machine_is_refused_when_its_rank_is_taken_or_its_settings_differ(tmp_path: Path) -> None:
     with machines(tmp_path / "run", [["finish"]] * 3) as run:
         run.start(0, 1)
-        wait_until(lambda: "waits for others" in run.text(1), "the first two", 30)
+        wait_until(lambda: "waits for others" in run.text(1), "the first two", 240)
         for overrides, words in (
             (("launch.machine_rank=1",), "launch.machine_rank=1 is taken by host"),
             (("launch.num_processes=6",), "launch.num_processes=6, there 3"),
         ):
             run.start(2, overrides=overrides)
-            assert run.agents[2].wait(30) == 2, run.texts()
+            assert run.agents[2].wait(240) == 2, run.texts()
             assert words in run.text(2)
         run.start(2)
         assert run.codes() == [0, 0, 0], run.texts()

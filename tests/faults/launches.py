@@ -32,7 +32,7 @@ class Launch:
                 env={**environment(), **(env or {})}, cwd=output_dir.parent,
             )  # fmt: skip
 
-    def wait(self, seconds: float = 180.0) -> int:
+    def wait(self, seconds: float = 400.0) -> int:
         """The exit code."""
         try:
             return self.process.wait(seconds)
@@ -50,7 +50,7 @@ class Launch:
                 return False
             return max(lines(self.paths), default=0) >= step
 
-        wait_until(is_there, f"step {step}", 180.0)
+        wait_until(is_there, f"step {step}", 400.0)
 
     def run_state(self) -> dict[str, Any]:
         value: dict[str, Any] = files.read_json_or(self.paths.run_state, {})

@@ -47,7 +47,7 @@ def test_run_ends_bit_identical_when_it_was_stopped_and_killed_in_every_way(lab:
     with launched(overrides, folder, slow) as run:
         run.wait_for_step(10)
         with launched(overrides, folder, slow) as second:  # a second run on a live folder is refused
-            assert second.wait(30) == 2
+            assert second.wait(120) == 2
             text = second.text()
         state = run.run_state()
         assert f"host {state['host']}, pid {state['pid']}" in text
@@ -59,9 +59,9 @@ def test_run_ends_bit_identical_when_it_was_stopped_and_killed_in_every_way(lab:
     once = tmp_path / "killed-once"
     fault = [*json.loads(_SLOW), {"kind": "kill", "rank": 1, "step": 12, "once": str(once)}]
     with launched(overrides, folder, {"FAULTS": json.dumps(fault)}) as run:  # one rank dies; the agent restarts the run
-        wait_until(once.exists, "the death of rank 1", 180)
+        wait_until(once.exists, "the death of rank 1", 400)
         before = run.run_state()["pid"]
-        wait_until(lambda: run.run_state()["pid"] != before, "a restart", 180)
+        wait_until(lambda: run.run_state()["pid"] != before, "a restart", 400)
         run.wait_for_step(run.run_state()["step"] + 2)
         assert "restarting from the last checkpoint (1 of 1)" in run.text()
         assert "rank 1" in run.text()
@@ -80,16 +80,16 @@ def test_run_ends_bit_identical_when_it_was_stopped_and_killed_in_every_way(lab:
         run.process.kill()
         run.process.wait()
         for pid in pids:
-            wait_until(lambda pid=pid: not is_running(pid), "the end of a rank without its agent", 30)  # type: ignore[misc]
-        wait_until(lambda: holder(run.paths.lock) is None, "a free lock", 30)
+            wait_until(lambda pid=pid: not is_running(pid), "the end of a rank without its agent", 120)  # type: ignore[misc]
+        wait_until(lambda: holder(run.paths.lock) is None, "a free lock", 120)
 
     with launched(overrides, folder, slow) as run:  # two SIGINTs: at once, without a save
         run.wait_for_step(run.run_state()["step"] + 3)
         os.kill(run.process.pid, signal.SIGINT)
         os.kill(run.process.pid, signal.SIGINT)
         started = time.monotonic()
-        assert run.wait(30) in (1, 75), run.text()
-        assert time.monotonic() - started < 20
+        assert run.wait(120) in (1, 75), run.text()
+        assert time.monotonic() - started < 60
 
     left = list(temporary.glob("*"))
     with launched(overrides, folder, {"TMPDIR": str(temporary)}) as run:
@@ -100,7 +100,7 @@ def test_run_ends_bit_identical_when_it_was_stopped_and_killed_in_every_way(lab:
     assert different(undisturbed.checkpoint_dir(_STEPS), run.paths.checkpoint_dir(_STEPS)) == []
     assert losses(run.paths) == losses(undisturbed)
     with launched(overrides, folder) as run:
-        assert run.wait(30) == 0
+        assert run.wait(120) == 0
         assert "is finished" in run.text()
 
 
@@ -109,7 +109,7 @@ def test_stacks_are_written_and_the_run_restarts_when_a_rank_hangs(lab: Lab, tmp
     undisturbed = lab.run(tmp_path / "a", *_SIZE)
     once = tmp_path / "hung-once"
     fault = json.dumps([{"kind": "hang", "rank": 1, "step": 15, "once": str(once)}])
-    more = ("launch.num_processes=2", "launch.max_restarts=1", "launch.hang_timeout_s=8")
+    more = ("launch.num_processes=2", "launch.max_restarts=1", "launch.hang_timeout_s=20")
     with launched(lab.overrides(tmp_path / "b", _SIZE[0], *more), tmp_path / "b", {"FAULTS": fault}) as run:
         assert run.wait() == 0, run.text()
         assert "launch.hang_timeout_s" in run.text() and "restarting" in run.text()

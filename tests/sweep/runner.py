@@ -33,7 +33,7 @@ class SweepRunner:
         self.started.append(process)
         return process
 
-    def run(self, *overrides: str, timeout_s: float = 60, **env: str) -> tuple[int, str]:
+    def run(self, *overrides: str, timeout_s: float = 240, **env: str) -> tuple[int, str]:
         process = self.start(*overrides, **env)
         output, _ = process.communicate(timeout=timeout_s)
         return process.returncode, output
@@ -53,7 +53,7 @@ class SweepRunner:
         return {name: json.loads(path.read_text()) for name, path in found.items()}
 
 
-def wait_until(is_true: Callable[[], object], timeout_s: float = 30) -> None:
+def wait_until(is_true: Callable[[], object], timeout_s: float = 120) -> None:
     end = time.monotonic() + timeout_s
     while not is_true():
         assert time.monotonic() < end, "waited too long"

@@ -168,7 +168,7 @@ def test_every_job_ends_exactly_once_when_controller_and_jobs_are_killed_at_rand
     work = {"STUB_STEPS": "40", "STUB_STEP_S": "0.02"}
     for _ in range(6):
         process = sweep.start(*EIGHT, **work)
-        wait_until(lambda: process.poll() is not None or sweep.records(), timeout_s=20)  # noqa: B023
+        wait_until(lambda: process.poll() is not None or sweep.records(), timeout_s=60)  # noqa: B023
         for _ in range(rng.randint(1, 3)):
             time.sleep(rng.uniform(0.1, 0.9))
             pids = [r["pid"] for r in sweep.records().values() if "exit_code" not in r]
@@ -178,7 +178,7 @@ def test_every_job_ends_exactly_once_when_controller_and_jobs_are_killed_at_rand
                 except ProcessLookupError:
                     continue
         process.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     code = -1
     for _ in range(3):
         code, output = sweep.run(*EIGHT, **work)

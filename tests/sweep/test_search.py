@@ -82,7 +82,7 @@ def test_stopped_study_goes_on(sweep: SweepRunner) -> None:
     process = sweep.start(*args, STUB_STEPS="100", STUB_STEP_S="0.1")
     wait_until(lambda: len(list(sweep.root.glob("*/run.json"))) == 2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     code, output = sweep.run(*args, STUB_STEPS="100", STUB_STEP_S="0.001")
     assert code == 0, output

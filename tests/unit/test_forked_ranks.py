@@ -53,7 +53,7 @@ def _run(tmp_path: Path, script: str, **env: str) -> tuple[list[str], list[str]]
     told = tmp_path / "told"
     done = subprocess.run(
         [sys.executable, "-c", PROLOGUE + textwrap.dedent(script), str(told)], text=True, capture_output=True,
-        timeout=60, env={**os.environ, **env}, errors="surrogateescape",
+        timeout=240, env={**os.environ, **env}, errors="surrogateescape",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), told.read_bytes().decode(errors="replace").splitlines() if told.exists() else []
@@ -270,5 +270,5 @@ def test_the_places_that_start_ranks_are_still_there() -> None:
         "launch.prepare_simple_launcher_cmd_env = lambda args: (['c'], {})\n"
         "launch.simple_launcher(None)\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], text=True, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], text=True, capture_output=True, timeout=240)
     assert done.stdout.splitlines() == ["asked for a b", "asked for c"], done.stderr

@@ -28,7 +28,7 @@ def run(code):
 
 def _run(script: str, *arguments: str, cwd: Path | None = None) -> str:
     command = [sys.executable, *arguments, "-c", _PROLOGUE + textwrap.dedent(script)]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=60, cwd=cwd, stdin=subprocess.PIPE)
+    done = subprocess.run(command, text=True, capture_output=True, timeout=240, cwd=cwd, stdin=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -126,6 +126,6 @@ def test_what_it_imports_reads_no_number_of_threads() -> None:
 def test_it_ends_with_who_began_it(how: str) -> None:
     script = f"begun = head_start.head_start()\nprint(begun.pid, flush=True)\n{how}"
     done = subprocess.run(
-        [sys.executable, "-c", _PROLOGUE + script], text=True, capture_output=True, timeout=60, check=False
+        [sys.executable, "-c", _PROLOGUE + script], text=True, capture_output=True, timeout=240, check=False
     )
     wait_until(lambda: not is_alive(int(done.stdout), None), "its end", 60.0)

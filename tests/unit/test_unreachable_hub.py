@@ -22,7 +22,7 @@ def test_the_cure_is_named_when_a_tokenizer_is_not_here_and_the_hub_cannot_be_re
     config.model.model_name_or_path = "somebody/not-here"
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1 cannot be reached.*launcher prefetch model\.model"):
         build_vocabulary(config)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_nothing_is_wrong_when_something_listens(monkeypatch: pytest.MonkeyPatch) -> None:

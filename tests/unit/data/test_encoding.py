@@ -198,7 +198,7 @@ def test_others_wait_and_take_over_when_the_builder_dies(tmp_path: Path, write_r
     assert second.poll() is None and not folder.exists()
     first.kill()
     first.communicate()
-    _, told = second.communicate(timeout=60)
+    _, told = second.communicate(timeout=240)
     assert second.returncode == 0, told
     assert (
         f"waiting for host {os.uname().nodename}, pid {first.pid}, which is tokenising it into the same cache" in told
