@@ -130,11 +130,14 @@ def test_a_rollback_is_the_same_when_a_stop_before_it_saved_another_checkpoint(
 ) -> None:
     last = (*rollback, "checkpoint.save_total_limit=1")
     expected = lab.run(tmp_path / "undisturbed", "single", 1, *last)
-    folder = tmp_path / "stopped"
-    lab.start(folder, "single", 1, *last, env={"FAULTS": '[{"kind": "sleep", "step": 10, "seconds": 3}]'})
+    folder, asked = tmp_path / "stopped", tmp_path / "asked"
+    lab.start(
+        folder, "single", 1, *last, env={"FAULTS": json.dumps([{"kind": "wait", "step": 10, "file": str(asked)}])}
+    )
     stopped = RunPaths(folder)
     wait_until(lambda: 9 in losses(stopped), "step 9")
     stopped.stop_file.touch()
+    asked.touch()
     assert lab.zygote.wait() == [0]
     # Leaving out steps 10 and 11 needs a checkpoint of step 9 or before: the newest one is not it.
     assert [step for step, _ in stopped.checkpoint_dirs()] == [8, 10]

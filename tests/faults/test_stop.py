@@ -64,11 +64,16 @@ def test_stop_ends_with_1_and_names_what_is_lost_when_its_save_fails_twice(
 ) -> None:
     """75 would say that it is saved. The next start goes on from the checkpoint before, bit for bit."""
     run, more = RunPaths(tmp_path / "run"), ("checkpoint.async_save=false", "train.max_steps=40")
-    faults = [{"kind": "sleep", "seconds": 0.05}, {"kind": "quota", "rank": 0, "step": 12, "bytes": 30_000}]
+    asked = tmp_path / "asked"
+    faults = [
+        {"kind": "sleep", "seconds": 0.05}, {"kind": "quota", "rank": 0, "step": 12, "bytes": 30_000},
+        {"kind": "wait", "step": 18, "file": str(asked)},
+    ]  # fmt: skip
     pids = lab.start(run.root, strategy, count, *more, env={"FAULTS": json.dumps(faults)})
     wait_until(lambda: max(lines(run), default=0) >= 14, "step 14")
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
+    asked.touch()
     codes = lab.zygote.wait()
     assert 1 in codes and set(codes) <= {1, -9}, log_text(run.root)
     state = files.read_json(run.run_state)
