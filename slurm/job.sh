@@ -49,7 +49,7 @@ stop_reason() { # why Slurm signals this job
   case "$(scontrol -o show job "$job" 2>/dev/null)" in
     *" PreemptTime="[0-9]*) echo preempted ;;
     *" Reason=TimeLimit "*) echo time_limit ;;
-    *) echo signal ;;
+    *) ((end_time && end_time <= $(date +%s))) && echo time_limit || echo signal ;; # Slurm may have no time to answer
   esac
 }
 

@@ -21,6 +21,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from launcher.agent.machine import Verdict
@@ -31,6 +32,7 @@ from launcher.base.errors import EXIT_FAILED, LauncherError, MachinesError, Stop
 from launcher.base.output import survive_closed_output
 from launcher.base.paths import RunPaths
 from launcher.base.secrets import redacted
+from launcher.base.stop_requests import END_TIME
 from launcher.config.compose import compose_arguments
 from launcher.config.handed_on import hand_on
 from launcher.config.settings import RunConfig
@@ -83,8 +85,9 @@ def _note_restart(paths: RunPaths, start: str, count: int) -> None:
 
 
 def _write_in_place(path: Path, text: str) -> None:
-    """The script has made the file and filled it with spaces: a full disk takes what needs no new block."""
-    with path.open("r+b") as file:
+    """The script has made the file and filled it with spaces: a full disk takes what needs no new block.
+    Where it is gone, srun has given this agent up, and the script has gone on without its word."""
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
         file.write(text.encode())
 
 
@@ -147,14 +150,13 @@ def _unsaved(verdict: Verdict, paths: RunPaths) -> tuple[str, str]:
 
 def stop_reason(job: str) -> str:
     """Why Slurm signals this job. Preempted or at its limit, it is told nothing but the signal."""
-    command = ("scontrol", "-o", "show", "job", job)
-    try:
+    command, text, end = ("scontrol", "-o", "show", "job", job), "", os.environ.get(END_TIME, "")
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # in a container there may be no scontrol
         text = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):  # in a container there may be no scontrol
-        return "signal"
     if re.search(r" PreemptTime=\d", text):
         return "preempted"
-    return "time_limit" if " Reason=TimeLimit " in text else "signal"
+    is_over = end.isdecimal() and int(end) <= time.time()  # Slurm may have no time to answer
+    return "time_limit" if " Reason=TimeLimit " in text or is_over else "signal"
 
 
 if __name__ == "__main__":

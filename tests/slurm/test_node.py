@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from launcher.agent.machine import Verdict
 from launcher.base.paths import RunPaths
-from launcher.slurm.node import in_a_word, stop_reason
+from launcher.base.stop_requests import END_TIME
+from launcher.slurm.node import _write_in_place, in_a_word, stop_reason
 
 
 @pytest.fixture
@@ -83,6 +85,22 @@ def test_reason_of_a_signal_is_what_slurm_says(
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert stop_reason("7") == reason
+
+
+@pytest.mark.parametrize(("end_s", "reason"), [(-5, "time_limit"), (60, "signal"), (None, "signal")])
+def test_reason_is_the_time_limit_when_nobody_answers_after_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end_s: int | None, reason: str
+) -> None:
+    """As on a busy machine, where scontrol gives up."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(END_TIME, "" if end_s is None else str(int(time.time()) + end_s))
+    assert stop_reason("7") == reason
+
+
+def test_agent_ends_in_silence_when_the_script_has_gone_on_without_it(tmp_path: Path) -> None:
+    """srun may end before its tasks do."""
+    _write_in_place(tmp_path / "verdict", "finished")
+    assert not (tmp_path / "verdict").exists()
 
 
 def test_signal_is_obeyed_when_there_is_no_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
