@@ -80,7 +80,7 @@ def test_run_ends_bit_identical_when_it_was_stopped_and_killed_in_every_way(lab:
         run.process.kill()
         run.process.wait()
         for pid in pids:
-            wait_until(lambda pid=pid: not is_running(pid), "the end of a rank without its agent", 120)  # type: ignore[misc]
+            wait_until(lambda pid=pid: not is_running(pid), "the end of an orphaned rank", 120)  # type: ignore[misc]
         wait_until(lambda: holder(run.paths.lock) is None, "a free lock", 120)
 
     with launched(overrides, folder, slow) as run:  # two SIGINTs: at once, without a save
