@@ -59,6 +59,8 @@ class Uploader:
         self._status: dict[str, Any] = {"state": "idle"}
         self._status_lock = threading.Lock()
         self._told: str | None = None
+        self._last_error: str | None = None
+        """Of what is being tried; it stays in the status while it is tried again."""
         self._was_hurried = False
         self.given_up: list[str] = []
         """What will not be sent because it is damaged or holds links, with the reason."""
@@ -117,7 +119,7 @@ class Uploader:
         names = ", ".join(item.name for item in items)
         self._throttle.sent_bytes = 0
         tried_at = time.time()
-        self._set_status("uploading", item=names, tried_at=tried_at)
+        self._set_status("uploading", item=names, tried_at=tried_at, last_error=self._last_error)
         try:
             started = time.monotonic()
             pushed = self._target.push(items, self._save)
@@ -128,7 +130,7 @@ class Uploader:
             fault = classify(error, self._target.name)
             self._report(fault, names, tried_at)
             return fault
-        self._told = None
+        self._told = self._last_error = None
         self._done(items, pushed, time.monotonic() - started)
         return None
 
@@ -147,6 +149,7 @@ class Uploader:
                 self._spool.tell(f"Hub: ERROR: {names} cannot be pushed: {text}. The training goes on without.")
             else:
                 self._spool.tell(f"Hub: {names} waits, will be tried until it works: {text}")
+        self._last_error = text
         # After the message: whoever sees this status finds the reason told.
         self._set_status("blocked" if is_permanent else "waiting", item=names, tried_at=tried_at, last_error=text)
 

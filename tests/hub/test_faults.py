@@ -172,6 +172,25 @@ def test_permanent_fault_is_told_once_with_its_cure(
     assert_arrived_once(hub, tmp_path)
 
 
+def test_reason_stays_while_it_is_tried_again(hub: HubServer, env: dict[str, str], tmp_path: Path) -> None:
+    """A run that ends just then says in run.json why its uploads are missing."""
+    spool = spool_with_checkpoint(tmp_path)
+    hub.fail(COMMIT, times=None, status=403, message="Private repository storage limit reached, please upgrade")
+    with UploaderUnderTest(spool, env) as uploader:
+        wait_until(lambda: spool.read_status()["state"] == "blocked")
+        hub.heal()
+        again = hub.fail(COMMIT, hang=3.0, times=1)
+        assert uploader.process.stdin is not None
+        uploader.process.stdin.write(b"hurry\n")
+        uploader.process.stdin.flush()
+        wait_until(lambda: again.hits)
+        status = spool.read_status()
+        assert status["state"] == "uploading" and "quota" in str(status["last_error"])
+        wait_until(lambda: not spool.pending())
+        wait_until(lambda: spool.read_status()["state"] == "idle")
+        assert spool.read_status()["last_error"] is None
+
+
 def test_newer_checkpoint_wins_when_the_older_could_not_be_sent(
     hub: HubServer, env: dict[str, str], tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ class SlowDisk:
 
     def __init__(self, clock: Clock) -> None:
         self.phase, self._clock = Phase.IDLE, clock
-        self._step = 0
+        self._step, self.undeleted = 0, None
         self.plan = SimpleNamespace(total_bytes=1000)
         self.stall_s = self.copies_in_wait_s = 0.0
 
