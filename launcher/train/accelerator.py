@@ -155,7 +155,11 @@ def deepspeed_config(config: RunConfig, has_cuda: bool) -> dict[str, Any]:
     gradient_accumulation_steps is 1: the loop itself marks the boundary, since the number of micro-steps may vary and
     the loss is already normalised over the whole optimizer step.
     """
-    zero: dict[str, Any] = {"stage": config.strategy.zero_stage, "overlap_comm": has_cuda, "contiguous_gradients": True}
+    # ZeRO-1 and 2 wait for the device to overlap, in every micro-batch: a process alone has nothing to wait for.
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1 and config.strategy.zero_stage < 3
+    zero: dict[str, Any] = {
+        "stage": config.strategy.zero_stage, "overlap_comm": has_cuda and not is_alone, "contiguous_gradients": True,
+    }  # fmt: skip
     if config.strategy.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     settings: dict[str, Any] = {

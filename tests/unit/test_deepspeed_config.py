@@ -108,3 +108,19 @@ def test_keys_of_deepspeed_are_those_that_it_asks_for(monkeypatch: pytest.Monkey
 
     DeepSpeedConfig(Settings(train_batch_size=1))
     assert sorted(asked) == list(DEEPSPEED_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "has_cuda", "expected"),
+    [
+        ("zero1", 1, True, False), ("zero2", 1, True, False), ("zero2", 2, True, True), ("zero3", 1, True, True),
+        ("zero2", 2, False, False), ("zero3", 2, False, False),
+    ],
+)  # fmt: skip
+def test_communication_is_overlapped_where_there_is_some(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, world_size: int, has_cuda: bool, expected: bool
+) -> None:
+    """ZeRO-1 and 2 wait for the device in every micro-batch for it; ZeRO-3 fetches weights ahead."""
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    config = compose([f"strategy={strategy}"])
+    assert deepspeed_config(config, has_cuda=has_cuda)["zero_optimization"]["overlap_comm"] is expected

@@ -72,7 +72,8 @@ class Setting:
 
     @property
     def num_buckets(self) -> int:
-        overlaps = dict(self.strategy.deepspeed.get("zero_optimization") or {}).get("overlap_comm", self.is_cuda)
+        is_default = self.is_cuda and self.num_processes > 1  # as train.accelerator.deepspeed_config has it
+        overlaps = dict(self.strategy.deepspeed.get("zero_optimization") or {}).get("overlap_comm", is_default)
         return 2 if overlaps and self.stage < 3 else 1
 
 
