@@ -147,8 +147,10 @@ class Attempt:
 
     def _reports(self, error_dir: Path, start: Start) -> list[Report]:
         """Of this machine's ranks; where temporary files had no room for them, the copies in output_dir."""
-        kept = [report for report in read_reports(self._paths.logs_dir) if report["attempt"] == start.id]
-        return read_reports(error_dir) or [report for report in kept if report["rank"] in self._ranks]
+        if found := read_reports(error_dir):
+            return found
+        kept = read_reports(self._paths.logs_dir)
+        return [report for report in kept if report["attempt"] == start.id and report["rank"] in self._ranks]
 
     def _has_begun(self, start: Start) -> bool:
         """Whether this start has come to its first step: run.json is its own from there on."""

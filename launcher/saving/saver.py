@@ -17,6 +17,7 @@ from launcher.base.lock import RunLock
 from launcher.base.paths import RunPaths
 from launcher.base.processes import Processes
 from launcher.checkpoint.engine import Checkpointer, Phase
+from launcher.checkpoint.resume import own_checkpoints
 from launcher.checkpoint.retention import expired_steps, kept_words, our_steps
 from launcher.checkpoint.save_result import SaveResult, raise_failed
 from launcher.config.settings import RunConfig
@@ -139,7 +140,7 @@ class Saver:
         """At a start: with another metric than before, or where the best is not here, the best is found anew among the
         checkpoints that are kept. Collective."""
         p, key = self._state.progress, self._config.checkpoint.metric_key
-        before, kept = (p.best_step, p.best_metric), self._processes.on_main(self._paths.own_checkpoints)
+        before, kept = (p.best_step, p.best_metric), self._processes.on_main(lambda: own_checkpoints(self._paths))
         measured = {line["step"]: line.get(key) for line in p.log_history.evaluations}
         is_other_metric = p.best_step in measured and measured[p.best_step] != p.best_metric
         is_gone = p.best_step is not None and p.best_step not in kept

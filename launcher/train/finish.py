@@ -11,7 +11,7 @@ from launcher.base import files, manifest, words
 from launcher.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointWriteError
 from launcher.base.paths import RunPaths
 from launcher.checkpoint.layout import MAX_SHARD_BYTES
-from launcher.checkpoint.resume import put_aside_if_damaged
+from launcher.checkpoint.resume import own_checkpoints, put_aside_if_damaged
 from launcher.checkpoint.retention import kept_words, sweep_leftovers
 from launcher.saving.interop.target import Exported
 from launcher.train import planned
@@ -154,7 +154,7 @@ def whole_best_dir(run: Run, paths: RunPaths) -> Path | None:
     while (step := run.state.progress.best_step) is not None:
         folder = paths.checkpoint_dir(step)
         run.watchdog.alive()
-        if step in run.processes.on_main(paths.own_checkpoints):
+        if step in run.processes.on_main(lambda: own_checkpoints(paths)):
             notice = put_aside_if_damaged(folder, run.processes)
             if notice is None:
                 return folder

@@ -42,17 +42,9 @@ def test_closed_data_and_model_are_named_together_when_settings_are_read(tmp_pat
     (tokenizer / "tokenizer_config.json").write_text("{}")
     (tokenizer / "tokenizer.json").touch(mode=0)
     names = [f"model.model_name_or_path={closed}/model", f"model.tokenizer_name_or_path={tokenizer}"]
-    command = [
-        sys.executable,
-        "-m",
-        "launcher.cli",
-        "train",
-        "--cfg",
-        "job",
-        f"data.train_files=[{files[0]},{files[1]}]",
-    ]
+    command = [sys.executable, "-m", "launcher.cli", "train", "--cfg", "job"]
     done = subprocess.run(
-        [*command, *names], capture_output=True, text=True, timeout=60,
+        [*command, f"data.train_files=[{files[0]},{files[1]}]", *names], capture_output=True, text=True, timeout=60,
         preexec_fn=drop_privileges, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2 and "3 settings are wrong" in done.stderr
